@@ -1,0 +1,58 @@
+"""What to do with each linear: the grid (`QuantSpec`) and the recipe that assigns grids and methods (`Recipe`).
+
+Plain data, without torch: the command line reads the defaults from here before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmquant.errors import UserError
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """The integer grid of one linear: `weight = scale * (code - zero)`, code and zero in 0 … 2**bits - 1."""
+
+    bits: int = 4
+    """Bits of a code."""
+    group_size: int = 128
+    """Input columns that share one scale and zero; -1 = all of them. The last group may be shorter."""
+    symmetric: bool = True
+    """Zero-point fixed at 2**(bits-1); otherwise each group has an integer zero-point of its own."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in SUPPORTED_BITS:
+            raise UserError(f"bits {self.bits}: not one of {', '.join(map(str, SUPPORTED_BITS))}; use --bits 4")
+        if self.group_size != -1 and self.group_size < 1:
+            raise UserError(f"group_size {self.group_size}: must be positive, or -1 for one group; use --group-size 128")
+
+    @property
+    def max_code(self) -> int:
+        """The largest code, 2**bits - 1."""
+        return 2**self.bits - 1
+
+    @property
+    def mid_code(self) -> int:
+        """The symmetric zero-point, 2**(bits-1)."""
+        return 2 ** (self.bits - 1)
+
+    def num_groups(self, in_features: int) -> int:
+        """Groups along in_features; a shorter last group counts."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    def effective_group_size(self, in_features: int) -> int:
+        """Columns of a full group: group_size, or all of in_features."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+    def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
+        """Bits stored per weight: the code, and its share of the scale and (asymmetric) the zero-point."""
+        zero_bits = 0 if self.symmetric else self.bits
+        return self.bits + self.num_groups(in_features) * (scale_bits + zero_bits) / in_features
+
+    def describe(self) -> str:
+        """Short human form, as in `4-bit g128 sym`."""
+        group = "per-channel" if self.group_size == -1 else f"g{self.group_size}"
+        return f"{self.bits}-bit {group} {'sym' if self.symmetric else 'asym'}"
