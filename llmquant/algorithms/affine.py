@@ -1,0 +1,177 @@
+"""The affine integer grid: `weight = scale * (code - zero)`, its range search, and round-to-nearest.
+
+A grid is one scale and one integer zero-point per output row and group of input columns. Everything here works on the
+transposed weight, weight_KN, so that the columns a group covers are contiguous rows in memory.
+
+Range search ("hessian"): for shrink factors p, take the grid of (p * lo, p * hi) and keep, per row and group, the one
+with the least `sum_k H_kk (w_k - scale * (code_k - zero))^2`: the output error that rounding to nearest would cause if
+the input columns were uncorrelated. On SmolLM2-135M at 4 bits this turns a KL of .149 into .105 (with GPTQ after it).
+
+The scale is rounded to the dtype it will be stored in before any code is computed, so that no later cast changes a weight.
+
+Letters: N out_features, K in_features, G groups, S columns of one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.spec import QuantSpec
+from llmquant.weight import QuantizedWeight, group_of_column
+
+RANGE_SEARCHES = ("minmax", "mse", "hessian")
+"""How a group's range is chosen: its extremes; least squared weight error; least H-diagonal-weighted error."""
+
+SHRINK_STEPS = 31
+SHRINK_TO = 0.4
+# A symmetric grid has one code less on the positive side; a slightly larger scale is sometimes the better one.
+SYMMETRIC_START = 1.08
+# Below this a scale is not a normal number in float16, the narrowest storage dtype.
+SMALLEST_SCALE = 2.0**-14
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zero-points of every group, float32 [G, N] each; the scales are exact in their storage dtype."""
+
+    scale_GN: Tensor
+    zero_GN: Tensor
+
+
+def group_slices(in_features: int, group_size: int) -> Iterator[slice]:
+    """The column range of each group in order; the last one may be shorter."""
+    step = in_features if group_size == -1 else group_size
+    for start in range(0, in_features, step):
+        yield slice(start, min(start + step, in_features))
+
+
+def store(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """The scale as it will be read back: rounded to scale_dtype, in float32, at least SMALLEST_SCALE."""
+    return scale.clamp(min=SMALLEST_SCALE).to(scale_dtype).float()
+
+
+def extremes(weight_SN: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each row of one group, float32 [N] each, widened to contain 0.
+
+    A group of zeros gets (-1, 1), so that its scale is a plain number and its codes are the zero-point.
+    """
+    low_N, high_N = weight_SN.amin(0).clamp_(max=0), weight_SN.amax(0).clamp_(min=0)
+    if symmetric:
+        high_N = torch.maximum(high_N, -low_N)
+        low_N = -high_N
+    dead_N = high_N <= low_N
+    return low_N.masked_fill(dead_N, -1.0), high_N.masked_fill(dead_N, 1.0)
+
+
+def grid_of_range(
+    low_N: Tensor, high_N: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, min_zero: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point, float32 [N] each, of the grid that spans [low, high]."""
+    scale_N = store((high_N - low_N) / spec.max_code, scale_dtype)
+    if spec.symmetric:
+        return scale_N, torch.full_like(scale_N, float(spec.mid_code))
+    return scale_N, torch.round(-low_N / scale_N).clamp_(min_zero, spec.max_code)
+
+
+def steps_on_grid(weight: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    """Signed steps `code - zero` of the nearest grid points; `scale * steps` is the rounded weight."""
+    return torch.round(weight / scale).clamp_(min=-zero, max=max_code - zero)
+
+
+def search_range(
+    weight_SN: Tensor,
+    importance_S: Tensor | None,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype,
+    min_zero: int = 0,
+    num_steps: int = SHRINK_STEPS,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point, float32 [N] each, of one group.
+
+    weight_SN: float32, the group's columns. importance_S: float32 weight of each column's squared error, or None for
+    the plain extremes of the group.
+    """
+    low_N, high_N = extremes(weight_SN, spec.symmetric)
+    scale_N, zero_N = grid_of_range(low_N, high_N, spec, scale_dtype, min_zero)
+    if importance_S is None:
+        return scale_N, zero_N
+
+    scratch_SN = torch.empty_like(weight_SN)
+
+    def loss_N(scale_N: Tensor, zero_N: Tensor) -> Tensor:
+        torch.div(weight_SN, scale_N, out=scratch_SN)
+        scratch_SN.round_().clamp_(min=-zero_N, max=spec.max_code - zero_N)
+        return importance_S @ scratch_SN.mul_(scale_N).sub_(weight_SN).square_()
+
+    best_N = loss_N(scale_N, zero_N)
+    start = SYMMETRIC_START if spec.symmetric else 1.0
+    for shrink in torch.linspace(start, SHRINK_TO, num_steps).tolist():
+        trial_scale_N, trial_zero_N = grid_of_range(shrink * low_N, shrink * high_N, spec, scale_dtype, min_zero)
+        trial_N = loss_N(trial_scale_N, trial_zero_N)
+        better_N = trial_N < best_N
+        best_N = torch.where(better_N, trial_N, best_N)
+        scale_N = torch.where(better_N, trial_scale_N, scale_N)
+        zero_N = torch.where(better_N, trial_zero_N, zero_N)
+    return scale_N, zero_N
+
+
+def find_grid(
+    weight_KN: Tensor,
+    importance_K: Tensor | None,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype,
+    min_zero: int = 0,
+    num_steps: int = SHRINK_STEPS,
+) -> Grid:
+    """The grid of every group of a weight, each group on its own (`search_range`)."""
+    pairs = [
+        search_range(
+            weight_KN[columns],
+            None if importance_K is None else importance_K[columns],
+            spec,
+            scale_dtype,
+            min_zero,
+            num_steps,
+        )
+        for columns in group_slices(weight_KN.shape[0], spec.group_size)
+    ]
+    return Grid(torch.stack([scale for scale, _ in pairs]), torch.stack([zero for _, zero in pairs]))
+
+
+def round_to_grid(weight_KN: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+    """Round-to-nearest: signed steps `code - zero`, float32 [K, N]."""
+    steps_KN = torch.empty_like(weight_KN)
+    for group, columns in enumerate(group_slices(weight_KN.shape[0], spec.group_size)):
+        steps_KN[columns] = steps_on_grid(
+            weight_KN[columns], grid.scale_GN[group], grid.zero_GN[group], spec.max_code
+        )
+    return steps_KN
+
+
+def values_on_grid(steps_KN: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+    """The weights that signed steps stand for, float32 [K, N]: `scale * steps`."""
+    group_K = group_of_column(steps_KN.shape[0], spec.group_size, steps_KN.device)
+    return steps_KN * grid.scale_GN[group_K]
+
+
+def to_quantized_weight(steps_KN: Tensor, grid: Grid, spec: QuantSpec, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """The logical result from signed steps and their grid."""
+    group_K = group_of_column(steps_KN.shape[0], spec.group_size, steps_KN.device)
+    codes_KN = (steps_KN + grid.zero_GN[group_K]).to(torch.uint8)
+    return QuantizedWeight(
+        codes_NK=codes_KN.T.contiguous(),
+        scale_NG=grid.scale_GN.T.to(scale_dtype).contiguous(),
+        zero_NG=grid.zero_GN.T.to(torch.uint8).contiguous(),
+        spec=spec,
+    )
+
+
+def round_to_nearest(weight_NK: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, min_zero: int = 0) -> QuantizedWeight:
+    """Plain RTN on the extremes of each group: the baseline that every method has to beat, and it needs no data."""
+    weight_KN = weight_NK.float().T.contiguous()
+    grid = find_grid(weight_KN, None, spec, scale_dtype, min_zero)
+    return to_quantized_weight(round_to_grid(weight_KN, grid, spec), grid, spec, scale_dtype)

@@ -1,0 +1,129 @@
+"""GPTQ rounding (Frantar et al. 2022, algorithm 1), with activation order and static groups.
+
+Rounds the input columns of a weight one at a time and moves each column's error onto the columns still to come, so that
+`tr((W - Q) H (W - Q)^T)` stays small: the squared error of the linear's output over the calibration tokens.
+
+Order: columns by descending H_kk, the important ones first, while many columns are left to take up their error. Groups
+and their grids stay those of the original order ("static groups"), so the stored weight needs no permutation.
+
+Factor: with H + damp * mean(diag H) * I = M M^T, M upper triangular (the Cholesky factor of the flipped matrix, flipped
+back), U = M^-1 is the upper factor of the inverse: (H + damping)^-1 = U^T U. The inverse itself is never formed.
+
+Column i (the paper's loop):  e = (w_i - q_i) / U_ii,  w_j -= U_ij e  for every later column j.
+A block of columns is finished before its errors are applied to the columns behind the block, in one product; that
+changes the order of the arithmetic and nothing else (a test holds it code for code in float64).
+
+Letters: N out_features, K in_features, G groups, B columns of one block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.algorithms.affine import Grid
+from llmquant.spec import QuantSpec
+from llmquant.weight import group_of_column
+
+BLOCK_COLUMNS = 128
+DAMPING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Damping as a fraction of mean(diag H). Quality is flat from 0.001 to 0.05; the rest is for matrices that fail."""
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """What GPTQ and the target correction need of one Hessian; shared by all linears that read the same input."""
+
+    upper_KK: Tensor
+    """U of (H + damping)^-1 = U^T U in processing order, float32 unless asked otherwise."""
+    cholesky_KK: Tensor
+    """Lower L of flip(H + damping) = L L^T in processing order, float64: for solving with H."""
+    order_K: Tensor
+    """int64, column processed at each step."""
+    damping: float
+    """The fraction of mean(diag H) that made the factorization succeed."""
+
+
+def column_order(hessian_KK: Tensor, by_activation: bool = True) -> Tensor:
+    """Processing order of the columns, int64 [K]: by descending H_kk (stable), or as they are."""
+    diagonal_K = hessian_KK.diagonal()
+    if not by_activation:
+        return torch.arange(len(diagonal_K), device=hessian_KK.device)
+    return torch.argsort(diagonal_K, descending=True, stable=True)
+
+
+def factor_inverse(
+    hessian_KK: Tensor,
+    order_K: Tensor,
+    ladder: tuple[float, ...] = DAMPING_LADDER,
+    dtype: torch.dtype = torch.float32,
+) -> InverseFactor | None:
+    """Factor the inverse of a Hessian, float32 [K, K], raising the damping along the ladder until it succeeds.
+
+    A dead column (H_kk = 0: never an input) gets H_kk = 1, so that it is rounded on its own. None when the whole ladder
+    fails or the Hessian is not finite.
+    """
+    if not torch.isfinite(hessian_KK).all():
+        return None
+    ordered_KK = hessian_KK.double()[order_K][:, order_K]
+    diagonal_K = ordered_KK.diagonal().clone()
+    mean = diagonal_K.mean()
+    for damping in ladder:
+        damped_K = torch.where(diagonal_K > 0, diagonal_K + damping * mean, torch.ones_like(diagonal_K))
+        ordered_KK.diagonal().copy_(damped_K)
+        lower_KK, failed = torch.linalg.cholesky_ex(ordered_KK.flip(0, 1))
+        if failed.item() == 0:
+            identity_KK = torch.eye(len(order_K), dtype=torch.float64, device=hessian_KK.device)
+            upper_KK = torch.linalg.solve_triangular(lower_KK.flip(0, 1), identity_KK, upper=True)
+            if torch.isfinite(upper_KK).all():
+                return InverseFactor(upper_KK.to(dtype), lower_KK, order_K, damping)
+    return None
+
+
+def solve_with_hessian(factor: InverseFactor, rhs_KN: Tensor) -> Tensor:
+    """(H + damping)^-1 @ rhs in the original column order; float64 inside, the dtype of rhs outside, [K, N]."""
+    ordered_KN = rhs_KN[factor.order_K].double().flip(0)
+    solved_KN = torch.cholesky_solve(ordered_KN, factor.cholesky_KK).flip(0)
+    result_KN = torch.empty_like(rhs_KN)
+    result_KN[factor.order_K] = solved_KN.to(rhs_KN.dtype)
+    return result_KN
+
+
+def gptq_round(
+    weight_KN: Tensor,
+    factor: InverseFactor,
+    grid: Grid,
+    spec: QuantSpec,
+    block_columns: int = BLOCK_COLUMNS,
+) -> Tensor:
+    """Signed steps `code - zero`, [K, N] in the dtype of the weight.
+
+    weight_KN: the values to be rounded, in the original column order. grid: static, of the original order.
+    """
+    in_features = weight_KN.shape[0]
+    group_K = group_of_column(in_features, spec.group_size, weight_KN.device)[factor.order_K].tolist()
+    scale_GN, zero_GN = grid.scale_GN.to(weight_KN.dtype), grid.zero_GN.to(weight_KN.dtype)
+    lowest_GN, highest_GN = -zero_GN, spec.max_code - zero_GN
+    upper_KK = factor.upper_KK.to(weight_KN.dtype)
+    pivots = upper_KK.diagonal().tolist()
+
+    remaining_KN = weight_KN[factor.order_K]
+    ordered_steps_KN = torch.empty_like(remaining_KN)
+    for start in range(0, in_features, block_columns):
+        stop = min(start + block_columns, in_features)
+        block_BN = remaining_KN[start:stop]
+        error_BN = torch.empty_like(block_BN)
+        for column in range(start, stop):
+            row, group = column - start, group_K[column]
+            value_N, scale_N = block_BN[row], scale_GN[group]
+            step_N = torch.div(value_N, scale_N, out=ordered_steps_KN[column])
+            step_N.round_().clamp_(min=lowest_GN[group], max=highest_GN[group])
+            error_N = torch.addcmul(value_N, step_N, scale_N, value=-1, out=error_BN[row])
+            error_N.div_(pivots[column])
+            block_BN[row + 1 :].addr_(upper_KK[column, column + 1 : stop], error_N, alpha=-1)
+        remaining_KN[stop:].addmm_(upper_KK[start:stop, stop:].T, error_BN, alpha=-1)
+    steps_KN = torch.empty_like(ordered_steps_KN)
+    steps_KN[factor.order_K] = ordered_steps_KN
+    return steps_KN

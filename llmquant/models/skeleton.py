@@ -1,0 +1,191 @@
+"""The model without its weights: transformers' own module tree on the meta device, and the names that fill it.
+
+Parameters are on meta (no memory); buffers that the code computes (rotary frequencies, embedding scales) are real.
+Weights come and go module by module: `Skeleton.load` reads just what a module needs from the checkpoint's shards, and
+`Skeleton.drop` gives it back. So nothing here ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from llmquant.errors import UserError
+
+if TYPE_CHECKING:
+    from llmquant.checkpoints.reader import CheckpointReader
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_config(path: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a local checkpoint, refused when it is not a causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}/config.json: transformers cannot read it ({reason}); is it a supported model?") from error
+    text_config = config.get_text_config(decoder=True)
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"{path}: model_type '{config.model_type}' is not a causal language model; "
+            "give a checkpoint that AutoModelForCausalLM loads"
+        )
+    architectures = config.architectures or []
+    if architectures and not any(_generates_text(name) for name in architectures):
+        raise UserError(
+            f"{path}: architecture {architectures[0]} is not a causal language model; "
+            "give the checkpoint of its …ForCausalLM form"
+        )
+    del text_config
+    return config
+
+
+def _generates_text(architecture: str) -> bool:
+    return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
+    """The dtype most bytes of the checkpoint are stored in, which is the one to keep; the config's where it has none."""
+    bytes_of: dict[torch.dtype, int] = {}
+    for info in reader.tensors.values():
+        if info.dtype in DTYPES.values():
+            bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.nbytes
+    if bytes_of:
+        return max(bytes_of, key=lambda dtype: bytes_of[dtype])
+    return config.dtype or torch.float32
+
+
+def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model of a config: parameters on meta in dtype, computed buffers real, in eval mode."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def checkpoint_names(model: nn.Module, available: Iterable[str]) -> dict[str, str]:
+    """Map every parameter and persistent buffer of the model to the tensor of the checkpoint that holds it.
+
+    The names agree, or differ by the base model's prefix (checkpoints saved from the bare model lack it). Tied
+    parameters map to the tensor of the one that is stored. What has no tensor is left out.
+    """
+    stored = set(available)
+    prefix = getattr(model, "base_model_prefix", "")
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    names: dict[str, str] = {}
+
+    def find(name: str) -> str | None:
+        candidates = [name, f"{prefix}.{name}"]
+        if prefix and name.startswith(f"{prefix}."):
+            candidates.append(name[len(prefix) + 1 :])
+        return next((candidate for candidate in candidates if candidate in stored), None)
+
+    for name in model.state_dict():
+        found = find(name)
+        if found is None and name in tied:
+            found = find(tied[name])
+        if found is None:
+            found = next((found for other, source in tied.items() if source == name and (found := find(other))), None)
+        if found is not None:
+            names[name] = found
+    return names
+
+
+@dataclass
+class Skeleton:
+    """A causal language model whose weights are read from its checkpoint only while they are needed."""
+
+    model: nn.Module
+    """The module tree; parameters on meta unless loaded."""
+    reader: CheckpointReader
+    names: dict[str, str]
+    """Parameter or buffer name in the model -> tensor name in the checkpoint."""
+    device: torch.device
+    dtype: torch.dtype
+    """The dtype the network computes in."""
+    _empty: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, reader: CheckpointReader, config: Any, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
+    ) -> Skeleton:
+        """Build the module tree and move its computed buffers to the device."""
+        model = build_empty(config, dtype, trust_remote_code)
+        for module in model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[key] = buffer.to(device)
+        names = checkpoint_names(model, reader.tensors)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        for name, source in names.items():
+            if reader.tensors[source].shape != tuple(shapes[name]):
+                raise UserError(
+                    f"{reader.path}: tensor '{source}' has shape {list(reader.tensors[source].shape)}, "
+                    f"config.json makes it {list(shapes[name])}; the checkpoint and its config do not belong together"
+                )
+        return cls(model=model, reader=reader, names=names, device=device, dtype=dtype)
+
+    def missing(self) -> list[str]:
+        """Parameters that no tensor of the checkpoint fills."""
+        return [name for name, _ in self.model.named_parameters() if name not in self.names]
+
+    def load(self, prefix: str, replacements: Mapping[str, Tensor] | None = None, recurse: bool = True) -> None:
+        """Fill the parameters and persistent buffers of the module called prefix.
+
+        replacements: values for some of them by full name, instead of what the checkpoint holds.
+        """
+        module = self.model.get_submodule(prefix)
+        for key, owner, leaf, tensor in _entries(module, recurse):
+            name = f"{prefix}.{key}" if prefix else key
+            if replacements is not None and name in replacements:
+                value = replacements[name]
+            elif name in self.names:
+                value = self.reader.read(self.names[name])
+            elif isinstance(tensor, nn.Parameter):
+                raise UserError(f"{self.reader.path}: no tensor holds parameter '{name}'; the checkpoint is incomplete")
+            else:
+                continue
+            self.put(name, owner, leaf, value)
+
+    def put(self, name: str, owner: nn.Module, leaf: str, value: Tensor) -> None:
+        """Give one parameter or buffer its value, on the device; floating values in the network's dtype."""
+        dtype = self.dtype if value.is_floating_point() and leaf in owner._parameters else value.dtype
+        value = value.to(device=self.device, dtype=dtype)
+        if leaf in owner._parameters:
+            parameter = owner._parameters[leaf]
+            if parameter is not None and parameter.is_meta:
+                self._empty.setdefault(name, parameter)
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            owner._buffers[leaf] = value
+
+    def drop(self, prefix: str, recurse: bool = True) -> None:
+        """Give back the memory of the parameters of the module called prefix."""
+        module = self.model.get_submodule(prefix)
+        for key, owner, leaf, _ in _entries(module, recurse):
+            name = f"{prefix}.{key}" if prefix else key
+            if name in self._empty:
+                owner._parameters[leaf] = self._empty[name]
+
+
+def _entries(module: nn.Module, recurse: bool) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """(name, owner, leaf name, tensor) of every parameter and persistent buffer of a module."""
+    entries = []
+    for prefix, owner in module.named_modules() if recurse else [("", module)]:
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                entries.append((f"{prefix}.{leaf}" if prefix else leaf, owner, leaf, parameter))
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None and leaf not in owner._non_persistent_buffers_set:
+                entries.append((f"{prefix}.{leaf}" if prefix else leaf, owner, leaf, buffer))
+    return entries
