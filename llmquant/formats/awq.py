@@ -33,6 +33,7 @@ from llmquant.formats.format import (
     check_scales,
     check_tensors,
     check_zeros,
+    key_set,
     make_grid,
     string_list,
 )
@@ -42,15 +43,14 @@ from llmquant.weight import QuantizedWeight
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 INVERSE_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 
-KNOWN_KEYS = frozenset(
+KNOWN_KEYS = key_set(
     "quant_method method bits w_bit group_size q_group_size zero_point version modules_to_not_convert sym lm_head meta "
     "checkpoint_format format pack_dtype desc_act "
     # What follows tells how the weights were found, or which kernel to run: nothing about the tensors.
     "do_fuse fuse_max_seq_len modules_to_fuse exllama_config backend quantizer autoround_version iters lr minmax_lr "
     "enable_minmax_tuning enable_quanted_input enable_norm_bias_tuning low_gpu_mem_usage low_cpu_mem_usage nsamples "
     "seqlen scale_dtype data_type gradient_accumulate_steps amp batch_size dataset block_name_to_quantize "
-    "quant_block_list to_quant_block_names super_bits super_group_size damp_percent true_sequential static_groups "
-    "layer_config".split()
+    "quant_block_list to_quant_block_names super_bits super_group_size damp_percent true_sequential static_groups"
 )
 FOREIGN_KEYS = {"config_groups": "compressed-tensors", "quantization_status": "compressed-tensors", "dynamic": "gptq"}
 
@@ -77,7 +77,9 @@ def refuses(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.d
     if spec.bits != 4:
         return f"bits {spec.bits}: the AWQ format holds 4 bits only; use --format compressed-tensors, or --bits 4"
     if out_features % 8:
-        return f"out_features {out_features} is not a multiple of 8, which AWQ packing needs; use --format compressed-tensors"
+        return (
+            f"out_features {out_features} is not a multiple of 8, as AWQ packing needs; use --format compressed-tensors"
+        )
     if in_features % spec.effective_group_size(in_features) or spec.group_size > in_features:
         return (
             f"in_features {in_features} is not a multiple of group_size {spec.group_size}, which the AWQ format needs; "
@@ -161,7 +163,7 @@ def config(
 
 
 def _skip_names(specs: Mapping[str, QuantSpec | None]) -> list[str]:
-    """Names to leave in 16 bit. Loaders match them as substrings, so none may occur in the name of a quantized linear."""
+    """Names to leave in 16 bit. Loaders match substrings, so none may occur in the name of a quantized linear."""
     quantized = [name for name, spec in specs.items() if spec is not None]
     names: dict[str, None] = {}
     for name in (name for name, spec in specs.items() if spec is None):

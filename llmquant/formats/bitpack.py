@@ -1,11 +1,11 @@
 """Codes of b bits <-> int32 words, as a little-endian bit stream along one dimension.
 
-Code i of the stream occupies bits b*i … b*i + b-1, where bit 0 is the least significant bit of word 0. With b = 2, 4, 8 a
-word holds 32/b whole codes; with b = 3, 32 codes fill 3 words and codes 10 and 21 straddle two of them. GPTQ and
-compressed-tensors both use this stream, the one along in_features, the other along out_features for zero-points.
+Code i of the stream occupies bits b*i … b*i + b-1, where bit 0 is the least significant bit of word 0. With b = 2, 4, 8
+a word holds 32/b whole codes; with b = 3, 32 codes fill 3 words, and codes 10 and 21 straddle two of them. GPTQ and
+compressed-tensors both use this stream: codes along in_features, zero-points along out_features.
 
-The loop runs over the codes of one period (the shortest run that ends on a word boundary), each step a strided whole-tensor
-operation: its temporaries are one period-th of the packed tensor, so nothing here grows beyond the input and the output.
+The loop runs over the codes of one period (the shortest run that ends on a word boundary), each step a strided operation
+on the whole tensor. Its temporaries have the size of one such slice, so memory stays near that of input and output.
 
 Letters: L codes along the packed dimension, W = ceil(L*b/32) words; other dimensions pass through.
 """

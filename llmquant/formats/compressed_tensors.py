@@ -36,6 +36,7 @@ from llmquant.formats.format import (
     check_tensors,
     check_zeros,
     compile_pattern,
+    key_set,
     make_grid,
     require,
     string_list,
@@ -45,15 +46,15 @@ from llmquant.weight import QuantizedWeight
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 
-KNOWN_KEYS = frozenset(
+KNOWN_KEYS = key_set(
     "quant_method format quantization_status config_groups ignore kv_cache_scheme global_compression_ratio "
-    "sparsity_config transform_config version".split()
+    "sparsity_config transform_config version"
 )
-GROUP_KEYS = frozenset("targets weights input_activations output_activations format".split())
-WEIGHT_KEYS = frozenset(
+GROUP_KEYS = key_set("targets weights input_activations output_activations format")
+WEIGHT_KEYS = key_set(
     "num_bits type symmetric strategy group_size dynamic actorder block_structure scale_dtype zp_dtype "
     # How the range was found: nothing about the tensors.
-    "observer observer_kwargs".split()
+    "observer observer_kwargs"
 )
 FOREIGN_KEYS = {
     **dict.fromkeys(("bits", "group_size", "desc_act", "sym", "checkpoint_format", "dynamic"), "gptq"),
@@ -112,7 +113,7 @@ def features(tensors: Mapping[str, Tensor], spec: QuantSpec) -> tuple[int, int]:
     rows, in_features = shape.tolist()
     if rows != out_features or in_features < 1 or num_words(in_features, spec.bits) != words:
         raise UserError(
-            f"weight_shape: [{rows}, {in_features}] does not fit weight_packed {[out_features, words]} at {spec.bits} bits"
+            f"weight_shape: [{rows}, {in_features}] does not fit {spec.bits}-bit weight_packed {[out_features, words]}"
         )
     expected = tensor_shapes(spec, out_features, in_features, torch.float16)
     expected["weight_shape"] = (shape.dtype, (2,))
@@ -166,9 +167,9 @@ def config(
 ) -> dict[str, Any]:
     """The `quantization_config`: one config group per grid.
 
-    One grid targets the class Linear. Several name every linear: an engine that fuses q, k and v asks for the class before
-    it asks for the parts, so a group for Linear would swallow the others. meta has no place here: the reader forbids
-    unknown keys.
+    One grid targets the class Linear. Several name every linear: an engine that fuses q, k and v asks for the class
+    before it asks for the parts, so a group for Linear would swallow the others. meta has no place here: the reader
+    forbids unknown keys.
     """
     assert not moving_groups
     groups: dict[QuantSpec, list[str]] = {default: []}
@@ -177,7 +178,7 @@ def config(
             groups.setdefault(spec, []).append(name)
     used = {spec: names for spec, names in groups.items() if names} or groups
     if len(used) == 1:
-        used = dict.fromkeys(used, ["Linear"])
+        used = {spec: ["Linear"] for spec in used}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -212,8 +213,8 @@ def _weights(spec: QuantSpec) -> dict[str, Any]:
 def parse(config: Mapping[str, Any]) -> ParsedQuantization:
     """Understands what llm-compressor and we write.
 
-    A linear is matched by name (exactly, or `re:` from its start) before it is matched by its class, which is Linear; `ignore`
-    comes first.
+    A linear is matched by name (exactly, or `re:` from its start) before it is matched by its class, which is Linear;
+    `ignore` comes first.
     """
     where = "quantization_config (compressed-tensors)"
     check_keys(config, KNOWN_KEYS, FOREIGN_KEYS, where)

@@ -1,7 +1,7 @@
 """What a format is: pure functions between `QuantizedWeight` and named tensors, and between specs and `config.json`.
 
-A linear called `m` is stored as tensors `m.<suffix>`; a format knows its suffixes, their dtypes and shapes, and the words
-in them. It does not know files, modules or models: `checkpoints/` adds those. The entries are in `registry.FORMATS`.
+A linear called `m` is stored as tensors `m.<suffix>`; a format knows its suffixes, their dtypes and shapes, and the
+words in them. It does not know files, modules or models: `checkpoints/` adds those. The entries are in `registry.FORMATS`.
 
 Letters: N out_features, K in_features, G groups of group_size columns (the last may be shorter).
 """
@@ -9,7 +9,7 @@ Letters: N out_features, K in_features, G groups of group_size columns (the last
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class Format:
     tensor_shapes: Callable[[QuantSpec, int, int, torch.dtype], TensorShapes]
     """(spec, N, K, scale dtype) -> suffix -> (dtype, shape) of what `pack` returns."""
     pack: Callable[[QuantizedWeight], dict[str, Tensor]]
-    """The stored tensors by suffix. Codes, scales and zeros are kept exactly, or a UserError says what would be lost."""
+    """The stored tensors by suffix. Codes, scales and zeros are kept exactly, or a UserError says what would not be."""
     features: Callable[[Mapping[str, Tensor], QuantSpec], tuple[int, int]]
     """(tensors, spec) -> (N, K), after checking every dtype and shape; UserError names the tensor. Reads no values, so
     tensors may be on the meta device (except compressed-tensors' `weight_shape`)."""
@@ -192,9 +192,13 @@ def _describe(tensor: Tensor) -> str:
 # --- configurations --------------------------------------------------------------------------------------------------
 
 
-def check_keys(config: Mapping[str, Any], known: Iterable[str], foreign: Mapping[str, str], where: str) -> None:
+def key_set(names: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(names.split())
+
+
+def check_keys(config: Mapping[str, Any], known: frozenset[str], foreign: Mapping[str, str], where: str) -> None:
     """Refuses keys of another format, and keys that nobody knows unless they are switched off (null, false, empty)."""
-    known = frozenset(known)
     for key, value in config.items():
         if key in foreign:
             raise UserError(

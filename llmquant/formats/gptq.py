@@ -38,6 +38,7 @@ from llmquant.formats.format import (
     check_tensors,
     check_zeros,
     compile_pattern,
+    key_set,
     make_grid,
     num_features,
     string_list,
@@ -47,7 +48,7 @@ from llmquant.weight import QuantizedWeight
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
-KNOWN_KEYS = frozenset(
+KNOWN_KEYS = key_set(
     "quant_method method checkpoint_format format bits group_size sym desc_act lm_head dynamic pack_dtype meta "
     "modules_in_block_to_quantize "
     # What follows tells how the weights were found, or which kernel to run: nothing about the tensors.
@@ -57,7 +58,7 @@ KNOWN_KEYS = frozenset(
     "is_marlin_format act_group_aware mse hyb_act failsafe fallback offload_to_disk offload_to_disk_path rotation_seed "
     "quantizer autoround_version iters lr minmax_lr enable_minmax_tuning enable_quanted_input enable_norm_bias_tuning "
     "low_gpu_mem_usage low_cpu_mem_usage nsamples seqlen scale_dtype data_type gradient_accumulate_steps amp "
-    "quant_block_list super_bits super_group_size to_quant_block_names layer_config".split()
+    "quant_block_list super_bits super_group_size to_quant_block_names"
 )
 FOREIGN_KEYS = {
     "config_groups": "compressed-tensors",
@@ -68,11 +69,11 @@ FOREIGN_KEYS = {
     "q_group_size": "awq",
     "modules_to_not_convert": "awq",
 }
-OVERRIDE_KEYS = frozenset("bits group_size sym desc_act damp_percent damp_auto_increment mse static_groups".split())
+OVERRIDE_KEYS = key_set("bits group_size sym desc_act damp_percent damp_auto_increment mse static_groups")
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 and bfloat16 are stored as they are: loaders copy scales into the model's dtype, exact if it is theirs."""
+    """float16 and bfloat16 stay as they are: engines copy scales into the model's dtype, exact if it is theirs."""
     return dtype if dtype == torch.bfloat16 else torch.float16
 
 
@@ -136,8 +137,8 @@ def unpack(
     check_scales(tensors["scales"], "scales")
     qzeros = tensors["qzeros"]
     if zero_offset and spec.bits != 3:
-        # GPTQModel goes from v2 to v1 by subtracting 1 from every field of a word at once; adding them back at once undoes
-        # it even where a zero-point of 0 borrowed from its neighbour.
+        # GPTQModel goes from v2 to v1 by subtracting 1 from every field of a word at once; adding them back at once
+        # undoes it even where a zero-point of 0 borrowed from its neighbour.
         qzeros = qzeros + _ones_in_each_field(spec.bits)
         zero_GN = unpack_bits(qzeros, spec.bits, 1, out_features)
     else:
@@ -173,8 +174,8 @@ def config(
     """The `quantization_config`.
 
     specs has every linear of the model, None for one that stays in 16 bit. What differs from the default goes into
-    `dynamic`, as one regular expression per treatment. An engine that fuses linears looks the fused name up, so specs may
-    have those names too.
+    `dynamic`, as one regular expression per treatment. An engine that fuses linears looks the fused name up, so specs
+    may have those names too.
     """
     lm_heads = {name: spec for name, spec in specs.items() if _is_lm_head(name)}
     result: dict[str, Any] = {
@@ -231,8 +232,8 @@ def _is_lm_head(name: str) -> bool:
 def parse(config: Mapping[str, Any]) -> ParsedQuantization:
     """Understands what AutoGPTQ, GPTQModel, optimum, AutoRound and we write.
 
-    `dynamic` maps regular expressions, tried in order from the start of the name, to overrides (`+:` or nothing in front) or
-    to "stays in 16 bit" (`-:`).
+    `dynamic` maps regular expressions, tried in order from the start of the name, to overrides (`+:` or nothing in
+    front) or to "stays in 16 bit" (`-:`).
     """
     where = "quantization_config (gptq)"
     check_keys(config, KNOWN_KEYS, FOREIGN_KEYS, where)

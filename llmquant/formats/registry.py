@@ -38,7 +38,8 @@ def parse_quantization_config(config: Mapping[str, Any]) -> ParsedQuantization:
                 "add quant_method (gptq, awq or compressed-tensors) to config.json"
             )
         (method,) = told
-    if not isinstance(method, str) or method not in FORMATS:
+    # gptq_v2 is a checkpoint_format, not a method.
+    if method not in ("gptq", "awq", "compressed-tensors"):
         raise UserError(
             f"quantization_config: quant_method {method!r:.40} cannot be read; supported: gptq, awq, compressed-tensors"
         )
