@@ -4,8 +4,8 @@ Code i of the stream occupies bits b*i … b*i + b-1, where bit 0 is the least s
 a word holds 32/b whole codes; with b = 3, 32 codes fill 3 words, and codes 10 and 21 straddle two of them. GPTQ and
 compressed-tensors both use this stream: codes along in_features, zero-points along out_features.
 
-The loop runs over the codes of one period (the shortest run that ends on a word boundary), each step a strided operation
-on the whole tensor. Its temporaries have the size of one such slice, so memory stays near that of input and output.
+The loop runs over the codes of one period (the shortest run that ends on a word boundary), each step a strided
+operation on the whole tensor. Its temporaries have the size of one such slice, so memory stays near input plus output.
 
 Letters: L codes along the packed dimension, W = ceil(L*b/32) words; other dimensions pass through.
 """

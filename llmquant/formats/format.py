@@ -1,7 +1,7 @@
 """What a format is: pure functions between `QuantizedWeight` and named tensors, and between specs and `config.json`.
 
 A linear called `m` is stored as tensors `m.<suffix>`; a format knows its suffixes, their dtypes and shapes, and the
-words in them. It does not know files, modules or models: `checkpoints/` adds those. The entries are in `registry.FORMATS`.
+words in them. It does not know files, modules or models: `checkpoints/` adds those. `registry.FORMATS` has the entries.
 
 Letters: N out_features, K in_features, G groups of group_size columns (the last may be shorter).
 """
