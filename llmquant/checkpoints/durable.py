@@ -52,7 +52,7 @@ def write_atomically(path: Path, pieces: Iterable[bytes | memoryview], needed_by
                     handle.write(piece)
                 handle.flush()
                 os.fsync(handle.fileno())
-            os.replace(temporary, path)
+            temporary.replace(path)
             sync_folder(path.parent)
     except UserError:
         # Give the space back: the next attempt, or the user, needs it.

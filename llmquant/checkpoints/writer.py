@@ -72,7 +72,7 @@ class PartialCheckpoint:
         the very end), if another run is writing it, or if what is there was begun with another request (unless
         restart, which throws it away).
         """
-        out = Path(os.path.abspath(out))
+        out = _real_path(Path(out))
         folder = out.with_name(out.name + ".partial")
         if not folder.exists():
             _check_out(out, overwrite)
@@ -290,12 +290,10 @@ class PartialCheckpoint:
     def _publish(self) -> None:
         checkpoint = self.folder / CHECKPOINT
         with disk_errors(self.out):
-            for file in list(checkpoint.rglob("*" + TEMPORARY_SUFFIX)):
-                file.unlink()
             if os.path.lexists(self.out):
                 _check_out(self.out, self._overwrite)
-                os.replace(self.out, self.folder / REPLACED)
-            os.replace(checkpoint, self.out)
+                self.out.replace(self.folder / REPLACED)
+            checkpoint.replace(self.out)
             sync_folder(self.out.parent)
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -380,6 +378,11 @@ def _is_published(journal: Journal, out: Path) -> bool:
     return journal.plan is not None and not (journal.folder / CHECKPOINT).exists() and out.exists()
 
 
+def _real_path(out: Path) -> Path:
+    """The absolute path, so that changing folders changes nothing; a link at OUT itself is not followed."""
+    return out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
+
+
 def _check_out(out: Path, overwrite: bool) -> None:
     """UserError unless OUT is free, or may be replaced and is something that can be made again."""
     if not os.path.lexists(out):
@@ -404,7 +407,7 @@ def _restore_replaced(out: Path, folder: Path) -> None:
     """Undoes the first of the two renames of `_publish`."""
     if (folder / REPLACED).exists() and not os.path.lexists(out):
         with disk_errors(out):
-            os.replace(folder / REPLACED, out)
+            (folder / REPLACED).replace(out)
 
 
 def _remove_contents(folder: Path) -> None:

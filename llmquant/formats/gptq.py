@@ -238,7 +238,7 @@ def parse(config: Mapping[str, Any]) -> ParsedQuantization:
     where = "quantization_config (gptq)"
     check_keys(config, KNOWN_KEYS, FOREIGN_KEYS, where)
     layout = config.get("checkpoint_format", config.get("format", "gptq"))
-    if layout not in FORMATS or config.get("format", layout) != layout:
+    if layout not in ("gptq", "gptq_v2") or config.get("format", layout) != layout:
         raise UserError(f"{where}: checkpoint_format {layout!r:.40}; must be gptq or gptq_v2")
     if config.get("pack_dtype", "int32") not in ("int32", "torch.int32", None):
         raise UserError(f"{where}: pack_dtype {config['pack_dtype']!r:.40}; must be int32")
