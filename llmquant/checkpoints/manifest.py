@@ -1,0 +1,51 @@
+"""`llmquant.json` inside a finished checkpoint: how it was made, and the hash of every file, so that it can be
+checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmquant.checkpoints.header import parse_json
+from llmquant.checkpoints.journal import FileRecord
+from llmquant.checkpoints.reader import file_sha256
+from llmquant.errors import UserError
+
+MANIFEST_FILE = "llmquant.json"
+
+
+def build_manifest(content: dict[str, Any], files: dict[str, FileRecord]) -> bytes:
+    """The manifest's bytes: content, and size and SHA-256 of every other file."""
+    records = {name: {"bytes": files[name].bytes, "sha256": files[name].sha256} for name in sorted(files)}
+    return json.dumps(content | {"files": records}, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; UserError if there is none, or if it is damaged."""
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        raise UserError(f"{folder}: no {MANIFEST_FILE}; only checkpoints that llmquant wrote can be verified")
+    content = parse_json(file.read_bytes(), str(file))
+    if not isinstance(content.get("files"), dict):
+        raise UserError(f"{file}: no list of files; it is damaged, quantize again")
+    return content
+
+
+def verify_files(folder: Path) -> list[str]:
+    """What differs between a checkpoint and its manifest, one line each; empty if nothing does. Reads every file."""
+    records = read_manifest(folder)["files"]
+    problems = []
+    for name, record in records.items():
+        file = folder / name
+        if ".." in Path(name).parts or Path(name).is_absolute() or not isinstance(record, dict):
+            problems.append(f"{name}: not a file of this checkpoint")
+        elif not file.is_file():
+            problems.append(f"{name}: missing")
+        elif file.stat().st_size != record.get("bytes"):
+            problems.append(f"{name}: {file.stat().st_size} bytes, was {record.get('bytes')}")
+        elif file_sha256(file) != record.get("sha256"):
+            problems.append(f"{name}: content changed")
+    shards = {file.name for file in folder.glob("*.safetensors")}
+    problems += [f"{name}: not there when the checkpoint was written" for name in sorted(shards - records.keys())]
+    return problems

@@ -1,0 +1,138 @@
+"""The quantized linears of a checkpoint, whichever tool wrote it.
+
+Finding them checks every header against `quantization_config` without reading weights; reading one checks its values.
+A linear counts as quantized if its packed tensor is there: configurations also cover linears that their tool left in
+16 bit without saying so, but none may exclude a linear that is packed.
+
+Letters: N out_features, K in_features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.errors import UserError
+from llmquant.formats.format import Format, ParsedQuantization
+from llmquant.formats.registry import FORMATS, parse_quantization_config
+from llmquant.spec import QuantSpec
+from llmquant.weight import QuantizedWeight
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedModule:
+    """A linear as it lies on disk."""
+
+    name: str
+    format: Format
+    spec: QuantSpec
+    out_features: int
+    in_features: int
+    tensors: dict[str, str]
+    """Suffix -> name of the tensor."""
+
+
+def parsed_quantization(reader: CheckpointReader) -> ParsedQuantization | None:
+    """What the checkpoint's configuration says, or None if it is not quantized; UserError names the file."""
+    config = reader.quantization_config
+    if config is None:
+        return None
+    try:
+        return parse_quantization_config(config)
+    except UserError as error:
+        raise UserError(f"{reader.path / 'config.json'}: {error}") from None
+
+
+def find_quantized_modules(reader: CheckpointReader, parsed: ParsedQuantization) -> dict[str, QuantizedModule]:
+    """Every packed linear by module name, in the order of the checkpoint, with dtypes and shapes checked."""
+    format = parsed.format
+    own, foreign = set(format.suffixes), _foreign_suffixes(format)
+    found: dict[str, dict[str, str]] = {}
+    for name in reader.tensors:
+        module, _, suffix = name.rpartition(".")
+        if suffix in own:
+            found.setdefault(module, {})[suffix] = name
+        elif suffix in foreign:
+            raise UserError(
+                f"{reader.path}: {name} belongs to {foreign[suffix]}, but config.json says {format.name}; "
+                "correct quantization_config"
+            )
+    if not found:
+        raise UserError(
+            f"{reader.path}: config.json says {format.name}, but no {format.suffixes[0]} tensor is there; "
+            "remove quantization_config, or restore the quantized weights"
+        )
+    return {module: _check_module(reader, parsed, module, tensors) for module, tensors in found.items()}
+
+
+def read_quantized(reader: CheckpointReader, module: QuantizedModule) -> QuantizedWeight:
+    """The weight of a packed linear, with its values checked; UserError names the tensor."""
+    tensors = {suffix: reader.read(name) for suffix, name in module.tensors.items()}
+    try:
+        return module.format.unpack(tensors, module.spec, module.out_features, module.in_features)
+    except UserError as error:
+        raise UserError(f"{reader.path}: {module.name}.{error}") from None
+
+
+def validate_quantized(reader: CheckpointReader) -> dict[str, QuantizedModule]:
+    """Checks everything about a quantized checkpoint, values too (reads all of it, one linear at a time)."""
+    parsed = parsed_quantization(reader)
+    if parsed is None:
+        raise UserError(f"{reader.path}: config.json has no quantization_config; this is not a quantized checkpoint")
+    modules = find_quantized_modules(reader, parsed)
+    for module in modules.values():
+        read_quantized(reader, module)
+    return modules
+
+
+def _check_module(
+    reader: CheckpointReader, parsed: ParsedQuantization, module: str, names: dict[str, str]
+) -> QuantizedModule:
+    grid = parsed.grid_of(module)
+    if grid is None:
+        raise UserError(
+            f"{reader.path}: {next(iter(names.values()))} is packed, but config.json leaves {module} in 16 bit; "
+            "correct quantization_config"
+        )
+    if f"{module}.weight" in reader.tensors:
+        raise UserError(
+            f"{reader.path}: {module} has both weight and {next(iter(names.values()))}; one of them must go"
+        )
+    index = parsed.format.group_index
+    if grid.moving_groups and index not in names:
+        raise UserError(
+            f"{reader.path}: {module}.{index}: missing, though config.json says that groups move (act-order)"
+        )
+    try:
+        out_features, in_features = parsed.format.features(_headers(reader, names), grid.spec)
+    except UserError as error:
+        raise UserError(f"{reader.path}: {module}.{error}") from None
+    return QuantizedModule(
+        name=module,
+        format=parsed.format,
+        spec=grid.spec,
+        out_features=out_features,
+        in_features=in_features,
+        tensors=names,
+    )
+
+
+def _headers(reader: CheckpointReader, names: dict[str, str]) -> dict[str, Tensor]:
+    """Stand-ins without memory; a tensor that tells a shape is tiny, and is read."""
+    tensors = {}
+    for suffix, name in names.items():
+        info = reader.info(name)
+        if suffix.endswith("_shape") and info.nbytes <= 64:
+            tensors[suffix] = reader.read(name)
+        else:
+            tensors[suffix] = torch.empty(info.shape, dtype=info.dtype, device="meta")
+    return tensors
+
+
+def _foreign_suffixes(format: Format) -> dict[str, str]:
+    return {
+        suffix: other.name for other in FORMATS.values() for suffix in other.suffixes if suffix not in format.suffixes
+    }

@@ -1,0 +1,505 @@
+"""Checkpoints: what is read is what lies there, and what is written is complete or absent, whenever a run dies."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmquant.checkpoints import writer
+from llmquant.checkpoints.header import DTYPES
+from llmquant.checkpoints.manifest import MANIFEST_FILE, verify_files
+from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, read_quantized, validate_quantized
+from llmquant.checkpoints.reader import CheckpointReader, file_sha256
+from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream, plan_shards
+from llmquant.errors import UserError
+from llmquant.formats.registry import FORMATS
+from llmquant.spec import QuantSpec
+from llmquant.weight import QuantizedWeight
+
+REQUEST = {"options": {"bits": 4, "method": "gptq"}, "version": "1"}
+EXTRA = {"config.json": b'{"model_type": "tiny"}', "templates/chat.jinja": b"{{ messages }}"}
+MANIFEST = {"method": "gptq"}
+
+
+def make_parts() -> dict[str, dict[str, Tensor]]:
+    """Three parts of mixed dtypes and odd sizes; a misaligned layout would show in the library's own reader."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"block-{i}": {
+            f"layers.{i}.half": torch.randn(3, generator=generator).half(),
+            f"layers.{i}.words": torch.randint(-(2**31), 2**31, (5, i + 1), dtype=torch.int32, generator=generator),
+            f"layers.{i}.flags": torch.tensor([True, False, True]),
+            f"layers.{i}.shape": torch.tensor([i, 2**40]),
+            f"layers.{i}.scalar": torch.tensor(1.5 + i),
+            f"layers.{i}.empty": torch.zeros(0, 4),
+        }
+        for i in range(3)
+    }
+
+
+PARTS = make_parts()
+ALL_TENSORS = {name: tensor for part in PARTS.values() for name, tensor in part.items()}
+
+
+def write_checkpoint(out: Path, *, max_shard_bytes: int = 100, overwrite: bool = False, **options: bool) -> PartialCheckpoint:
+    """What the quantizer does: makes the parts that are not there, then finishes."""
+    with PartialCheckpoint.open(out, REQUEST, overwrite=overwrite, **options) as partial:
+        if not partial.is_finishing:
+            for name, tensors in PARTS.items():
+                if not partial.has_part(name):
+                    partial.add_part(name, tensors)
+        partial.finish(list(PARTS), EXTRA, manifest=MANIFEST, max_shard_bytes=max_shard_bytes)
+    return partial
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("expected") / "out"
+    write_checkpoint(out)
+    return contents(out)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "out", max_shard_bytes=10**9)
+    file = tmp_path / "out" / "model.safetensors"
+    loaded = load_file(file)
+    assert loaded.keys() == ALL_TENSORS.keys()
+    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in ALL_TENSORS.items())
+    with safe_open(file, "pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+    assert contents(tmp_path / "out").keys() == {"model.safetensors", MANIFEST_FILE, *EXTRA}
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_shards_and_index_agree(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    shards = [name for name in expected if name.endswith(".safetensors")]
+    assert shards == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    write_checkpoint(tmp_path / "out")
+    reader = CheckpointReader(tmp_path / "out")
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in ALL_TENSORS.items())
+    index = json.loads(expected["model.safetensors.index.json"])
+    assert index["metadata"]["total_size"] == reader.total_bytes
+    assert index["weight_map"]["layers.1.half"] == "model-00002-of-00003.safetensors"
+
+
+def test_bytes_depend_on_the_parts_alone(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    with PartialCheckpoint.open(tmp_path / "out", REQUEST | {"seed": 5}) as partial:
+        for name in reversed(PARTS):
+            partial.add_part(name, PARTS[name])
+        partial.finish(list(PARTS), EXTRA, manifest=MANIFEST, max_shard_bytes=100)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_part_is_split_only_if_it_is_larger_than_a_shard() -> None:
+    parts = {"a": {"a1": 40, "a2": 30}, "b": {"b1": 40}, "c": {"c1": 90, "c2": 60, "c3": 40, "c4": 10}, "d": {"d1": 5}}
+    shards = plan_shards(parts, 100)
+    assert [list(shard) for shard in shards] == [["a1", "a2"], ["b1"], ["c1"], ["c2", "c3"], ["c4", "d1"]]
+    assert shards[4] == {"c4": "c", "d1": "d"}
+
+
+def test_streamed_tensors_are_the_same_bytes(tmp_path: Path) -> None:
+    save_file(ALL_TENSORS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    reader = CheckpointReader(tmp_path)
+
+    def stream(name: str) -> TensorStream:
+        info = reader.info(name)
+        return TensorStream(dtype=info.dtype, shape=info.shape, chunks=lambda: reader.chunks(name))
+
+    outs = [tmp_path / "streamed", tmp_path / "held"]
+    for out, values in zip(outs, ({name: stream(name) for name in ALL_TENSORS}, ALL_TENSORS), strict=True):
+        with PartialCheckpoint.open(out, REQUEST) as partial:
+            partial.add_part("all", values)
+            partial.finish(["all"], EXTRA)
+    assert contents(outs[0]) == contents(outs[1])
+
+
+def test_parts_are_read_back_before_and_after_they_became_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PartialCheckpoint, "_publish", lambda self: exec("raise KeyboardInterrupt"))
+    with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
+        for name, tensors in PARTS.items():
+            partial.add_part(name, tensors)
+            assert all(torch.equal(tensor, tensors[key]) for key, tensor in partial.read_part(name).items())
+        with pytest.raises(KeyboardInterrupt):
+            partial.finish(list(PARTS), EXTRA, max_shard_bytes=100)
+    assert list((partial.folder / "parts").iterdir()) == []
+    with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
+        assert partial.is_finishing and not partial.is_finished
+        for name, tensors in PARTS.items():
+            assert partial.has_part(name)
+            read = partial.read_part(name)
+            assert read.keys() == tensors.keys()
+            assert all(torch.equal(read[key], tensor) for key, tensor in tensors.items())
+
+
+# --- dying -----------------------------------------------------------------------------------------------------------
+
+CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir", "rename", "write")
+
+
+def die_at(call: int) -> Callable[[], int]:
+    """Lets the process vanish, without cleaning up, at the call-th operation that changes a disk; returns a counter."""
+    count = 0
+
+    def wrap(function: Callable) -> Callable:
+        def wrapped(*args: object, **kwargs: object) -> object:
+            nonlocal count
+            count += 1
+            if count == call:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    for name in CALLS:
+        setattr(os, name, wrap(getattr(os, name)))
+    return lambda: count
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Runs work in a forked process; its exit status (0 for a clean end, 9 for a death, 1 for an exception)."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException as error:  # the child must not return into pytest
+            sys.__stderr__.write(f"{error!r}\n")
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("replaces", [False, True], ids=["new", "overwrite"])
+def test_a_run_that_dies_at_any_step_is_continued_to_the_same_bytes(
+    tmp_path: Path, expected: dict[str, bytes], replaces: bool
+) -> None:
+    old = {"config.json": b"{}", "model.safetensors": b"old"}
+    deaths = 0
+    while True:
+        out = tmp_path / f"out-{deaths}"
+        if replaces:
+            out.mkdir()
+            for name, content in old.items():
+                (out / name).write_bytes(content)
+
+        def run(call: int) -> None:
+            die_at(call)
+            write_checkpoint(out, overwrite=replaces)
+
+        status = in_child(lambda: run(deaths + 1))
+        assert status in (0, 9)
+        if out.exists():
+            assert contents(out) in ([expected, old] if replaces else [expected])
+        if status == 0:
+            break
+        # A second death, later than the first, on the way back.
+        in_child(lambda: run(deaths // 2 + 2))
+        write_checkpoint(out, overwrite=replaces)
+        assert contents(out) == expected
+        assert not out.with_name(out.name + ".partial").exists()
+        deaths += 1
+    assert deaths > 60
+
+
+def test_a_run_that_is_killed_by_the_system_is_continued(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    """SIGKILL between two parts, in a process of its own: its lock is free again, and its part counts."""
+
+    def run() -> None:
+        with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
+            partial.add_part("block-0", PARTS["block-0"])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(run) == -signal.SIGKILL
+    with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
+        assert partial.has_part("block-0") and not partial.has_part("block-1")
+    write_checkpoint(tmp_path / "out")
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 10, 150, 250, 400, 700])
+def test_a_full_disk_is_one_line_and_the_same_command_continues(
+    tmp_path: Path, expected: dict[str, bytes], limit_bytes: int
+) -> None:
+    out = tmp_path / "out"
+
+    def run() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+        try:
+            write_checkpoint(out)
+        except UserError as error:
+            message = str(error)
+            fine = "no space left" in message and "same command" in message and "\n" not in message
+            os._exit(77 if fine else 1)
+
+    assert in_child(run) == 77
+    assert not out.exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+    write_checkpoint(out)
+    assert contents(out) == expected
+
+
+def test_a_full_disk_says_how_much_was_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
+
+        def full(handle: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"block-0.safetensors: no space left: it takes \d+ bytes, \d+ are free"):
+            partial.add_part("block-0", PARTS["block-0"])
+        monkeypatch.undo()
+        assert not partial.has_part("block-0")
+        partial.add_part("block-0", PARTS["block-0"])
+
+
+# --- refusing --------------------------------------------------------------------------------------------------------
+
+
+def test_existing_out_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists; .* --overwrite"):
+        PartialCheckpoint.open(tmp_path / "out", REQUEST)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_replaces_a_checkpoint_at_the_end_only(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    write_checkpoint(out, max_shard_bytes=10**9)
+    old = contents(out)
+    with PartialCheckpoint.open(out, REQUEST, overwrite=True) as partial:
+        partial.add_part("block-0", PARTS["block-0"])
+        assert contents(out) == old
+    with pytest.raises(UserError, match="exists"):
+        PartialCheckpoint.open(out, REQUEST)
+    write_checkpoint(out, overwrite=True)
+    assert contents(out) == expected
+
+
+def test_overwrite_spares_what_is_not_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("dear to someone")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for name in ("out", "file", "link"):
+        with pytest.raises(UserError, match="not a checkpoint folder"):
+            PartialCheckpoint.open(tmp_path / name, REQUEST, overwrite=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link", "out"]
+
+
+def test_other_options_are_named_and_restart_begins_anew(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    with PartialCheckpoint.open(out, {"options": {"bits": 8, "method": "gptq"}, "version": "1"}) as partial:
+        partial.add_part("block-0", {"wrong": torch.ones(2)})
+    with pytest.raises(UserError, match=r"options.bits was 8, is 4\); .*--restart"):
+        PartialCheckpoint.open(out, REQUEST)
+    write_checkpoint(out, restart=True)
+    assert contents(out) == expected
+
+
+def test_restart_after_a_death_between_the_last_renames_gives_the_old_checkpoint_back(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_checkpoint(out)
+    old = contents(out)
+    with PartialCheckpoint.open(out, REQUEST, overwrite=True) as partial:
+        partial.add_part("block-0", PARTS["block-0"])
+    out.rename(partial.folder / writer.REPLACED)
+    with pytest.raises(UserError, match="exists"):
+        PartialCheckpoint.open(out, REQUEST, restart=True)
+    assert contents(out) == old
+
+
+def test_two_runs_on_one_out_are_told_apart(tmp_path: Path) -> None:
+    with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
+        with pytest.raises(UserError, match=f"process {os.getpid()} is writing it"):
+            PartialCheckpoint.open(tmp_path / "out", REQUEST)
+        partial.add_part("block-0", PARTS["block-0"])
+    PartialCheckpoint.open(tmp_path / "out", REQUEST).close()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"layout": 1}', b"[]", b'{"layout": 1, "request": {}, "parts": {"a": 3}}'])
+def test_a_torn_journal_is_refused_and_restart_begins_anew(
+    tmp_path: Path, expected: dict[str, bytes], content: bytes
+) -> None:
+    with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
+        partial.add_part("block-0", PARTS["block-0"])
+    (partial.folder / "journal.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"journal.json: damaged; add --restart"):
+        PartialCheckpoint.open(tmp_path / "out", REQUEST)
+    write_checkpoint(tmp_path / "out", restart=True)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
+    partial = PartialCheckpoint.open(tmp_path / "out", REQUEST)
+    partial.close()
+    (partial.folder / "journal.json").write_text('{"layout": 99}')
+    with pytest.raises(UserError, match="another version .*layout 99"):
+        PartialCheckpoint.open(tmp_path / "out", REQUEST)
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "gone"])
+def test_a_damaged_part_counts_as_absent(tmp_path: Path, expected: dict[str, bytes], damage: str) -> None:
+    with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
+        for name, tensors in PARTS.items():
+            partial.add_part(name, tensors)
+    file = partial.folder / "parts" / "block-1.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(content[:-1] if damage == "torn" else content[:-1] + bytes([content[-1] ^ 1]))
+    (partial.folder / "parts" / "foreign.safetensors").write_bytes(b"")
+    with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
+        assert partial.discarded == ["block-1"]
+        assert [partial.has_part(name) for name in PARTS] == [True, False, True]
+        assert not (partial.folder / "parts" / "foreign.safetensors").exists()
+    write_checkpoint(tmp_path / "out")
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"restart": True}])
+def test_a_partial_folder_of_somebody_else_is_left_alone(tmp_path: Path, options: dict[str, bool]) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "download.part").write_text("")
+    with pytest.raises(UserError, match="not left by llmquant"):
+        PartialCheckpoint.open(tmp_path / "out", REQUEST, **options)
+    assert (tmp_path / "out.partial" / "download.part").exists()
+
+
+def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        PartialCheckpoint.open(tmp_path / "file" / "out", REQUEST)
+
+
+def test_verify_finds_every_change(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_checkpoint(out)
+    assert verify_files(out) == []
+    shard = out / "model-00001-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x07")
+    (out / "config.json").write_bytes(b"{}")
+    (out / "templates" / "chat.jinja").unlink()
+    (out / "more.safetensors").write_bytes(b"")
+    assert sorted(problem.split(":")[0] for problem in verify_files(out)) == [
+        "config.json",
+        "model-00001-of-00003.safetensors",
+        "more.safetensors",
+        "templates/chat.jinja",
+    ]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+    tensors = {name: torch.zeros(2, 3).to(dtype) if dtype == torch.bool else _filled(dtype) for name, dtype in DTYPES.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    reader = CheckpointReader(tmp_path)
+    for name, tensor in reader.read_many(tensors).items():
+        assert tensor.dtype == tensors[name].dtype and tensor.shape == tensors[name].shape
+        assert torch.equal(tensor.view(torch.uint8), tensors[name].view(torch.uint8))
+        assert b"".join(bytes(chunk) for chunk in reader.chunks(name)) == bytes(tensor.view(torch.uint8).flatten().tolist())
+    assert reader.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _filled(dtype: torch.dtype) -> Tensor:
+    return torch.arange(6 * dtype.itemsize, dtype=torch.uint8).view(dtype).reshape(2, 3)
+
+
+def test_reading_does_not_count_the_file(tmp_path: Path) -> None:
+    """Reads a 64 MiB file tensor by tensor in a fresh process and asks how much more it held at its peak."""
+    save_file({f"t{i}": torch.zeros(2**20, dtype=torch.float32) for i in range(16)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    script = (
+        "import resource, sys\n"
+        "from llmquant.checkpoints.reader import CheckpointReader\n"
+        "reader = CheckpointReader(sys.argv[1])\n"
+        "reader.read('t0')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for name in reader.tensors: reader.read(name)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 12 * 1024  # KiB
+
+
+def test_a_hub_cache_of_links_is_read(tmp_path: Path) -> None:
+    repository = tmp_path / "models--someone--tiny"
+    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    save_file({"a": torch.ones(2)}, blobs / "123")
+    (blobs / "456").write_text("{}")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
+    (snapshot / "config.json").symlink_to("../../blobs/456")
+    assert CheckpointReader(snapshot).read("a").tolist() == [1, 1]
+
+
+def test_file_hashes_identify_the_inputs(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "out")
+    reader = CheckpointReader(tmp_path / "out")
+    assert reader.file_hashes() == {
+        name: file_sha256(tmp_path / "out" / name)
+        for name in ("config.json", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)))
+    }
+
+
+# --- quantized checkpoints -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_quantized_modules_are_found_and_read(tmp_path: Path, name: str, symmetric: bool) -> None:
+    format, spec = FORMATS[name], QuantSpec(bits=4, group_size=16, symmetric=symmetric)
+    if name == "awq" and symmetric:
+        pytest.skip("AWQ configurations cannot say symmetric")
+    weights = {f"layers.{i}.up": _random_weight(spec, 32, 48 + 16 * i) for i in range(2)}
+    with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
+        for module, weight in weights.items():
+            partial.add_part(module, {f"{module}.{suffix}": t for suffix, t in format.pack(weight).items()})
+        partial.add_part("rest", {"lm_head.weight": torch.ones(4, 4), "layers.0.up.bias": torch.ones(32)})
+        config = format.config(spec, {**dict.fromkeys(weights, spec), "lm_head": None})
+        content = json.dumps({"quantization_config": config}).encode()
+        partial.finish([*weights, "rest"], {"config.json": content})
+    reader = CheckpointReader(tmp_path / "out")
+    parsed = parsed_quantization(reader)
+    assert parsed is not None and parsed.format is format
+    modules = find_quantized_modules(reader, parsed)
+    assert modules.keys() == weights.keys()
+    for module, weight in weights.items():
+        read = read_quantized(reader, modules[module])
+        assert read.spec == spec and torch.equal(read.codes_NK, weight.codes_NK)
+        assert torch.equal(read.scale_NG, weight.scale_NG) and torch.equal(read.zero_NG, weight.zero_NG)
+    assert validate_quantized(reader) == modules
+
+
+def _random_weight(spec: QuantSpec, out_features: int, in_features: int) -> QuantizedWeight:
+    groups = (out_features, spec.num_groups(in_features))
+    zero_NG = torch.randint(1, 16, groups, dtype=torch.uint8)
+    return QuantizedWeight(
+        codes_NK=torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8),
+        scale_NG=torch.rand(groups).half() + 0.01,
+        zero_NG=torch.full_like(zero_NG, 8) if spec.symmetric else zero_NG,
+        spec=spec,
+    )

@@ -1,0 +1,529 @@
+"""Formats hold a weight exactly, in the very words that other tools write, and say so in a configuration they can read."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmquant.errors import UserError
+from llmquant.formats.format import Format
+from llmquant.formats.registry import FORMATS, parse_quantization_config
+from llmquant.spec import SUPPORTED_BITS, QuantSpec
+from llmquant.weight import QuantizedWeight
+
+ALL_FORMATS = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
+
+
+def golden_weight(bits: int, out_features: int, in_features: int, group_size: int, *, first_zero: int) -> QuantizedWeight:
+    """Codes (k + 2n) mod 2^b; zeros (n + g) mod (2^b - first_zero) + first_zero."""
+    spec = QuantSpec(bits=bits, group_size=group_size, symmetric=False)
+    row_N1, num_groups = torch.arange(out_features)[:, None], spec.num_groups(in_features)
+    zero_NG = (row_N1 + torch.arange(num_groups)) % (2**bits - first_zero) + first_zero
+    return QuantizedWeight(
+        codes_NK=((torch.arange(in_features) + 2 * row_N1) % 2**bits).to(torch.uint8),
+        scale_NG=torch.ones(out_features, num_groups, dtype=torch.float16),
+        zero_NG=zero_NG.to(torch.uint8),
+        spec=spec,
+    )
+
+
+def random_weight(
+    spec: QuantSpec, out_features: int, in_features: int, *, dtype: torch.dtype = torch.float16, seed: int = 0, min_zero: int = 0
+) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    groups = (out_features, spec.num_groups(in_features))
+    zero_NG = torch.randint(min_zero, spec.max_code + 1, groups, generator=generator).to(torch.uint8)
+    codes_NK = torch.randint(0, spec.max_code + 1, (out_features, in_features), generator=generator)
+    return QuantizedWeight(
+        codes_NK=codes_NK.to(torch.uint8),
+        scale_NG=(torch.rand(groups, generator=generator) + 0.01).to(torch.bfloat16).to(dtype),
+        zero_NG=torch.full_like(zero_NG, spec.mid_code) if spec.symmetric else zero_NG,
+        spec=spec,
+    )
+
+
+def assert_same(a: QuantizedWeight, b: QuantizedWeight) -> None:
+    assert a.spec == b.spec
+    assert torch.equal(a.codes_NK, b.codes_NK) and torch.equal(a.zero_NG, b.zero_NG)
+    assert a.scale_NG.dtype == b.scale_NG.dtype and torch.equal(a.scale_NG, b.scale_NG)
+    assert torch.equal(a.group_of_column_K, b.group_of_column_K)
+
+
+def hex_words(words: Tensor) -> str:
+    return " ".join(f"{word & 0xFFFFFFFF:08X}" for word in words.flatten().tolist())
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "column", "next_column", "zeros", "next_zero"),
+    [
+        (4, "76543210 FEDCBA98 76543210", "98765432", "76543210 0EDCBA98 87654321", "87654321"),
+        (3, "88FAC688 C688FAC6 FAC688FA", "1A23EB1A", "D11AC688 6B1A2358 688D6344", "1A2358D1"),
+        (8, "03020100 07060504 0B0A0908", "05040302", "03020100 07060504 0B0A0908", "04030201"),
+        (2, "E4E4E4E4 E4E4E4E4", "4E4E4E4E", "24924924 49249249", "49249249"),
+    ],
+)
+def test_gptq_words_match_golden(bits: int, column: str, next_column: str, zeros: str, next_zero: str) -> None:
+    tensors = FORMATS["gptq"].pack(golden_weight(bits, 32, 32, 16, first_zero=1))
+    assert hex_words(tensors["qweight"][:3, 0]) == column
+    assert hex_words(tensors["qweight"][0, 1]) == next_column
+    assert hex_words(tensors["qzeros"][0, :3]) == zeros
+    assert hex_words(tensors["qzeros"][1, 0]) == next_zero
+    assert tensors["g_idx"].tolist() == [0] * 16 + [1] * 16
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "word"),
+    [("gptq", 4, "77777777"), ("gptq", 8, "7F7F7F7F"), ("gptq_v2", 4, "88888888"), ("gptq_v2", 8, "80808080")],
+)
+def test_gptq_symmetric_zeros_match_golden(name: str, bits: int, word: str) -> None:
+    tensors = FORMATS[name].pack(random_weight(QuantSpec(bits=bits, group_size=32), 32, 64))
+    assert set(hex_words(tensors["qzeros"]).split()) == {word}
+
+
+def test_awq_words_match_golden() -> None:
+    weight = golden_weight(4, 32, 32, 16, first_zero=0)
+    tensors = FORMATS["awq"].pack(weight)
+    assert hex_words(tensors["qweight"][:2, 0]) == "EA62C840 FB73D951"
+    assert hex_words(tensors["qzeros"][0, :2]) == "75316420 FDB9ECA8"
+    assert hex_words(tensors["qzeros"][1, 0]) == "86427531"
+
+
+@pytest.mark.parametrize(
+    ("bits", "in_features", "rows"),
+    [
+        (4, 16, ["76543210 FEDCBA98", "98765432 10FEDCBA"]),
+        (4, 20, ["76543210 FEDCBA98 00003210"]),
+        (3, 32, ["88FAC688 C688FAC6 FAC688FA"]),
+    ],
+)
+def test_compressed_tensors_words_match_golden(bits: int, in_features: int, rows: list[str]) -> None:
+    packed = FORMATS["compressed-tensors"].pack(golden_weight(bits, 8, in_features, -1, first_zero=0))["weight_packed"]
+    assert [hex_words(row) for row in packed[: len(rows)]] == rows
+
+
+def test_compressed_tensors_zero_points_match_golden() -> None:
+    pack = FORMATS["compressed-tensors"].pack
+    assert hex_words(pack(golden_weight(4, 8, 32, 16, first_zero=0))["weight_zero_point"]) == "76543210 87654321"
+    twelve = pack(golden_weight(4, 12, 32, 16, first_zero=0))["weight_zero_point"]
+    assert hex_words(twelve[1, 0]) == "0000BA98"
+
+
+@pytest.mark.parametrize("bits", SUPPORTED_BITS)
+def test_compressed_tensors_is_the_transpose_of_gptq_v2(bits: int) -> None:
+    weight = random_weight(QuantSpec(bits=bits, group_size=32, symmetric=False), 64, 96)
+    gptq, compressed = FORMATS["gptq_v2"].pack(weight), FORMATS["compressed-tensors"].pack(weight)
+    assert torch.equal(compressed["weight_packed"], gptq["qweight"].T)
+    assert torch.equal(compressed["weight_zero_point"], gptq["qzeros"].T)
+    assert torch.equal(compressed["weight_scale"], gptq["scales"].T)
+
+
+@ALL_FORMATS
+@given(data=st.data())
+def test_packing_round_trips_or_says_why_not(format: Format, data: st.DataObject) -> None:
+    spec = QuantSpec(
+        bits=data.draw(st.sampled_from(SUPPORTED_BITS)),
+        group_size=data.draw(st.sampled_from([-1, 8, 32, 40, 128])),
+        symmetric=data.draw(st.booleans()),
+    )
+    out_features = data.draw(st.one_of(st.integers(1, 5).map(lambda n: 32 * n), st.integers(1, 100)))
+    in_features = data.draw(st.one_of(st.integers(1, 5).map(lambda n: 32 * n), st.integers(1, 200)))
+    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16]))
+    weight = random_weight(
+        spec, out_features, in_features, dtype=format.scale_dtype(dtype), seed=data.draw(st.integers(0, 9)), min_zero=format.min_zero
+    )
+    reason = format.refuses(spec, out_features, in_features, weight.scale_NG.dtype)
+    if reason is not None:
+        assert "use " in reason
+        with pytest.raises(UserError, match=re.escape(reason)):
+            format.pack(weight)
+        return
+    tensors = format.pack(weight)
+    shapes = format.tensor_shapes(spec, out_features, in_features, weight.scale_NG.dtype)
+    assert {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()} == shapes
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert set(tensors) <= set(format.suffixes)
+    assert format.features(tensors, spec) == (out_features, in_features)
+    assert_same(format.unpack(tensors, spec, out_features, in_features), weight)
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2"])
+def test_moving_groups_survive_gptq(name: str) -> None:
+    spec = QuantSpec(bits=4, group_size=16)
+    base = random_weight(spec, 32, 64)
+    order_K = torch.randperm(64, generator=torch.Generator().manual_seed(1)) // 16
+    weight = QuantizedWeight(
+        codes_NK=base.codes_NK, scale_NG=base.scale_NG, zero_NG=base.zero_NG, spec=spec, group_index_K=order_K
+    )
+    again = FORMATS[name].unpack(FORMATS[name].pack(weight), spec, 32, 64)
+    assert again.group_index_K is not None
+    assert_same(again, weight)
+    for other in ("awq", "compressed-tensors"):
+        with pytest.raises(UserError, match="moving order"):
+            FORMATS[other].pack(weight)
+
+
+def test_gptq_v1_refuses_a_zero_point_of_zero_and_v2_holds_it() -> None:
+    weight = golden_weight(4, 32, 32, 16, first_zero=0)
+    with pytest.raises(UserError, match="gptq_v2"):
+        FORMATS["gptq"].pack(weight)
+    assert_same(FORMATS["gptq_v2"].unpack(FORMATS["gptq_v2"].pack(weight), weight.spec, 32, 32), weight)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_v1_words_that_gptqmodel_made_by_subtraction_are_undone(bits: int) -> None:
+    """It subtracts 0x1111… from whole words, which borrows across codes where a zero-point is 0."""
+    weight = random_weight(QuantSpec(bits=bits, group_size=16, symmetric=False), 32, 32)
+    tensors = FORMATS["gptq_v2"].pack(weight)
+    tensors["qzeros"] = tensors["qzeros"] - sum(1 << shift for shift in range(0, 32, bits))
+    assert_same(FORMATS["gptq"].unpack(tensors, weight.spec, 32, 32), weight)
+
+
+def test_v2_read_as_v1_is_noticed_when_symmetric() -> None:
+    weight = random_weight(QuantSpec(bits=4, group_size=32), 32, 32)
+    with pytest.raises(UserError, match="qzeros: .* checkpoint_format"):
+        FORMATS["gptq"].unpack(FORMATS["gptq_v2"].pack(weight), weight.spec, 32, 32)
+
+
+def test_scales_are_never_rounded_again() -> None:
+    spec = QuantSpec(bits=4, group_size=32)
+    weight = random_weight(spec, 32, 32, dtype=torch.bfloat16)
+    assert FORMATS["gptq"].pack(weight)["scales"].dtype == torch.bfloat16
+    exact = FORMATS["awq"].pack(weight)["scales"]
+    assert exact.dtype == torch.float16 and torch.equal(exact.T.to(torch.bfloat16), weight.scale_NG)
+    tiny = QuantizedWeight(
+        codes_NK=weight.codes_NK, scale_NG=weight.scale_NG * 2**-20, zero_NG=weight.zero_NG, spec=spec
+    )
+    with pytest.raises(UserError, match="not exact in float16"):
+        FORMATS["awq"].pack(tiny)
+    single = random_weight(spec, 32, 32, dtype=torch.float32)
+    assert FORMATS["gptq"].pack(single)["scales"].dtype == torch.float16
+    assert FORMATS["compressed-tensors"].pack(single)["weight_scale"].dtype == torch.float32
+
+
+def test_compressed_tensors_reads_zero_points_of_one_byte() -> None:
+    weight = random_weight(QuantSpec(bits=4, group_size=16, symmetric=False), 8, 32)
+    tensors = FORMATS["compressed-tensors"].pack(weight)
+    tensors["weight_zero_point"] = (weight.zero_NG.int() - 8).to(torch.int8)
+    assert_same(FORMATS["compressed-tensors"].unpack(tensors, weight.spec, 8, 32), weight)
+    tensors["weight_zero_point"][3, 1] = 8
+    with pytest.raises(UserError, match="weight_zero_point: outside -8 … 7"):
+        FORMATS["compressed-tensors"].unpack(tensors, weight.spec, 8, 32)
+
+
+def test_compressed_tensors_reads_legacy_moving_groups() -> None:
+    spec = QuantSpec(bits=4, group_size=16)
+    weight = random_weight(spec, 8, 32)
+    tensors = FORMATS["compressed-tensors"].pack(weight)
+    tensors["weight_g_idx"] = torch.arange(32, dtype=torch.int32) % 2
+    assert FORMATS["compressed-tensors"].unpack(tensors, spec, 8, 32).group_of_column_K.tolist() == [0, 1] * 16
+
+
+# --- damaged tensors -------------------------------------------------------------------------------------------------
+
+
+def damaged_tensors() -> dict[str, tuple[str, str, object]]:
+    """Name -> (format, suffix, replacement or None to remove or a function of the good tensor)."""
+    cases: dict[str, tuple[str, str, object]] = {}
+    for name, format in FORMATS.items():
+        packed, scale = format.suffixes[0], "weight_scale" if name == "compressed-tensors" else "scales"
+        zero = "weight_zero_point" if name == "compressed-tensors" else "qzeros"
+        cases |= {
+            f"{name} codes of int64": (name, packed, lambda t: t.long()),
+            f"{name} codes of one dimension": (name, packed, lambda t: t.flatten()),
+            f"{name} codes without rows": (name, packed, lambda t: t[:0]),
+            f"{name} scales missing": (name, scale, None),
+            f"{name} scales of a wrong shape": (name, scale, lambda t: t[:, :1]),
+            f"{name} scales transposed": (name, scale, lambda t: t.T),
+            f"{name} scales of int32": (name, scale, lambda t: t.int()),
+            f"{name} scales in float64": (name, scale, lambda t: t.double()),
+            f"{name} zeros missing": (name, zero, None),
+            f"{name} zeros too few": (name, zero, lambda t: t[:, :-1]),
+            f"{name} zeros of float": (name, zero, lambda t: t.float()),
+        }
+        for value in (float("nan"), float("inf"), -1.0, 0.0):
+            cases[f"{name} scale {value}"] = (name, scale, lambda t, v=value: t.index_fill(0, torch.tensor([1]), v))
+    for value in (-1, 2, 2**31 - 1, -(2**31)):
+        cases[f"g_idx {value}"] = ("gptq", "g_idx", lambda t, v=value: t.index_fill(0, torch.tensor([5]), v))
+    cases["g_idx too short"] = ("gptq", "g_idx", lambda t: t[:-1])
+    cases["g_idx of float"] = ("gptq", "g_idx", lambda t: t.float())
+    shape = "weight_shape"
+    cases["weight_shape missing"] = ("compressed-tensors", shape, None)
+    cases["weight_shape of three"] = ("compressed-tensors", shape, lambda t: torch.tensor([32, 32, 1]))
+    cases["weight_shape absurd"] = ("compressed-tensors", shape, lambda t: torch.tensor([32, 2**62]))
+    cases["weight_shape negative"] = ("compressed-tensors", shape, lambda t: torch.tensor([32, -32]))
+    cases["weight_shape transposed"] = ("compressed-tensors", shape, lambda t: torch.tensor([64, 32]))
+    return cases
+
+
+@pytest.mark.parametrize("case", damaged_tensors().values(), ids=list(damaged_tensors()))
+def test_damaged_tensors_are_refused_by_name(case: tuple[str, str, object]) -> None:
+    name, suffix, damage = case
+    weight = golden_weight(4, 32, 64, 32, first_zero=1)
+    tensors = FORMATS[name].pack(weight)
+    assert_same(FORMATS[name].unpack(tensors, weight.spec, 32, 64), weight)
+    good = tensors.pop(suffix)
+    if callable(damage):
+        tensors[suffix] = damage(good)
+    with pytest.raises(UserError, match=r"^(qweight|qzeros|scales|g_idx|weight_\w+): ") as error:
+        FORMATS[name].unpack(tensors, weight.spec, 32, 64)
+    assert suffix in str(error.value) and "\n" not in str(error.value)
+
+
+@ALL_FORMATS
+def test_a_weight_of_another_size_is_refused(format: Format) -> None:
+    weight = golden_weight(4, 32, 64, 32, first_zero=1)
+    with pytest.raises(UserError, match=r"holds a weight of \[32, 64\], but the model's is \[64, 64\]"):
+        format.unpack(format.pack(weight), weight.spec, 64, 64)
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+LINEARS = [f"model.layers.{i}.{name}" for i in range(12) for name in ("self_attn.q_proj", "mlp.gate", "mlp.down_proj")]
+
+
+@ALL_FORMATS
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_configuration_round_trips(format: Format, symmetric: bool, group_size: int) -> None:
+    spec = QuantSpec(bits=4, group_size=group_size, symmetric=symmetric)
+    specs: dict[str, QuantSpec | None] = dict.fromkeys(LINEARS, spec) | {"lm_head": None}
+    parsed = parse_quantization_config(format.config(spec, specs))
+    assert parsed.format is format
+    if format.name == "awq":
+        # The format stores zero-points for symmetric grids too, and has no other way to say it.
+        spec = QuantSpec(bits=4, group_size=group_size, symmetric=False)
+    assert parsed.default == spec
+    assert {name: parsed.spec_of(name) for name in specs} == {name: s and spec for name, s in specs.items()}
+
+
+@ALL_FORMATS
+@given(data=st.data())
+def test_mixed_precision_round_trips_or_is_refused(format: Format, data: st.DataObject) -> None:
+    choices = [QuantSpec(bits=4, group_size=64, symmetric=False), QuantSpec(bits=8, group_size=32, symmetric=False), None]
+    if format.name == "awq":
+        choices.pop(1)
+    per_kind = data.draw(st.lists(st.sampled_from(choices), min_size=3, max_size=3))
+    specs = {name: per_kind[i % 3] for i, name in enumerate(LINEARS)}
+    specs |= data.draw(st.dictionaries(st.sampled_from([*LINEARS, "lm_head"]), st.sampled_from(choices), max_size=4))
+    default = next((spec for spec in specs.values() if spec is not None), choices[0])
+    assert default is not None
+    try:
+        config = format.config(default, specs)
+    except UserError as error:
+        assert format.name == "awq" and "substring" in str(error)
+        return
+    parsed = parse_quantization_config(config)
+    assert {name: parsed.spec_of(name) for name in specs} == specs
+
+
+def test_mixed_precision_in_awq_is_refused_by_name() -> None:
+    spec = QuantSpec(bits=4, group_size=64)
+    with pytest.raises(UserError, match=r"^b: 4-bit g32 sym beside 4-bit g64 sym: .*compressed-tensors"):
+        FORMATS["awq"].config(spec, {"a": spec, "b": QuantSpec(bits=4, group_size=32)})
+
+
+def test_gptq_exceptions_are_short_and_do_not_overmatch() -> None:
+    spec, eight = QuantSpec(), QuantSpec(bits=8)
+    specs: dict[str, QuantSpec | None] = {name: eight if name.endswith("down_proj") else spec for name in LINEARS}
+    specs["model.layers.1.mlp.gate"] = None
+    config = FORMATS["gptq"].config(spec, specs)
+    assert config["dynamic"] == {
+        r"-:^(?:model\.layers\.1\.mlp\.gate)$": {},
+        r"+:^(?:model\.layers\.\d+\.mlp\.down_proj)$": {"bits": 8},
+    }
+    assert parse_quantization_config(config).spec_of("model.layers.11.mlp.gate") == spec
+
+
+def test_mixed_compressed_tensors_never_targets_the_class() -> None:
+    spec, eight = QuantSpec(), QuantSpec(bits=8)
+    groups = FORMATS["compressed-tensors"].config(spec, {"a": spec, "b": eight, "c": None})["config_groups"]
+    assert [group["targets"] for group in groups.values()] == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_configuration_is_the_documented_one(name: str) -> None:
+    spec = QuantSpec(bits=4, group_size=128, symmetric=True)
+    config = FORMATS[name].config(spec, {"model.layers.0.q": spec, "lm_head": None})
+    quantizer = config.get("meta", {}).pop("quantizer", ["llmquant:"])
+    assert quantizer[0].startswith("llmquant:")
+    gptq = {
+        "quant_method": "gptq",
+        "checkpoint_format": name,
+        "bits": 4,
+        "group_size": 128,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "true_sequential": True,
+        "meta": {},
+    }
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": False}
+    expected = {
+        "gptq": gptq,
+        "gptq_v2": gptq,
+        "awq": {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": 128,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": ["lm_head"],
+        },
+        "compressed-tensors": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "input_activations": None,
+                    "output_activations": None,
+                    "weights": weights,
+                }
+            },
+            "ignore": ["lm_head"],
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        },
+    }
+    assert config == expected[name]
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": False}
+
+
+def compressed(weights: dict[str, object] | None = None, **keys: object) -> dict[str, object]:
+    group = {"targets": ["Linear"], "weights": WEIGHTS | (weights or {})}
+    config: dict[str, object] = {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+    return config | {"format": "pack-quantized", "ignore": ["lm_head"]} | keys
+
+
+@pytest.mark.parametrize(
+    ("config", "module", "spec"),
+    [
+        (GPTQ, "model.layers.0.q", QuantSpec()),
+        (GPTQ, "lm_head", None),
+        (GPTQ | {"lm_head": True}, "lm_head", QuantSpec()),
+        (GPTQ | {"dynamic": {"+:.*q$": {"bits": 8, "group_size": 32}}}, "a.q", QuantSpec(bits=8, group_size=32)),
+        (GPTQ | {"dynamic": {".*q$": {"sym": False}}}, "a.q", QuantSpec(symmetric=False)),
+        (GPTQ | {"dynamic": {"-:.*vision": {}, "+:.*": {"bits": 2}}}, "a.vision.q", None),
+        (GPTQ | {"dynamic": {"-:vision": {}}}, "a.vision.q", QuantSpec()),
+        (GPTQ | {"modules_in_block_to_quantize": [["self_attn.q"], ["mlp.up"]]}, "l.0.self_attn.k", None),
+        (GPTQ | {"modules_in_block_to_quantize": [["self_attn.q"], ["mlp.up"]]}, "l.0.mlp.up", QuantSpec()),
+        (GPTQ | {"checkpoint_format": "gptq_v2", "damp_percent": 0.05, "future": None}, "a", QuantSpec()),
+        ({"bits": 4, "group_size": -1, "desc_act": True}, "a", QuantSpec(group_size=-1)),
+        (AWQ, "a", QuantSpec(symmetric=False)),
+        (AWQ | {"zero_point": False, "sym": True, "version": "GEMM"}, "a", QuantSpec()),
+        (AWQ | {"modules_to_not_convert": ["visual", "lm_head"]}, "model.visual.q", None),
+        ({"w_bit": 4, "q_group_size": 64, "zero_point": True}, "a", QuantSpec(group_size=64, symmetric=False)),
+        (compressed(), "a", QuantSpec()),
+        (compressed(), "lm_head", None),
+        (compressed(ignore=["re:.*lm_head", "re:visual.*"]), "visual.q", None),
+        (compressed({"strategy": "channel", "group_size": None}), "a", QuantSpec(group_size=-1)),
+        (compressed({"symmetric": False, "num_bits": 8, "observer": "mse"}), "a", QuantSpec(bits=8, symmetric=False)),
+        (compressed({"actorder": "static"}, sparsity_config={}, transform_config={}, version="0.12"), "a", QuantSpec()),
+    ],
+)
+def test_configurations_of_other_tools_are_understood(config: dict, module: str, spec: QuantSpec | None) -> None:
+    assert parse_quantization_config(config).spec_of(module) == spec
+
+
+def test_names_come_before_classes_in_config_groups() -> None:
+    groups = {
+        "group_0": {"targets": ["Linear"], "weights": WEIGHTS},
+        "group_1": {"targets": ["re:.*down$"], "weights": WEIGHTS | {"num_bits": 8}},
+    }
+    parsed = parse_quantization_config(compressed(config_groups=groups))
+    assert parsed.spec_of("a.down") == QuantSpec(bits=8) and parsed.spec_of("a.up") == QuantSpec()
+
+
+@pytest.mark.parametrize(
+    ("config", "moves"),
+    [
+        (GPTQ | {"desc_act": True}, True),
+        (GPTQ, False),
+        (compressed({"actorder": "group"}), True),
+        (compressed({"actorder": "weight"}), False),
+    ],
+)
+def test_moving_groups_are_known_from_the_configuration(config: dict, moves: bool) -> None:
+    grid = parse_quantization_config(config).grid_of("a")
+    assert grid is not None and grid.moving_groups is moves
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "no quant_method"),
+        ({"zero_point": True, "desc_act": False, "bits": 4}, "fit awq and gptq"),
+        ({"quant_method": "gptq_v2"}, "quant_method 'gptq_v2' cannot be read"),
+        ({"quant_method": "bitsandbytes"}, "supported: gptq, awq, compressed-tensors"),
+        ({"quant_method": ["gptq"]}, "cannot be read"),
+        (GPTQ | {"bits": 5}, "bits 5"),
+        (GPTQ | {"bits": "4"}, "bits '4'"),
+        (GPTQ | {"bits": True}, "bits True"),
+        (GPTQ | {"bits": [4]}, r"bits \[4\]"),
+        ({"quant_method": "gptq", "bits": 4}, "group_size is missing"),
+        (GPTQ | {"group_size": 0}, "group_size 0"),
+        (GPTQ | {"group_size": -2}, "group_size -2"),
+        (GPTQ | {"group_size": 128.0}, "group_size 128.0"),
+        (GPTQ | {"sym": "yes"}, "sym 'yes'"),
+        (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
+        (GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"}, "checkpoint_format"),
+        (GPTQ | {"checkpoint_format": ["gptq"]}, "checkpoint_format"),
+        (GPTQ | {"pack_dtype": "int16"}, "pack_dtype 'int16'"),
+        (GPTQ | {"zero_point": True}, "'zero_point' is a key of awq"),
+        (GPTQ | {"config_groups": {}}, "'config_groups' is a key of compressed-tensors"),
+        (GPTQ | {"rotation": "hadamard"}, "unknown key 'rotation'"),
+        (GPTQ | {"dynamic": {"+:(": {"bits": 8}}}, "not a regular expression"),
+        (GPTQ | {"dynamic": {"a": {"bits": 7}}}, "dynamic 'a': bits 7"),
+        (GPTQ | {"dynamic": {"a": {"bites": 8}}}, "unknown key 'bites'"),
+        (GPTQ | {"dynamic": {"a": 8}}, "must be an object of overrides"),
+        (GPTQ | {"dynamic": ["a"]}, "dynamic"),
+        (GPTQ | {"modules_in_block_to_quantize": [[1]]}, "list of strings"),
+        (AWQ | {"bits": 8}, "bits 8"),
+        (AWQ | {"version": "gemv"}, "version 'gemv'"),
+        (AWQ | {"group_size": 0}, "group_size 0"),
+        (AWQ | {"w_bit": 3}, "bits 4 contradicts w_bit 3"),
+        (AWQ | {"sym": True}, "zero_point True contradicts sym True"),
+        (AWQ | {"desc_act": True}, "desc_act"),
+        (AWQ | {"dynamic": {}}, "'dynamic' is a key of gptq"),
+        (AWQ | {"modules_to_not_convert": "lm_head"}, "list of strings"),
+        (compressed({"num_bits": 6}), "bits 6"),
+        (compressed({"type": "float"}), "integer"),
+        (compressed({"dynamic": True}), "static"),
+        (compressed({"strategy": "tensor"}), "strategy 'tensor'"),
+        (compressed({"strategy": "channel"}), "group_size 128 contradicts strategy channel"),
+        (compressed({"group_size": -1}), "group_size -1 contradicts"),
+        (compressed({"group_size": 0}), "group_size 0"),
+        (compressed({"group_size": None}), "group_size None"),
+        (compressed({"actorder": "sideways"}), "actorder 'sideways'"),
+        (compressed(format="int-quantized"), "format 'int-quantized'"),
+        (compressed(format="mixed-precision"), "format None"),
+        (compressed(quantization_status="initialized"), "quantization_status"),
+        (compressed(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+        (compressed(sparsity_config={"format": "sparse-24"}), "sparsity_config"),
+        (compressed(transform_config={"config_groups": {"u": {}}}), "transform_config"),
+        (compressed(config_groups={}), "config_groups"),
+        (compressed(config_groups={"g": {"targets": ["Linear"]}}), "weights None"),
+        (compressed(config_groups={"g": {"targets": "Linear", "weights": WEIGHTS}}), "list of strings"),
+        (compressed(ignore=["re:("]), "not a regular expression"),
+        (compressed(desc_act=False), "'desc_act' is a key of gptq"),
+        (compressed(future_key=3), "unknown key 'future_key'"),
+    ],
+)
+def test_bad_configurations_are_refused_in_one_line(config: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        parse_quantization_config(config)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
