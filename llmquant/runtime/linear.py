@@ -1,0 +1,139 @@
+"""`QuantizedLinear`: the module that stands where an `nn.Linear` stood.
+
+It holds the weight in the layout of the backend that was chosen for it, made once at load. The layout is neither saved
+(its buffers are not persistent: it depends on the processor) nor cast by `.to(dtype)` (its bits have a meaning).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmquant.errors import UserError
+from llmquant.kernels.dispatch import BACKENDS, choose_backend, matmul
+from llmquant.kernels.layout import LinearShape
+from llmquant.weight import QuantizedWeight
+
+
+class QuantizedLinear(nn.Module):
+    """y = x @ dequantize(weight).T + bias.
+
+    x is [..., in_features] in `dtype`; the result has the same dtype. Gradients flow to x and to the bias, never to
+    the codes.
+    """
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        backend: str = "auto",
+    ) -> None:
+        """Raises UserError where `backend` is unknown or cannot run this weight on `device` in `dtype`."""
+        super().__init__()
+        device = torch.device(device)
+        self.layer = LinearShape.of(weight)
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+        self.spec = weight.spec
+        self.dtype = dtype
+        chosen, self.backend_reason = choose_backend(self.layer, device, dtype, backend)
+        self.backend_name = chosen.name
+        prepared = chosen.prepare(weight, dtype, device)
+        self._num_prepared = len(prepared)
+        for i, tensor in enumerate(prepared):
+            self.register_buffer(f"prepared_{i}", tensor, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
+
+    @property
+    def prepared(self) -> tuple[Tensor, ...]:
+        """The tensors of the backend's layout."""
+        buffers = self._buffers
+        return tuple(buffers[f"prepared_{i}"] for i in range(self._num_prepared))  # type: ignore[misc]
+
+    @property
+    def device(self) -> torch.device:
+        return self.prepared[0].device
+
+    @property
+    def weight(self) -> DenseWeight:
+        """The dense weight, made when its values are first needed; its shape, dtype and device cost nothing."""
+        return DenseWeight(self)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight [N, K] as this layer's backend sees it."""
+        return BACKENDS[self.backend_name].dequantize(self.prepared, self.layer, dtype or self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The operator costs some ten microseconds of Python per call: as much as a small matmul. It is only needed
+        # where somebody traces or differentiates.
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._wants_gradient(x)):
+            return matmul(x, list(self.prepared), self.bias, self.backend_name, self.layer.as_ints())
+        return BACKENDS[self.backend_name].matmul(x, self.prepared, self.bias, self.layer)
+
+    def _wants_gradient(self, x: Tensor) -> bool:
+        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """`.to()` and its kin: the layout moves where its backend can run, and is never cast."""
+        moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        if moved.dtype != self.dtype:
+            raise UserError(
+                f"{self.layer.describe()}: prepared for {self.dtype}, cannot be cast to {moved.dtype}; "
+                f"load the model with that dtype"
+            )
+        refusal = BACKENDS[self.backend_name].refuses(self.layer, moved.device, self.dtype)
+        if moved.device != self.device and refusal is not None:
+            raise UserError(
+                f"{self.layer.describe()}: prepared for backend '{self.backend_name}' on {self.device}, which cannot "
+                f"run on {moved.device} ({refusal}); load the model on that device"
+            )
+        for i, tensor in enumerate(self.prepared):
+            self._buffers[f"prepared_{i}"] = tensor.to(moved.device)
+        if self.bias is not None:
+            self.bias.data = fn(self.bias.data)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.describe()}, "
+            f"bias={self.bias is not None}, backend={self.backend_name}"
+        )
+
+
+class DenseWeight:
+    """Stands for the dense weight of a `QuantizedLinear`.
+
+    Some model code only peeks at `linear.weight.dtype` or `.device`: that stays free. Anything else (an attribute, a
+    torch function) makes the dense tensor and uses that.
+    """
+
+    def __init__(self, linear: QuantizedLinear) -> None:
+        self._linear = linear
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._linear.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._linear.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self._linear.out_features, self._linear.in_features))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._linear.dequantize(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        def dense(value: Any) -> Any:
+            return value._linear.dequantize() if isinstance(value, DenseWeight) else value
+
+        return func(*map(dense, args), **{name: dense(value) for name, value in (kwargs or {}).items()})
