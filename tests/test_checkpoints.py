@@ -165,11 +165,11 @@ def test_parts_are_read_back_before_and_after_they_became_shards(
 
 # --- dying -----------------------------------------------------------------------------------------------------------
 
-CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir", "rename", "write")
+DISK_CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir", "rename", "write")
 
 
-def die_at(call: int) -> Callable[[], int]:
-    """Lets the process vanish, without cleaning up, at the call-th operation that changes a disk; returns a counter."""
+def die_at(call: int) -> None:
+    """Lets the process vanish, without cleaning up, at the call-th operation that changes a disk."""
     count = 0
 
     def wrap(function: Callable) -> Callable:
@@ -182,9 +182,8 @@ def die_at(call: int) -> Callable[[], int]:
 
         return wrapped
 
-    for name in CALLS:
+    for name in DISK_CALLS:
         setattr(os, name, wrap(getattr(os, name)))
-    return lambda: count
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -200,6 +199,16 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def die_while_writing(out: Path, call: int, overwrite: bool) -> int:
+    """The exit status of a run that dies at that call, if it gets there."""
+
+    def run() -> None:
+        die_at(call)
+        write_checkpoint(out, overwrite=overwrite)
+
+    return in_child(run)
+
+
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "overwrite"])
 def test_a_run_that_dies_at_any_step_is_continued_to_the_same_bytes(
     tmp_path: Path, expected: dict[str, bytes], replaces: bool
@@ -212,19 +221,14 @@ def test_a_run_that_dies_at_any_step_is_continued_to_the_same_bytes(
             out.mkdir()
             for name, content in old.items():
                 (out / name).write_bytes(content)
-
-        def run(call: int) -> None:
-            die_at(call)
-            write_checkpoint(out, overwrite=replaces)
-
-        status = in_child(lambda: run(deaths + 1))
+        status = die_while_writing(out, deaths + 1, replaces)
         assert status in (0, 9)
         if out.exists():
             assert contents(out) in ([expected, old] if replaces else [expected])
         if status == 0:
             break
         # A second death on the way back, at a step of its own.
-        in_child(lambda: run(deaths // 2 + 2))
+        die_while_writing(out, deaths // 2 + 2, replaces)
         journal = out.with_name(out.name + ".partial") / "journal.json"
         if journal.exists() or not out.exists() or contents(out) != expected:
             write_checkpoint(out, overwrite=replaces)
@@ -294,7 +298,7 @@ def test_a_full_disk_says_how_much_was_needed(tmp_path: Path, monkeypatch: pytes
 
 def test_existing_out_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists; .* --overwrite"):
+    with pytest.raises(UserError, match=r"exists; .* --overwrite"):
         PartialCheckpoint.open(tmp_path / "out", REQUEST)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -372,7 +376,7 @@ def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
     partial = PartialCheckpoint.open(tmp_path / "out", REQUEST)
     partial.close()
     (partial.folder / "journal.json").write_text('{"layout": 99}')
-    with pytest.raises(UserError, match="another version .*layout 99"):
+    with pytest.raises(UserError, match=r"another version .*layout 99"):
         PartialCheckpoint.open(tmp_path / "out", REQUEST)
 
 

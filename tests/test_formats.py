@@ -202,7 +202,7 @@ def test_v1_words_that_gptqmodel_made_by_subtraction_are_undone(bits: int) -> No
 
 def test_v2_read_as_v1_is_noticed_when_symmetric() -> None:
     weight = random_weight(QuantSpec(bits=4, group_size=32), 32, 32)
-    with pytest.raises(UserError, match="qzeros: .* checkpoint_format"):
+    with pytest.raises(UserError, match=r"qzeros: .* checkpoint_format"):
         FORMATS["gptq"].unpack(FORMATS["gptq_v2"].pack(weight), weight.spec, 32, 32)
 
 

@@ -137,6 +137,16 @@ def only_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"cbuiltins\nexit\n(I1\ntR.")
 
 
+def overlap(folder: Path) -> None:
+    def edit(header: dict) -> None:
+        second = sorted(
+            (value for key, value in header.items() if key != "__metadata__"), key=lambda e: e["data_offsets"]
+        )[1]
+        second["data_offsets"] = [offset - 4 for offset in second["data_offsets"]]
+
+    edit_header(folder / SHARDS[0], edit)
+
+
 def rename_tensor(name: str) -> Callable[[Path], None]:
     return lambda folder: edit_header(
         folder / SHARDS[0], lambda header: header.update({name: header.pop("layers.0.norm.weight")})
@@ -241,7 +251,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "offsets negative": (entry(data_offsets=[-128, 0]), "are not two positions"),
     "offsets of strings": (entry(data_offsets=["0", "128"]), "are not two positions"),
     "offsets of three": (entry(data_offsets=[0, 1, 2]), "are not two positions"),
-    "tensors overlap": (entry(data_offsets=[4, 132]), "overlaps the tensor before it"),
+    "tensors overlap": (overlap, "overlaps the tensor before it"),
     "tensor name of two lines": (rename_tensor("a\nb"), "is not a name"),
     "tensor name of a megabyte": (rename_tensor("a" * 2**20), "is not a name"),
     # the index
