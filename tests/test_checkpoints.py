@@ -21,7 +21,12 @@ from torch import Tensor
 from llmquant.checkpoints import writer
 from llmquant.checkpoints.header import DTYPES
 from llmquant.checkpoints.manifest import MANIFEST_FILE, verify_files
-from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, read_quantized, validate_quantized
+from llmquant.checkpoints.quantized import (
+    find_quantized_modules,
+    parsed_quantization,
+    read_quantized,
+    validate_quantized,
+)
 from llmquant.checkpoints.reader import CheckpointReader, file_sha256
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream, plan_shards
 from llmquant.errors import UserError
@@ -54,7 +59,9 @@ PARTS = make_parts()
 ALL_TENSORS = {name: tensor for part in PARTS.values() for name, tensor in part.items()}
 
 
-def write_checkpoint(out: Path, *, max_shard_bytes: int = 100, overwrite: bool = False, **options: bool) -> PartialCheckpoint:
+def write_checkpoint(
+    out: Path, *, max_shard_bytes: int = 100, overwrite: bool = False, **options: bool
+) -> PartialCheckpoint:
     """What the quantizer does: makes the parts that are not there, then finishes."""
     with PartialCheckpoint.open(out, REQUEST, overwrite=overwrite, **options) as partial:
         if not partial.is_finishing:
@@ -84,7 +91,9 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
     file = tmp_path / "out" / "model.safetensors"
     loaded = load_file(file)
     assert loaded.keys() == ALL_TENSORS.keys()
-    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in ALL_TENSORS.items())
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in ALL_TENSORS.items()
+    )
     with safe_open(file, "pt") as handle:
         assert handle.metadata() == {"format": "pt"}
     assert contents(tmp_path / "out").keys() == {"model.safetensors", MANIFEST_FILE, *EXTRA}
@@ -134,7 +143,9 @@ def test_streamed_tensors_are_the_same_bytes(tmp_path: Path) -> None:
     assert contents(outs[0]) == contents(outs[1])
 
 
-def test_parts_are_read_back_before_and_after_they_became_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_read_back_before_and_after_they_became_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(PartialCheckpoint, "_publish", lambda self: exec("raise KeyboardInterrupt"))
     with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
         for name, tensors in PARTS.items():
@@ -154,11 +165,11 @@ def test_parts_are_read_back_before_and_after_they_became_shards(tmp_path: Path,
 
 # --- dying -----------------------------------------------------------------------------------------------------------
 
-CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir", "rename", "write")
+DISK_CALLS = ("fsync", "replace", "unlink", "mkdir", "rmdir", "rename", "write")
 
 
-def die_at(call: int) -> Callable[[], int]:
-    """Lets the process vanish, without cleaning up, at the call-th operation that changes a disk; returns a counter."""
+def die_at(call: int) -> None:
+    """Lets the process vanish, without cleaning up, at the call-th operation that changes a disk."""
     count = 0
 
     def wrap(function: Callable) -> Callable:
@@ -171,9 +182,8 @@ def die_at(call: int) -> Callable[[], int]:
 
         return wrapped
 
-    for name in CALLS:
+    for name in DISK_CALLS:
         setattr(os, name, wrap(getattr(os, name)))
-    return lambda: count
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -189,6 +199,16 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def die_while_writing(out: Path, call: int, overwrite: bool) -> int:
+    """The exit status of a run that dies at that call, if it gets there."""
+
+    def run() -> None:
+        die_at(call)
+        write_checkpoint(out, overwrite=overwrite)
+
+    return in_child(run)
+
+
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "overwrite"])
 def test_a_run_that_dies_at_any_step_is_continued_to_the_same_bytes(
     tmp_path: Path, expected: dict[str, bytes], replaces: bool
@@ -201,20 +221,21 @@ def test_a_run_that_dies_at_any_step_is_continued_to_the_same_bytes(
             out.mkdir()
             for name, content in old.items():
                 (out / name).write_bytes(content)
-
-        def run(call: int) -> None:
-            die_at(call)
-            write_checkpoint(out, overwrite=replaces)
-
-        status = in_child(lambda: run(deaths + 1))
+        status = die_while_writing(out, deaths + 1, replaces)
         assert status in (0, 9)
         if out.exists():
             assert contents(out) in ([expected, old] if replaces else [expected])
         if status == 0:
             break
-        # A second death, later than the first, on the way back.
-        in_child(lambda: run(deaths // 2 + 2))
-        write_checkpoint(out, overwrite=replaces)
+        # A second death on the way back, at a step of its own.
+        die_while_writing(out, deaths // 2 + 2, replaces)
+        journal = out.with_name(out.name + ".partial") / "journal.json"
+        if journal.exists() or not out.exists() or contents(out) != expected:
+            write_checkpoint(out, overwrite=replaces)
+        else:
+            # It died after its very last file was gone: the checkpoint is there, and is treated as any other.
+            with pytest.raises(UserError, match="exists"):
+                PartialCheckpoint.open(out, REQUEST)
         assert contents(out) == expected
         assert not out.with_name(out.name + ".partial").exists()
         deaths += 1
@@ -277,7 +298,7 @@ def test_a_full_disk_says_how_much_was_needed(tmp_path: Path, monkeypatch: pytes
 
 def test_existing_out_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists; .* --overwrite"):
+    with pytest.raises(UserError, match=r"exists; .* --overwrite"):
         PartialCheckpoint.open(tmp_path / "out", REQUEST)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -336,7 +357,9 @@ def test_two_runs_on_one_out_are_told_apart(tmp_path: Path) -> None:
     PartialCheckpoint.open(tmp_path / "out", REQUEST).close()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"layout": 1}', b"[]", b'{"layout": 1, "request": {}, "parts": {"a": 3}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"layout": 1}', b"[]", b'{"layout": 1, "request": {}, "parts": {"a": 3}}']
+)
 def test_a_torn_journal_is_refused_and_restart_begins_anew(
     tmp_path: Path, expected: dict[str, bytes], content: bytes
 ) -> None:
@@ -353,7 +376,7 @@ def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
     partial = PartialCheckpoint.open(tmp_path / "out", REQUEST)
     partial.close()
     (partial.folder / "journal.json").write_text('{"layout": 99}')
-    with pytest.raises(UserError, match="another version .*layout 99"):
+    with pytest.raises(UserError, match=r"another version .*layout 99"):
         PartialCheckpoint.open(tmp_path / "out", REQUEST)
 
 
@@ -412,14 +435,18 @@ def test_verify_finds_every_change(tmp_path: Path) -> None:
 
 
 def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
-    tensors = {name: torch.zeros(2, 3).to(dtype) if dtype == torch.bool else _filled(dtype) for name, dtype in DTYPES.items()}
+    tensors = {
+        name: torch.zeros(2, 3).to(dtype) if dtype == torch.bool else _filled(dtype) for name, dtype in DTYPES.items()
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     reader = CheckpointReader(tmp_path)
     for name, tensor in reader.read_many(tensors).items():
         assert tensor.dtype == tensors[name].dtype and tensor.shape == tensors[name].shape
         assert torch.equal(tensor.view(torch.uint8), tensors[name].view(torch.uint8))
-        assert b"".join(bytes(chunk) for chunk in reader.chunks(name)) == bytes(tensor.view(torch.uint8).flatten().tolist())
+        assert b"".join(bytes(chunk) for chunk in reader.chunks(name)) == bytes(
+            tensor.view(torch.uint8).flatten().tolist()
+        )
     assert reader.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
 
 

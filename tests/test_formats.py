@@ -1,4 +1,5 @@
-"""Formats hold a weight exactly, in the very words that other tools write, and say so in a configuration they can read."""
+"""Formats hold a weight exactly, in the very words that other tools write, and say so in a configuration they can
+read."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ from llmquant.weight import QuantizedWeight
 ALL_FORMATS = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMATS))
 
 
-def golden_weight(bits: int, out_features: int, in_features: int, group_size: int, *, first_zero: int) -> QuantizedWeight:
+def golden_weight(
+    bits: int, out_features: int, in_features: int, group_size: int, *, first_zero: int
+) -> QuantizedWeight:
     """Codes (k + 2n) mod 2^b; zeros (n + g) mod (2^b - first_zero) + first_zero."""
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=False)
     row_N1, num_groups = torch.arange(out_features)[:, None], spec.num_groups(in_features)
@@ -33,7 +36,13 @@ def golden_weight(bits: int, out_features: int, in_features: int, group_size: in
 
 
 def random_weight(
-    spec: QuantSpec, out_features: int, in_features: int, *, dtype: torch.dtype = torch.float16, seed: int = 0, min_zero: int = 0
+    spec: QuantSpec,
+    out_features: int,
+    in_features: int,
+    *,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 0,
+    min_zero: int = 0,
 ) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(seed)
     groups = (out_features, spec.num_groups(in_features))
@@ -137,7 +146,12 @@ def test_packing_round_trips_or_says_why_not(format: Format, data: st.DataObject
     in_features = data.draw(st.one_of(st.integers(1, 5).map(lambda n: 32 * n), st.integers(1, 200)))
     dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16]))
     weight = random_weight(
-        spec, out_features, in_features, dtype=format.scale_dtype(dtype), seed=data.draw(st.integers(0, 9)), min_zero=format.min_zero
+        spec,
+        out_features,
+        in_features,
+        dtype=format.scale_dtype(dtype),
+        seed=data.draw(st.integers(0, 9)),
+        min_zero=format.min_zero,
     )
     reason = format.refuses(spec, out_features, in_features, weight.scale_NG.dtype)
     if reason is not None:
@@ -188,7 +202,7 @@ def test_v1_words_that_gptqmodel_made_by_subtraction_are_undone(bits: int) -> No
 
 def test_v2_read_as_v1_is_noticed_when_symmetric() -> None:
     weight = random_weight(QuantSpec(bits=4, group_size=32), 32, 32)
-    with pytest.raises(UserError, match="qzeros: .* checkpoint_format"):
+    with pytest.raises(UserError, match=r"qzeros: .* checkpoint_format"):
         FORMATS["gptq"].unpack(FORMATS["gptq_v2"].pack(weight), weight.spec, 32, 32)
 
 
@@ -307,7 +321,11 @@ def test_configuration_round_trips(format: Format, symmetric: bool, group_size: 
 @ALL_FORMATS
 @given(data=st.data())
 def test_mixed_precision_round_trips_or_is_refused(format: Format, data: st.DataObject) -> None:
-    choices = [QuantSpec(bits=4, group_size=64, symmetric=False), QuantSpec(bits=8, group_size=32, symmetric=False), None]
+    choices = [
+        QuantSpec(bits=4, group_size=64, symmetric=False),
+        QuantSpec(bits=8, group_size=32, symmetric=False),
+        None,
+    ]
     if format.name == "awq":
         choices.pop(1)
     per_kind = data.draw(st.lists(st.sampled_from(choices), min_size=3, max_size=3))
@@ -366,7 +384,14 @@ def test_configuration_is_the_documented_one(name: str) -> None:
         "true_sequential": True,
         "meta": {},
     }
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": False}
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 128,
+        "dynamic": False,
+    }
     expected = {
         "gptq": gptq,
         "gptq_v2": gptq,

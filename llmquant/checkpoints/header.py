@@ -43,6 +43,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # torch, whose arithmetic on them would overflow.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
+MAX_NAME_LENGTH = 1000
 MAX_DIMENSION = 2**40
 
 
@@ -100,6 +101,8 @@ def _tensor_info(file: Path, data_start: int, name: str, entry: Any) -> TensorIn
     where = f"{file}: {name!r:.200}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"{where}: header entry must be {{dtype, shape, data_offsets}}; the file is damaged")
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise UserError(f"{where}: is not a name of a tensor; the file is damaged")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise UserError(f"{where}: dtype {entry['dtype']!r:.40} is not known; supported: {', '.join(DTYPES)}")

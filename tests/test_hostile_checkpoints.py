@@ -1,0 +1,455 @@
+"""Hostile and damaged checkpoints: each ends in one line that names the file or the tensor, before anything is
+allocated."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from llmquant.checkpoints import reader as reader_module
+from llmquant.checkpoints.quantized import validate_quantized
+from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.errors import UserError
+from llmquant.formats.registry import FORMATS
+from llmquant.spec import QuantSpec
+from llmquant.weight import QuantizedWeight
+
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+INDEX = "model.safetensors.index.json"
+SPEC = QuantSpec(bits=4, group_size=16, symmetric=False)
+
+
+def good_checkpoint(folder: Path, name: str = "gptq") -> Path:
+    """Two linears in two shards, with an index."""
+    folder.mkdir()
+    weight_map = {}
+    for i, shard in enumerate(SHARDS):
+        weight = QuantizedWeight(
+            codes_NK=torch.randint(0, 16, (32, 32), dtype=torch.uint8),
+            scale_NG=torch.rand(32, 2).half() + 0.1,
+            zero_NG=torch.randint(1, 16, (32, 2), dtype=torch.uint8),
+            spec=SPEC,
+        )
+        tensors = {f"layers.{i}.up.{suffix}": tensor for suffix, tensor in FORMATS[name].pack(weight).items()}
+        tensors[f"layers.{i}.norm.weight"] = torch.ones(32)
+        save_file(tensors, folder / shard)
+        weight_map |= dict.fromkeys(tensors, shard)
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+    config = FORMATS[name].config(SPEC, {"layers.0.up": SPEC, "layers.1.up": SPEC})
+    write_json(folder / "config.json", {"model_type": "tiny", "quantization_config": config})
+    return folder
+
+
+def write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content))
+
+
+def edit_json(file: Path, edit: Callable[[Any], None]) -> None:
+    content = json.loads(file.read_text())
+    edit(content)
+    write_json(file, content)
+
+
+def edit_header(file: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the JSON of a safetensors file and leaves its bytes."""
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    edit(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+
+
+def raw_safetensors(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def edit_tensor(folder: Path, name: str, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    """Replaces a tensor (None: removes it) consistently in shard and index."""
+    shard = json.loads((folder / INDEX).read_text())["weight_map"].get(name, SHARDS[0])
+    tensors = load_file(folder / shard)
+    result = edit(tensors.pop(name, torch.zeros(1)))
+    if result is not None:
+        tensors[name] = result.contiguous()
+    save_file(tensors, folder / shard)
+
+    def change(index: dict) -> None:
+        index["weight_map"].pop(name, None)
+        if result is not None:
+            index["weight_map"][name] = shard
+
+    edit_json(folder / INDEX, change)
+
+
+def entry(**changes: object) -> Callable[[Path], None]:
+    """Changes the header entry of `layers.0.norm.weight`."""
+    return lambda folder: edit_header(folder / SHARDS[0], lambda header: header["layers.0.norm.weight"].update(changes))
+
+
+def header_bytes(content: bytes, data: bytes = b"", length: int | None = None) -> Callable[[Path], None]:
+    return lambda folder: (folder / SHARDS[0]).write_bytes(raw_safetensors(content, data, length)) and None  # type: ignore
+
+
+def in_index(file_name: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(
+        folder / INDEX, lambda index: index["weight_map"].update({"layers.0.norm.weight": file_name})
+    )
+
+
+def shrink(folder: Path, by: int) -> None:
+    os.truncate(folder / SHARDS[1], (folder / SHARDS[1]).stat().st_size - by)
+
+
+def link_shard(target: str) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        (folder / SHARDS[0]).rename(folder.parent / "outside.safetensors")
+        (folder / SHARDS[0]).symlink_to(target)
+
+    return build
+
+
+def swap_shards(folder: Path) -> None:
+    (folder / SHARDS[0]).rename(folder / "x")
+    (folder / SHARDS[1]).rename(folder / SHARDS[0])
+    (folder / "x").rename(folder / SHARDS[1])
+
+
+def duplicate(folder: Path) -> None:
+    tensors = load_file(folder / SHARDS[1]) | {"layers.0.norm.weight": torch.zeros(32)}
+    save_file(tensors, folder / SHARDS[1])
+
+
+def only_pickles(folder: Path) -> None:
+    for name in (*SHARDS, INDEX):
+        (folder / name).unlink()
+    # Whoever unpickles this fails the test by name.
+    (folder / "pytorch_model.bin").write_bytes(b"cbuiltins\nexit\n(I1\ntR.")
+
+
+def overlap(folder: Path) -> None:
+    def edit(header: dict) -> None:
+        second = sorted(
+            (value for key, value in header.items() if key != "__metadata__"), key=lambda e: e["data_offsets"]
+        )[1]
+        second["data_offsets"] = [offset - 4 for offset in second["data_offsets"]]
+
+    edit_header(folder / SHARDS[0], edit)
+
+
+def rename_tensor(name: str) -> Callable[[Path], None]:
+    return lambda folder: edit_header(
+        folder / SHARDS[0], lambda header: header.update({name: header.pop("layers.0.norm.weight")})
+    )
+
+
+def deep_json(folder: Path) -> None:
+    (folder / SHARDS[0]).write_bytes(raw_safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"))
+
+
+def quantization(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: edit_json(
+        folder / "config.json", lambda config: config["quantization_config"].update(changes)
+    )
+
+
+def tensor(suffix: str, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
+    return lambda folder: edit_tensor(folder, f"layers.0.up.{suffix}", edit)
+
+
+def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda good: good.index_fill(1, torch.tensor([3]), value)
+
+
+def at_five(value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda good: good.index_fill(0, torch.tensor([5]), value)
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+ABSURD = 2**62
+
+# name -> (what to do to a good GPTQ checkpoint, what the message must contain)
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    # the folder
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "config is a list": (lambda f: write_json(f / "config.json", [1]), "config.json: a JSON list"),
+    "config is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "config is not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json: not valid JSON"),
+    "config has a key twice": (lambda f: (f / "config.json").write_text('{"a":1,"a":2}'), "'a' occurs twice"),
+    "config is a folder": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        "config.json: cannot be read",
+    ),
+    "config outside": (
+        lambda f: ((f / "config.json").rename(f.parent / "c"), (f / "config.json").symlink_to("../c")),
+        "config.json: a link to",
+    ),
+    "only pickles": (only_pickles, "pytorch_model.bin, whose pickle could run code"),
+    "no weights": (
+        lambda f: [(f / name).unlink() for name in (*SHARDS, INDEX)],
+        f"no model.safetensors and no {INDEX}",
+    ),
+    # shards
+    "empty shard": (lambda f: (f / SHARDS[0]).write_bytes(b""), f"{SHARDS[0]}: 0 bytes, too short"),
+    "shard cut in its header": (lambda f: os.truncate(f / SHARDS[0], 40), f"{SHARDS[0]}: header of"),
+    "shard cut by a byte": (lambda f: shrink(f, 1), f"{SHARDS[1]}: .* it is truncated"),
+    "shard cut by much": (lambda f: shrink(f, 300), f"{SHARDS[1]}: .* it is truncated"),
+    "shard with more bytes": (
+        lambda f: (f / SHARDS[0]).write_bytes((f / SHARDS[0]).read_bytes() + b"x"),
+        f"{SHARDS[0]}: .* followed by foreign bytes",
+    ),
+    "shard is a pickle": (
+        lambda f: (f / SHARDS[0]).write_bytes(b"\x80\x02cbuiltins\nexit\n."),
+        f"{SHARDS[0]}: header of",
+    ),
+    "shard is a folder": (
+        lambda f: ((f / SHARDS[0]).unlink(), (f / SHARDS[0]).mkdir()),
+        f"{SHARDS[0]}: cannot be read",
+    ),
+    "shard missing": (lambda f: (f / SHARDS[1]).unlink(), f"{SHARDS[1]}: missing"),
+    "header of 2^64 - 1 bytes": (header_bytes(b"{}", length=2**64 - 1), f"{SHARDS[0]}: header of 18446744073709551615"),
+    "header of 2^40 bytes": (header_bytes(b"{}", length=2**40), f"{SHARDS[0]}: header of 1099511627776"),
+    "header is a list": (header_bytes(b"[]"), f"{SHARDS[0]}: header: a JSON list"),
+    "header is not JSON": (header_bytes(b"{]"), f"{SHARDS[0]}: header: not valid JSON"),
+    "header is not UTF-8": (header_bytes(b'{"\xff":1}'), f"{SHARDS[0]}: header: not valid JSON"),
+    "header nested deeply": (deep_json, f"{SHARDS[0]}: header: not valid JSON"),
+    "header with a number of 5000 digits": (
+        header_bytes(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', bytes(8)),
+        f"{SHARDS[0]}: header: not valid JSON",
+    ),
+    "header with a tensor twice": (
+        header_bytes(b'{"a":' + json.dumps(F32).encode() + b',"a":' + json.dumps(F32).encode() + b"}", bytes(8)),
+        "'a' occurs twice",
+    ),
+    "entry is a number": (header_bytes(b'{"a":3}'), "'a': header entry must be"),
+    "entry without offsets": (header_bytes(b'{"a":{"dtype":"F32","shape":[0]}}'), "'a': header entry must be"),
+    "dtype unknown": (entry(dtype="F31"), "'layers.0.norm.weight': dtype 'F31'"),
+    "dtype a list": (entry(dtype=["F32"]), "'layers.0.norm.weight': dtype"),
+    "dtype of another size": (entry(dtype="F64"), "F64 .* takes 256 bytes"),
+    "shape of another size": (entry(shape=[33]), r"F32 \[33\] takes 132 bytes"),
+    "shape absurd": (entry(shape=[ABSURD]), f"shape .{ABSURD}. is not a shape"),
+    "shape whose product overflows to the right size": (entry(shape=[2**32, 2**32, 2**5]), "takes .* bytes"),
+    "shape absurd but empty": (entry(shape=[0, ABSURD], data_offsets=[0, 0]), "is not a shape"),
+    "shape negative": (entry(shape=[-32]), "is not a shape"),
+    "shape of floats": (entry(shape=[32.0]), "is not a shape"),
+    "shape of truths": (entry(shape=[True] * 3), "is not a shape"),
+    "shape of a thousand dimensions": (entry(shape=[1] * 1000), "is not a shape"),
+    "shape a number": (entry(shape=32), "is not a shape"),
+    "offsets absurd": (entry(data_offsets=[ABSURD, ABSURD + 128]), "leaves a gap"),
+    "offsets beyond 64 bit": (entry(data_offsets=[2**70, 2**70 + 128]), "are not two positions"),
+    "offsets backwards": (entry(data_offsets=[128, 0]), "hold -128"),
+    "offsets negative": (entry(data_offsets=[-128, 0]), "are not two positions"),
+    "offsets of strings": (entry(data_offsets=["0", "128"]), "are not two positions"),
+    "offsets of three": (entry(data_offsets=[0, 1, 2]), "are not two positions"),
+    "tensors overlap": (overlap, "overlaps the tensor before it"),
+    "tensor name of two lines": (rename_tensor("a\nb"), "is not a name"),
+    "tensor name of a megabyte": (rename_tensor("a" * 2**20), "is not a name"),
+    # the index
+    "index not JSON": (lambda f: (f / INDEX).write_text("weight_map"), f"{INDEX}: not valid JSON"),
+    "index without a map": (lambda f: write_json(f / INDEX, {"metadata": {}}), f"{INDEX}: weight_map None"),
+    "index with an empty map": (lambda f: write_json(f / INDEX, {"weight_map": {}}), f"{INDEX}: weight_map"),
+    "index names a parent": (in_index("../secret.safetensors"), f"{INDEX}: 'layers.0.norm.weight' lies in '../secret"),
+    "index names an absolute path": (in_index("/etc/shadow.safetensors"), f"{INDEX}: .*'/etc/shadow"),
+    "index names a subfolder": (in_index("a/b.safetensors"), f"{INDEX}: .*'a/b.safetensors'"),
+    "index names a Windows path": (in_index("..\\b.safetensors"), f"{INDEX}: .*plain name"),
+    "index names a pickle": (in_index("pytorch_model.bin"), f"{INDEX}: .*plain name"),
+    "index names a NUL": (in_index("a\0.safetensors"), f"{INDEX}: .*plain name"),
+    "index names a number": (in_index(7), f"{INDEX}: .*lies in 7"),
+    "index names an empty string": (in_index(""), f"{INDEX}: .*plain name"),
+    "index names another shard": (
+        in_index(SHARDS[1]),
+        f"{SHARDS[0]}: holds 'layers.0.norm.weight', but .* says {SHARDS[1]}",
+    ),
+    "index names a shard that is missing": (
+        in_index("c.safetensors"),
+        "index and shards disagree|c.safetensors: missing",
+    ),
+    "index lists a tensor that is missing": (
+        lambda f: edit_json(f / INDEX, lambda index: index["weight_map"].update({"ghost": SHARDS[0]})),
+        f"{SHARDS[0]}: does not hold 'ghost'",
+    ),
+    "index leaves a tensor out": (
+        lambda f: edit_json(f / INDEX, lambda index: index["weight_map"].pop("layers.1.norm.weight")),
+        f"{SHARDS[1]}: holds 'layers.1.norm.weight', but .* does not list it",
+    ),
+    "shards swapped": (swap_shards, f"{SHARDS[0]}: holds 'layers.1"),
+    "tensor in two shards": (duplicate, f"{SHARDS[1]}: holds 'layers.0.norm.weight'"),
+    # links
+    "shard links outside": (link_shard("../outside.safetensors"), f"{SHARDS[0]}: a link to .*outside the checkpoint"),
+    "shard links to nothing": (link_shard("nowhere"), f"{SHARDS[0]}: a link that leads nowhere"),
+    "shard links to itself": (link_shard(SHARDS[0]), f"{SHARDS[0]}: a link that leads nowhere"),
+    "shard links to a device": (link_shard("/dev/zero"), f"{SHARDS[0]}: a link to /dev/zero"),
+    # quantization_config against the tensors
+    "bits unknown": (quantization(bits=5), "config.json: quantization_config .* bits 5"),
+    "bits of another packing": (quantization(bits=8), r"layers.0.up.qzeros: int32 \[2, 4\]"),
+    "bits that do not divide the words": (quantization(bits=3), "layers.0.up.qweight: 4 words"),
+    "group size 0": (quantization(group_size=0), "group_size 0"),
+    "another group size": (quantization(group_size=32), r"layers.0.up.qzeros: int32 \[2, 4\]"),
+    "keys of two formats": (quantization(zero_point=True), "'zero_point' is a key of awq"),
+    "method of another format": (
+        lambda f: edit_json(
+            f / "config.json",
+            lambda c: c.update(quantization_config=FORMATS["compressed-tensors"].config(SPEC, {"layers.0.up": SPEC})),
+        ),
+        "layers.0.up.g_idx belongs to gptq|layers.0.up.q.* belongs to",
+    ),
+    "symmetric with other zero-points": (quantization(sym=True), "layers.0.up.qzeros: zero-points from"),
+    "a packed linear is excluded": (
+        quantization(dynamic={"-:layers.0": {}}),
+        "layers.0.up.* is packed, but config.json",
+    ),
+    "quantization_config is a list": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(quantization_config=[1])),
+        "config.json: quantization_config",
+    ),
+    "act-order without its index": (
+        lambda f: (quantization(desc_act=True)(f), tensor("g_idx", lambda good: None)(f)),
+        "layers.0.up.g_idx: missing",
+    ),
+    # values
+    "g_idx negative": (tensor("g_idx", at_five(-1)), "layers.0.up.g_idx: groups from -1"),
+    "g_idx beyond the groups": (tensor("g_idx", at_five(2)), "layers.0.up.g_idx: groups from 0 to 2"),
+    "g_idx absurd": (tensor("g_idx", at_five(2**31 - 1)), "layers.0.up.g_idx"),
+    "g_idx too long": (tensor("g_idx", lambda good: good.repeat(2)), "layers.0.up.g_idx"),
+    "g_idx of int64": (tensor("g_idx", lambda good: good.long()), "layers.0.up.g_idx: int64"),
+    "scales NaN": (tensor("scales", filled(float("nan"))), "layers.0.up.scales: 2 of 64 scales are NaN or inf"),
+    "scales inf": (tensor("scales", filled(float("-inf"))), "layers.0.up.scales: .* NaN or inf"),
+    "scales negative": (tensor("scales", filled(-1.0)), "layers.0.up.scales: .* zero or negative"),
+    "scales zero": (tensor("scales", filled(0.0)), "layers.0.up.scales: .* zero or negative"),
+    "scales missing": (tensor("scales", lambda good: None), "layers.0.up.scales: missing"),
+    "scales of int": (tensor("scales", lambda good: good.int()), "layers.0.up.scales: int32"),
+    "scales for fewer rows": (tensor("scales", lambda good: good[:, :16]), "layers.0.up.scales"),
+    "qweight missing": (tensor("qweight", lambda good: None), "layers.0.up.qweight: missing"),
+    "qweight of float": (tensor("qweight", lambda good: good.float()), "layers.0.up.qweight: float32"),
+    "qweight empty": (tensor("qweight", lambda good: good[:, :0]), "layers.0.up.qweight"),
+    "qweight a number": (tensor("qweight", lambda good: good[0, 0]), r"layers.0.up.qweight: int32 \[\]"),
+    "qzeros missing": (tensor("qzeros", lambda good: None), "layers.0.up.qzeros: missing"),
+    "qzeros for one group": (tensor("qzeros", lambda good: good[:1]), "layers.0.up.qzeros"),
+    "weight beside qweight": (tensor("weight", lambda good: torch.zeros(32, 32)), "layers.0.up has both weight and"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), HOSTILE.values(), ids=list(HOSTILE))
+def test_hostile_checkpoints_end_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object], message: str
+) -> None:
+    folder = good_checkpoint(tmp_path / "model")
+    validate_quantized(CheckpointReader(folder))
+    damage(folder)
+    empty = torch.empty
+
+    def small_empty(size: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert kwargs.get("device") == "meta" or not isinstance(size, int) or size < 10_000, (
+            "allocated before it was checked"
+        )
+        return empty(size, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", small_empty)
+    with pytest.raises(UserError, match=message) as error:
+        validate_quantized(CheckpointReader(folder))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert str(folder) in str(error.value)
+
+
+def test_there_are_enough_hostile_files() -> None:
+    assert len(HOSTILE) >= 60
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("nothing", "nothing: no such folder"), ("file", "file: a file; give the folder"), ("folder", "no config.json")],
+)
+def test_paths_that_are_no_checkpoint_are_refused(tmp_path: Path, path: str, message: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=message):
+        CheckpointReader(tmp_path / path)
+
+
+def test_a_plain_checkpoint_is_not_quantized(tmp_path: Path) -> None:
+    folder = good_checkpoint(tmp_path / "model")
+    edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
+    with pytest.raises(UserError, match="no quantization_config"):
+        validate_quantized(CheckpointReader(folder))
+
+
+def test_quantize_config_of_old_tools_is_found(tmp_path: Path) -> None:
+    folder = good_checkpoint(tmp_path / "model")
+    edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
+    write_json(folder / "quantize_config.json", {"bits": 4, "group_size": 16, "desc_act": False, "sym": False})
+    assert len(validate_quantized(CheckpointReader(folder))) == 2
+
+
+@pytest.mark.parametrize("name", ["awq", "compressed-tensors"])
+def test_other_formats_are_checked_too(tmp_path: Path, name: str) -> None:
+    folder = good_checkpoint(tmp_path / "model", name)
+    assert len(validate_quantized(CheckpointReader(folder))) == 2
+    packed = FORMATS[name].suffixes[0]
+    edit_tensor(folder, f"layers.0.up.{packed}", lambda good: good[:, :1])
+    with pytest.raises(UserError, match=r"layers\.0\.up\.\w+: "):
+        validate_quantized(CheckpointReader(folder))
+
+
+@pytest.mark.parametrize("how", ["vanished", "truncated", "replaced", "rewritten"])
+def test_files_that_change_while_they_are_used_are_noticed(tmp_path: Path, how: str) -> None:
+    folder = good_checkpoint(tmp_path / "model")
+    reader = CheckpointReader(folder)
+    file, content = folder / SHARDS[0], (folder / SHARDS[0]).read_bytes()
+    if how == "vanished":
+        file.unlink()
+    elif how == "truncated":
+        os.truncate(file, 900)
+    elif how == "replaced":
+        (folder / "new").write_bytes(content)
+        (folder / "new").replace(file)
+    else:
+        file.write_bytes(content)
+        os.utime(file, ns=(0, 0))
+    name = max((info for info in reader.tensors.values() if info.file == file), key=lambda info: info.start).name
+    with pytest.raises(UserError, match=f"{SHARDS[0]}: (vanished|ends inside|changed)"):
+        reader.read(name)
+    with pytest.raises(UserError, match=f"{SHARDS[0]}: (vanished|ends inside|changed)"):
+        list(reader.chunks(name))
+
+
+def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tensor ghost"):
+        CheckpointReader(good_checkpoint(tmp_path / "model")).read("ghost")
+
+
+def test_a_huge_json_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = good_checkpoint(tmp_path / "model")
+    monkeypatch.setattr(reader_module, "MAX_JSON_BYTES", 10)
+    with pytest.raises(UserError, match=re.escape("config.json: ")):
+        CheckpointReader(folder)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_any_damage_to_the_bytes_ends_in_a_clear_line_or_is_read_as_it_is(tmp_path: Path, data: st.DataObject) -> None:
+    """Flips, cuts and inserts bytes anywhere in a shard, its index or the configuration."""
+    folder = tmp_path / "model"
+    if not folder.exists():
+        good_checkpoint(folder)
+    file = folder / data.draw(st.sampled_from([*SHARDS, INDEX, "config.json"]))
+    good = file.read_bytes()
+    position = data.draw(st.integers(0, min(len(good) - 1, 900)))
+    junk = data.draw(st.binary(max_size=8))
+    removed = data.draw(st.integers(0, 8))
+    file.write_bytes(good[:position] + junk + good[position + removed :])
+    try:
+        validate_quantized(CheckpointReader(folder))
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        file.write_bytes(good)
