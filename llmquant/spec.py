@@ -27,7 +27,9 @@ class QuantSpec:
         if self.bits not in SUPPORTED_BITS:
             raise UserError(f"bits {self.bits}: not one of {', '.join(map(str, SUPPORTED_BITS))}; use --bits 4")
         if self.group_size != -1 and self.group_size < 1:
-            raise UserError(f"group_size {self.group_size}: must be positive, or -1 for one group; use --group-size 128")
+            raise UserError(
+                f"group_size {self.group_size}: must be positive, or -1 for one group; use --group-size 128"
+            )
 
     @property
     def max_code(self) -> int:
