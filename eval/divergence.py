@@ -84,10 +84,16 @@ def token_divergence(reference_TV: Tensor, logits_TV: Tensor, chunk: int = CHUNK
     """From two sets of logits [T, V], any dtype and device: KL float32 [T], and bool [T], same first choice; on CPU."""
     kls, agreements = [], []
     for reference_CV, logits_CV in zip(reference_TV.split(chunk), logits_TV.split(chunk), strict=True):
-        log_p_CV = reference_CV.float().log_softmax(-1)
-        log_q_CV = logits_CV.to(log_p_CV.device).float().log_softmax(-1)
+        log_p_CV = log_probabilities(reference_CV)
+        log_q_CV = log_probabilities(logits_CV.to(reference_CV.device))
         # A token that the reference rules out (-inf) adds nothing: p log p -> 0, not 0 * inf.
         difference_CV = torch.where(log_p_CV == -torch.inf, 0.0, log_p_CV - log_q_CV)
         kls.append((log_p_CV.exp() * difference_CV).sum(-1).cpu())
         agreements.append((log_p_CV.argmax(-1) == log_q_CV.argmax(-1)).cpu())
     return torch.cat(kls), torch.cat(agreements)
+
+
+def log_probabilities(logits_CV: Tensor) -> Tensor:
+    """log softmax in float32, by logsumexp: more exact than torch's log_softmax (see `window_loss`)."""
+    logits_CV = logits_CV.float()
+    return logits_CV - logits_CV.logsumexp(-1, keepdim=True)

@@ -15,6 +15,9 @@ import typer
 from llmquant import __version__
 from llmquant.errors import UserError
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+
 app = typer.Typer(
     name="llmquant",
     help="Quantize the weights of Hugging Face causal language models, run them and measure them.",
@@ -32,9 +35,11 @@ def main() -> None:
     except UserError as error:
         print(f"llmquant: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("llmquant: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        # typer turns Ctrl-C into this code, without a word.
+        if stop.code == INTERRUPTED:
+            print("llmquant: interrupted", file=sys.stderr)
+        raise
 
 
 @app.callback(invoke_without_command=True)

@@ -73,17 +73,17 @@ def _line_printer() -> Callable[[str, int, int], None]:
 
 def print_evaluation(result: Evaluation) -> None:
     """The table of `llmquant eval`, and below it what was measured."""
+    compared = result.divergence
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
-    for heading in ("perplexity", "KL mean", "median", "99 %", "top-1"):
-        table.add_column(heading, justify="right")
-    compared = result.divergence
+    for heading in ("perplexity", "KL mean", "median", "99 %", "top-1") if compared else ("perplexity",):
+        table.add_column(heading, justify="right", no_wrap=True)
     if compared and result.against:
-        table.add_row(result.against, _plus_minus(compared.reference), "", "", "", "")
+        table.add_row(result.against, _plus_minus(compared.reference))
         kl = (f"{value:.4f}" for value in (compared.kl_mean, compared.kl_median, compared.kl_p99))
         table.add_row(result.model, _plus_minus(compared.model), *kl, f"{compared.top1_agreement:.1%}")
     else:
-        table.add_row(result.model, _plus_minus(result.perplexity), "", "", "", "")
+        table.add_row(result.model, _plus_minus(result.perplexity))
     console = Console()
     console.print(table)
     measured = result.perplexity

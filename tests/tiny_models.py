@@ -105,7 +105,11 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "olmo2": _config("olmo2", **_LLAMA_LIKE),
     # Attention and feed-forward side by side behind one norm.
     "cohere2": _config(
-        "cohere2", **_LLAMA_LIKE, sliding_window=64, layer_types=["sliding_attention", "full_attention"]
+        "cohere2",
+        **_LLAMA_LIKE,
+        logit_scale=1.0,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"],
     ),
 }
 
