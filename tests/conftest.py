@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 # `--import-mode=importlib` leaves sys.path alone; the helpers beside the tests import by their plain name.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -20,6 +19,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of the real small model that scripts/smollm2 makes."""
+    from paths import ROOT
+
     folder = Path(os.environ.get("LLMQUANT_TEST_MODEL", ROOT / ".cache" / "SmolLM2-135M-Instruct"))
     if not folder.exists():
         pytest.skip("SmolLM2 is not there: run scripts/smollm2")

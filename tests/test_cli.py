@@ -10,7 +10,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
+from paths import ROOT
 from transformers import AutoModelForCausalLM
 
 from llmquant import __version__, cli

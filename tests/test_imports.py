@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 # Room -> what it may import: rooms of ours, and packages of others (the standard library is open to all).
 CORE = {"llmquant.spec", "llmquant.errors", "llmquant.weight"}
