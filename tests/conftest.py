@@ -1,0 +1,43 @@
+"""Fixtures that every test file may use."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# `--import-mode=importlib` leaves sys.path alone; the helpers beside the tests import by their plain name.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+# No test reaches for a network: what a hub would give must come from a stand-in.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of the real small model that scripts/smollm2 makes."""
+    from paths import ROOT
+
+    folder = Path(os.environ.get("LLMQUANT_TEST_MODEL", ROOT / ".cache" / "SmolLM2-135M-Instruct"))
+    if not folder.exists():
+        pytest.skip("SmolLM2 is not there: run scripts/smollm2")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_model("llama", dtype=…, seed=…, **config fields)` -> checkpoint folder, made once. Do not write into it."""
+    from tiny_models import save_tiny_model
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(architecture: str, **options: object) -> Path:
+        key = (architecture, *sorted((name, repr(value)) for name, value in options.items()))
+        if key not in made:
+            made[key] = save_tiny_model(tmp_path_factory.mktemp(architecture), architecture, **options)
+        return made[key]
+
+    return make

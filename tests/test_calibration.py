@@ -1,0 +1,106 @@
+"""The draw of calibration tokens and the account of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import BOS, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
+
+import llmquant.pipeline.calibration as calibration
+from llmquant.errors import UserError
+from llmquant.pipeline.calibration import calibration_tokens
+from llmquant.textdata import PYTHON_DOCS, TextRows
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"x{number} = {number} ** 2\n" for number in range(400)) + "\n\nsame\nsame\nsame\n")
+    return str(path)
+
+
+def test_samples_are_distinct_windows_of_the_text(text_file):
+    tokenizer = tiny_tokenizer()
+    drawn = calibration_tokens(tokenizer, text_file, num_samples=10, seq_len=32, seed=3)
+    tokens = tokenizer(Path(text_file).read_text())["input_ids"]
+    windows = [tokens[start : start + 32] for start in range(0, len(tokens) - 31, 32)]
+    places = [windows.index(sample) for sample in drawn.tokens_SL.tolist()]
+    assert len(set(places)) == 10
+    assert drawn.tokens_SL.dtype == torch.int64
+
+
+def test_seed_decides_the_draw(text_file):
+    tokenizer = tiny_tokenizer()
+
+    def draw(seed):
+        return calibration_tokens(tokenizer, text_file, num_samples=10, seq_len=32, seed=seed).tokens_SL
+
+    assert torch.equal(draw(0), draw(0))
+    assert not torch.equal(draw(0), draw(1))
+
+
+def test_audit_accounts_for_every_token_and_row(text_file):
+    tokenizer = tiny_tokenizer()
+    audit = calibration_tokens(tokenizer, text_file, num_samples=10, seq_len=32).audit()
+    num_tokens = len(tokenizer(Path(text_file).read_text())["input_ids"])
+    assert json.loads(json.dumps(audit)) == {
+        "source": text_file,
+        "seed": 0,
+        "num_samples": 10,
+        "seq_len": 32,
+        "num_rows": 405,
+        "num_blank_rows": 2,
+        "num_duplicate_rows": 2,
+        "num_tokens_available": num_tokens,
+        "num_tokens_used": 320,
+        "num_windows_available": num_tokens // 32,
+        "num_tokens_left_over": num_tokens % 32,
+        "incidents": [],
+    }
+
+
+def test_every_sample_starts_as_the_tokenizer_starts_a_text(text_file):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    drawn = calibration_tokens(tokenizer, text_file, num_samples=10, seq_len=32)
+    assert drawn.tokens_SL.shape == (10, 32)
+    assert drawn.tokens_SL[:, 0].tolist() == [BOS] * 10
+    assert (drawn.tokens_SL[:, 1:] != BOS).all()
+    assert drawn.num_tokens_used == 310
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": 5000}, r"text\.txt: \d+ tokens make \d+ samples of 32, and 5000 are asked for.*--samples \d+"),
+        ({"seq_len": 100_000}, "make 0 samples of 100000"),
+        ({"num_samples": 0}, "samples 0: at least 1"),
+        ({"seq_len": 0}, "seq_len 0: no room for text"),
+    ],
+)
+def test_too_much_to_ask_is_refused(text_file, options, message):
+    with pytest.raises(UserError, match=message):
+        calibration_tokens(tiny_tokenizer(), text_file, **{"num_samples": 10, "seq_len": 32} | options)
+
+
+def test_auto_reads_the_broad_preset_where_there_is_a_hub(monkeypatch):
+    asked = []
+
+    def load_rows(source, split):
+        asked.append((source, split))
+        return TextRows(source=source, rows=["some words"] * 50, joiner=" ")
+
+    monkeypatch.setattr(calibration, "load_rows", load_rows)
+    drawn = calibration_tokens(tiny_tokenizer(), num_samples=2, seq_len=16)
+    assert asked == [("c4", "train")]
+    assert (drawn.source, drawn.incidents) == ("c4", ())
+
+
+def test_auto_without_a_hub_falls_back_and_says_so():
+    drawn = calibration_tokens(tiny_tokenizer(), num_samples=128, seq_len=512)
+    assert drawn.source == PYTHON_DOCS
+    (incident,) = drawn.incidents
+    assert incident.startswith("calibrated on python-docs instead of c4: c4: cannot be read")
+    assert drawn.audit()["incidents"] == [incident]

@@ -1,0 +1,190 @@
+"""The command line: quick, one line for what a user can cause, and the numbers of the functions beneath."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from paths import ROOT
+from transformers import AutoModelForCausalLM
+
+from llmquant import __version__, cli
+from llmquant.eval.data import token_windows
+from llmquant.eval.divergence import divergence
+
+START = [sys.executable, "-c", "from llmquant.cli import main; main()"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*START, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+@pytest.fixture
+def plain_loader(monkeypatch):
+    """The loader that `evaluate` imports, for plain checkpoints only."""
+
+    def load(path, *, device="auto", dtype="auto", backend="auto"):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+
+    module = types.ModuleType("llmquant.runtime.load")
+    module.load = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "llmquant.runtime.load", module)
+    return load
+
+
+@pytest.fixture
+def two_models(tiny_model):
+    return str(tiny_model("llama")), str(tiny_model("llama", seed=1))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("for x in range(10): print(x)\n" * 100)
+    return str(path)
+
+
+def command(monkeypatch, *arguments: str) -> int:
+    """Run in this process; gives the exit code."""
+    monkeypatch.setattr(sys, "argv", ["llmquant", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def test_help_takes_less_than_half_a_second():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert run("--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    # The best of three: what others do on the machine is not the command's doing.
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["--version"]])
+def test_help_loads_nothing_heavy(arguments):
+    code = (
+        "import sys; sys.argv = ['llmquant', *sys.argv[1:]]\n"
+        "from llmquant.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_version():
+    assert run("--version").stdout == __version__ + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval", "/no/such/model"], "/no/such/model: no such folder"),
+        (["eval", ".", "--dataset", "nonesuch"], "nonesuch: not a known data set"),
+    ],
+)
+def test_user_error_is_one_line_and_exit_code_2(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"llmquant: {message}")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonesuch"], ["eval"], ["eval", ".", "--windows", "few"], ["eval", ".", "--nope"]]
+)
+def test_usage_errors_have_exit_code_2_and_no_traceback(arguments):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Usage:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupt_is_one_line():
+    code = (
+        "import sys, os, signal, llmquant.hub\n"
+        "def interrupted(model): os.kill(os.getpid(), signal.SIGINT)\n"
+        "llmquant.hub.resolve_model = interrupted\n"
+        "sys.argv = ['llmquant', 'eval', 'x']\n"
+        "from llmquant.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr == "llmquant: interrupted\n"
+
+
+def test_eval_prints_what_the_functions_measure(two_models, text_file, plain_loader, monkeypatch, capsys):
+    from transformers import AutoTokenizer
+
+    original, other = two_models
+    tokenizer = AutoTokenizer.from_pretrained(original)
+    windows_WL = token_windows(tokenizer, "for x in range(10): print(x)\n" * 100, 64, 4)
+    expected = divergence(plain_loader(other), plain_loader(original), windows_WL)
+
+    options = ["--dataset", text_file, "--seq-len", "64", "--windows", "4"]
+    assert command(monkeypatch, "eval", other, "--against", original, *options, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["divergence"] == expected.to_dict()
+    assert printed["perplexity"] == expected.model.to_dict()
+    assert (printed["model"], printed["against"], printed["dataset"]) == (other, original, text_file)
+    assert (printed["device"], printed["dtype"]) == ("cpu", "float32")
+
+    assert command(monkeypatch, "eval", original, *options, "--json", "--quiet") == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["perplexity"] == expected.reference.to_dict()
+    assert alone["divergence"] is None
+
+    assert command(monkeypatch, "eval", other, "--against", original, *options) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    for value in (f"{expected.model.perplexity:.2f} ±", f"{expected.kl_mean:.4f}", f"{expected.top1_agreement:.1%}"):
+        assert value in table
+    assert "4 windows of 64 tokens, float32 on cpu" in table
+
+
+def test_progress_is_plain_lines_without_a_terminal_and_nothing_when_quiet(
+    two_models, text_file, plain_loader, monkeypatch, capsys
+):
+    options = ["eval", two_models[0], "--dataset", text_file, "--seq-len", "64", "--windows", "4"]
+    assert command(monkeypatch, *options) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("loading 1/1 (")
+    assert lines[-1].startswith("windows 4/4 (")
+    assert not any("\x1b" in line for line in lines)
+    assert command(monkeypatch, *options, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_eval_window_is_the_models_context_where_that_is_shorter(
+    two_models, text_file, plain_loader, monkeypatch, capsys
+):
+    assert command(monkeypatch, "eval", two_models[0], "--dataset", text_file, "--windows", "1", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"]["seq_len"] == 256
+    assert command(monkeypatch, "eval", two_models[0], "--dataset", text_file, "--seq-len", "257") == 2
+    assert "seq_len 257: the model's context is 256 tokens; use --seq-len 256 or less" in capsys.readouterr().err
+
+
+def test_eval_of_damaged_weights_is_refused(tiny_model, tmp_path, text_file, plain_loader, monkeypatch, capsys):
+    from tiny_models import ARCHITECTURES, random_model, tiny_tokenizer
+
+    model = random_model(ARCHITECTURES["llama"]())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "damaged")
+    tiny_tokenizer().save_pretrained(tmp_path / "damaged")
+    assert command(monkeypatch, "eval", str(tmp_path / "damaged"), "--dataset", text_file, "--quiet") == 2
+    assert "window 0: the loss is nan" in capsys.readouterr().err

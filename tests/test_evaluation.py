@@ -1,0 +1,208 @@
+"""Perplexity and divergence: equal to plain loops in float64, and to what can be worked out by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, VOCAB_SIZE, random_model, tiny_tokenizer
+from torch import nn
+
+from llmquant.errors import UserError
+from llmquant.eval.data import token_windows
+from llmquant.eval.divergence import divergence, token_divergence
+from llmquant.eval.perplexity import perplexity, summarize, window_loss
+
+
+class FixedLogits(nn.Module):
+    """Answers every window with the same logits."""
+
+    def __init__(self, logits_LV: torch.Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(logits_LV)
+
+    def forward(self, input_ids, use_cache):
+        return type("Output", (), {"logits": self.logits[None]})
+
+
+def random_windows(num_windows=3, seq_len=40, seed=0):
+    return torch.randint(2, VOCAB_SIZE, (num_windows, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_losses(logits_LV, tokens_L):
+    """-log softmax of every next token, one by one, in float64."""
+    losses = []
+    for position in range(len(tokens_L) - 1):
+        row = logits_LV[position].double()
+        losses.append((row.exp().sum().log() - row[tokens_L[position + 1]]).item())
+    return losses
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_perplexity_equals_plain_loop_in_float64(architecture):
+    model = random_model(ARCHITECTURES[architecture]())
+    windows_WL = random_windows()
+    with torch.inference_mode():
+        losses = [plain_losses(model(tokens_L[None]).logits[0], tokens_L) for tokens_L in windows_WL]
+    means = [math.fsum(window) / len(window) for window in losses]
+    mean = math.fsum(means) / 3
+    spread = math.sqrt(sum((value - mean) ** 2 for value in means) / 2)
+
+    measured = perplexity(model, windows_WL)
+    assert measured.perplexity == pytest.approx(math.exp(mean), rel=1e-6)
+    assert measured.standard_error == pytest.approx(math.exp(mean) * spread / math.sqrt(3), rel=1e-4)
+    assert (measured.num_windows, measured.seq_len, measured.num_tokens) == (3, 40, 117)
+
+
+def test_divergence_equals_plain_loop_in_float64():
+    config = ARCHITECTURES["llama"]()
+    reference = random_model(config, seed=0)
+    model = random_model(config, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    windows_WL = random_windows()
+    kls, agreements = [], []
+    with torch.inference_mode():
+        for tokens_L in windows_WL:
+            p_LV = reference(tokens_L[None]).logits[0].double().softmax(-1)
+            q_LV = model(tokens_L[None]).logits[0].double().softmax(-1)
+            for position in range(len(tokens_L) - 1):
+                p_V, q_V = p_LV[position].tolist(), q_LV[position].tolist()
+                kls.append(math.fsum(p * (math.log(p) - math.log(q)) for p, q in zip(p_V, q_V, strict=True)))
+                agreements.append(p_V.index(max(p_V)) == q_V.index(max(q_V)))
+    kls.sort()
+
+    measured = divergence(model, reference, windows_WL)
+    assert measured.kl_mean > 1e-3
+    assert 0 < measured.top1_agreement < 1
+    assert measured.kl_mean == pytest.approx(math.fsum(kls) / len(kls), rel=1e-4)
+    assert measured.kl_median == pytest.approx(kls[len(kls) // 2], rel=1e-3)
+    assert measured.kl_p99 == pytest.approx(kls[round(0.99 * len(kls)) - 1], rel=1e-3)
+    assert measured.top1_agreement == pytest.approx(sum(agreements) / len(agreements))
+    assert measured.reference == perplexity(reference, windows_WL)
+    assert measured.model == perplexity(model, windows_WL)
+    assert json.loads(json.dumps(measured.to_dict()))["model"]["num_tokens"] == 117
+
+
+def test_perplexity_of_a_guess_is_the_size_of_the_vocabulary():
+    measured = perplexity(FixedLogits(torch.full((40, VOCAB_SIZE), 3.0)), random_windows())
+    assert measured.perplexity == pytest.approx(VOCAB_SIZE, rel=1e-6)
+    assert measured.standard_error == pytest.approx(0, abs=1e-3)
+
+
+def test_divergence_of_known_distributions():
+    reference_TV = torch.tensor([[0.5, 0.25, 0.25], [0.9, 0.1, 0.0]]).log()
+    model_TV = torch.tensor([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]]).log()
+    kl_T, same_T = token_divergence(reference_TV, model_TV)
+    # 0.5 ln 2 - 0.25 ln 2, and 0.9 ln (9/8): the token of probability 0 adds nothing.
+    assert kl_T.tolist() == pytest.approx([0.25 * math.log(2), 0.9 * math.log(9 / 8)], rel=1e-5)
+    assert same_T.tolist() == [False, True]
+
+
+def test_a_model_does_not_diverge_from_itself():
+    model = random_model(ARCHITECTURES["llama"]())
+    measured = divergence(model, model, random_windows())
+    assert (measured.kl_mean, measured.kl_p99, measured.top1_agreement) == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 39, 1000])
+def test_chunks_do_not_change_the_result(chunk):
+    generator = torch.Generator().manual_seed(0)
+    logits_TV, other_TV = torch.randn(2, 39, 50, generator=generator)
+    tokens_L = torch.randint(50, (40,), generator=generator)
+    assert window_loss(logits_TV, tokens_L, 0, chunk) == pytest.approx(window_loss(logits_TV, tokens_L, 0), rel=1e-12)
+    for got, expected in zip(
+        token_divergence(logits_TV, other_TV, chunk), token_divergence(logits_TV, other_TV), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
+def test_loss_is_computed_in_float32_for_a_half_precision_model():
+    logits_TV = (torch.randn(39, 5000, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
+    tokens_L = torch.arange(40)
+    exact = math.fsum(plain_losses(torch.cat([logits_TV, logits_TV[-1:]]), tokens_L)) / 39
+    assert window_loss(logits_TV, tokens_L, 0) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_loss_that_is_not_finite_is_an_error_and_names_the_window(bad):
+    class Breaks(FixedLogits):
+        calls = 0
+
+        def forward(self, input_ids, use_cache):
+            self.calls += 1
+            output = super().forward(input_ids, use_cache)
+            if self.calls == 2:
+                output.logits = output.logits.clone()
+                output.logits[0, 5, 7] = bad
+            return output
+
+    with pytest.raises(UserError, match=r"window 1: the loss is (nan|inf).*--dtype float32"):
+        perplexity(Breaks(torch.zeros(40, VOCAB_SIZE)), random_windows())
+
+
+def test_infinite_divergence_is_an_error():
+    logits_LV = torch.zeros(40, VOCAB_SIZE)
+    never_LV = logits_LV.clone()
+    never_LV[:, 0] = -math.inf
+    with pytest.raises(UserError, match="KL divergence is inf"):
+        divergence(FixedLogits(never_LV), FixedLogits(logits_LV), random_windows())
+
+
+def test_models_with_different_vocabularies_are_refused():
+    with pytest.raises(UserError, match="vocabulary of 600 against 512"):
+        divergence(FixedLogits(torch.zeros(40, 600)), FixedLogits(torch.zeros(40, VOCAB_SIZE)), random_windows())
+
+
+def test_one_window_has_no_standard_error():
+    assert summarize([1.0], seq_len=8).standard_error is None
+
+
+def test_on_window_is_told_of_every_window():
+    seen = []
+    perplexity(FixedLogits(torch.zeros(40, VOCAB_SIZE)), random_windows(), lambda *step: seen.append(step))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_windows_are_consecutive_pieces_of_the_tokenized_text():
+    tokenizer = tiny_tokenizer()
+    text = "for x in range(10): print(x)\n" * 40
+    tokens = tokenizer(text)["input_ids"]
+    windows_WL = token_windows(tokenizer, text, seq_len=32)
+    assert windows_WL.shape == (len(tokens) // 32, 32)
+    assert windows_WL.flatten().tolist() == tokens[: windows_WL.numel()]
+    assert torch.equal(token_windows(tokenizer, text, seq_len=32, num_windows=2), windows_WL[:2])
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "num_windows", "message"),
+    [
+        (32, 9, r"short\.txt: 13 tokens make 0 windows of 32, and 9 are asked for"),
+        (64, None, "0 windows of 64, and 1 are asked for"),
+        (1, None, "seq_len 1: at least 2"),
+        (8, 0, "windows 0: at least 1"),
+    ],
+)
+def test_windows_that_cannot_be_made_are_refused(seq_len, num_windows, message):
+    with pytest.raises(UserError, match=message):
+        token_windows(tiny_tokenizer(), "a " * 12, seq_len, num_windows, source="short.txt")
+
+
+@pytest.mark.model
+def test_perplexity_of_the_real_model_equals_plain_loop(smollm2):
+    from pydoc_data.topics import topics
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, local_files_only=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    windows_WL = token_windows(tokenizer, topics["assignment"], seq_len=256, num_windows=2)
+    losses = []
+    with torch.inference_mode():
+        for tokens_L in windows_WL:
+            losses += plain_losses(model(tokens_L[None]).logits[0], tokens_L)
+    measured = perplexity(model, windows_WL)
+    assert measured.perplexity == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-6)
+    # A model that read garbage would be far above.
+    assert 2 < measured.perplexity < 40

@@ -1,0 +1,69 @@
+"""What a model's name means."""
+
+import pytest
+
+from llmquant.errors import UserError
+from llmquant.hub import resolve_model
+
+
+def test_folder_is_itself(tmp_path, monkeypatch):
+    assert resolve_model(str(tmp_path)) == tmp_path
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("org/name").is_dir()
+
+
+def test_hub_id_fetches_weights_configuration_and_tokenizer_only(tmp_path, monkeypatch):
+    import fnmatch
+
+    import huggingface_hub
+
+    files = [
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "merges.txt",
+        "pytorch_model.bin",
+        "modeling_custom.py",
+        "consolidated.safetensors",
+        "original/model.safetensors",
+        "model.gguf",
+    ]
+    fetched = []
+
+    def snapshot_download(repo_id, *, allow_patterns, ignore_patterns):
+        def matches(file, patterns):
+            return any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
+
+        fetched.extend(f for f in files if matches(f, allow_patterns) and not matches(f, ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_model("org/name") == tmp_path
+    assert fetched == files[:6]
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "./nothing", "~/nothing", "a/b/c", "two words"])
+def test_what_can_only_be_a_folder_is_not_looked_up(name, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(UserError, match=f"^{name}: no such folder; give a folder"):
+        resolve_model(name)
+
+
+def test_file_is_not_a_folder(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(UserError, match=r"model\.safetensors: is a file; give the folder"):
+        resolve_model(str(file))
+
+
+def test_unreachable_hub_is_one_line_that_says_what_to_check():
+    with pytest.raises(UserError) as error:
+        resolve_model("org/name")
+    message = str(error.value)
+    assert message.startswith("org/name: no such folder, and the Hugging Face hub does not give it (")
+    assert "\n" not in message
