@@ -105,3 +105,7 @@ def eval_command(
         print(json.dumps(result.to_dict()))
     else:
         console.print_evaluation(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -58,3 +58,47 @@ class QuantSpec:
         """Short human form, as in `4-bit g128 sym`."""
         group = "per-channel" if self.group_size == -1 else f"g{self.group_size}"
         return f"{self.bits}-bit {group} {'sym' if self.symmetric else 'asym'}"
+
+
+METHODS = ("rtn", "gptq")
+RANGE_SEARCHES = ("minmax", "mse", "hessian")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is quantized: which grid each linear gets, and which steps choose its codes."""
+
+    method: str = "gptq"
+    """rtn (round to nearest, no data) or gptq."""
+    spec: QuantSpec = QuantSpec()
+    """The grid of every linear."""
+    skip: tuple[str, ...] = ()
+    """Shell patterns of linears left in 16 bit, matched against the full name: `*.down_proj`, `model.layers.0.*`."""
+    range_search: str = "hessian"
+    """How a group's range is chosen: minmax, mse, or hessian (weighted by the diagonal of the Hessian)."""
+    activation_order: bool = True
+    """Round the columns with the largest inputs first (static groups), not in their own order."""
+    damping: float = 0.01
+    """Added to the diagonal of the Hessian, as a fraction of its mean; raised where the Hessian cannot be factored."""
+    input_error_target: bool = True
+    """Round the weight that makes up for the error already in the linear's input, not the original weight."""
+    residual_target: bool = True
+    """Also make up for the error already in the residual stream that the linear's output is added to."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method '{self.method}': not one of {', '.join(METHODS)}; use --method gptq")
+        if self.range_search not in RANGE_SEARCHES:
+            raise UserError(f"range_search '{self.range_search}': not one of {', '.join(RANGE_SEARCHES)}")
+        if not 0 < self.damping < 1:
+            raise UserError(f"damping {self.damping}: must lie between 0 and 1; 0.01 is the default")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the network has to be run on calibration text."""
+        return self.method != "rtn"
+
+    @property
+    def needs_original(self) -> bool:
+        """Whether the original network has to walk beside the quantized one."""
+        return self.needs_data and (self.input_error_target or self.residual_target)

@@ -23,8 +23,6 @@ from torch import Tensor
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, group_of_column
 
-RANGE_SEARCHES = ("minmax", "mse", "hessian")
-"""How a group's range is chosen: its extremes; least squared weight error; least H-diagonal-weighted error."""
 
 SHRINK_STEPS = 31
 SHRINK_TO = 0.4

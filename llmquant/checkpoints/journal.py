@@ -24,6 +24,8 @@ class FileRecord:
 
     bytes: int
     sha256: str
+    note: dict[str, Any] | None = None
+    """What its maker wants to remember of it."""
 
 
 @dataclass(kw_only=True)

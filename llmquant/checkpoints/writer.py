@@ -135,9 +135,11 @@ class PartialCheckpoint:
         """Whether that part is complete."""
         return name in self._journal.parts
 
-    def add_part(self, name: str, tensors: Mapping[str, Tensor | TensorStream]) -> None:
-        """Writes the tensors of one part; afterwards it is complete, whatever happens. UserError if the disk is
-        full."""
+    def add_part(
+        self, name: str, tensors: Mapping[str, Tensor | TensorStream], note: dict[str, Any] | None = None
+    ) -> None:
+        """Writes the tensors of one part; afterwards it is complete, whatever happens. `part_note` gives the note back.
+        UserError if the disk is full."""
         assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) and not self.is_finishing, name
         order = layout_order((key, tensor.dtype) for key, tensor in tensors.items())
         header = build_header({key: (tensors[key].dtype, tuple(tensors[key].shape)) for key in order}, {})
@@ -156,8 +158,12 @@ class PartialCheckpoint:
         sizes = [torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in tensors.values()]
         num_bytes = len(header) + sum(sizes)
         digest = write_atomically(self._part_file(name), pieces(), num_bytes)
-        self._journal.parts[name] = FileRecord(bytes=num_bytes, sha256=digest)
+        self._journal.parts[name] = FileRecord(bytes=num_bytes, sha256=digest, note=note)
         self._journal.save()
+
+    def part_note(self, name: str) -> dict[str, Any]:
+        """What was noted with a complete part."""
+        return self._journal.parts[name].note or {}
 
     def read_part(self, name: str) -> dict[str, Tensor]:
         """The tensors of a complete part, also when `finish` has already moved them into shards."""

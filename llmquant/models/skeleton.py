@@ -33,7 +33,6 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}/config.json: transformers cannot read it ({reason}); is it a supported model?") from error
-    text_config = config.get_text_config(decoder=True)
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
@@ -46,7 +45,6 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
             f"{path}: architecture {architectures[0]} is not a causal language model; "
             "give the checkpoint of its …ForCausalLM form"
         )
-    del text_config
     return config
 
 

@@ -1,0 +1,248 @@
+"""All calibration sequences walk through the network side by side, block by block, and pause where there is work to do.
+
+The model's own forward pass does the walking: each sequence runs it, from the token ids on, in a greenlet of its own,
+which hooks suspend at the door of every decoder block and in front of the linears that are about to be quantized. So
+masks, position embeddings, per-layer arguments and whatever else happens between blocks are the model's business, and
+one pass is enough: when all sequences wait in front of a linear, its input statistics are complete, it is quantized,
+and they go on from there with its new weight. Only one greenlet runs at a time, always in the same order.
+
+Each sequence can walk twice, in lockstep: as `quantized`, through the blocks as they are stored, and as `original`,
+through the weights of the checkpoint. The originals pass each linear before its weight is replaced.
+
+Letters: S sequences, L tokens of a sequence, T tokens, K in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from llmquant.models.blocks import BlockPlan, find_blocks, first_tensor, watch
+from llmquant.models.skeleton import Skeleton
+
+END = -1
+"""`Sequence.block` of a sequence that has left the last block."""
+
+
+class Sequence(greenlet):
+    """One sequence on its way through the network."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        super().__init__(run)
+        self.block: int | None = None
+        """Index of the block it is in or waits in front of; END behind the last one; None before the first."""
+        self.call: tuple[tuple, dict] = ((), {})
+        """What the block it waits in front of was called with."""
+        self.stage = END
+        """Index of the last stage of that block it has come to."""
+        self.x: Tensor | None = None
+        """The input of the stage it waits in front of; None when it does not wait in front of one."""
+        self.streams: dict[str, Tensor] = {}
+        """Inputs of modules that are sources of a residual stream, by module name within the block."""
+
+    def go_on(self) -> None:
+        """Run until the next pause."""
+        self.x = None
+        self.switch()
+
+    def pause(self) -> None:
+        """Called from inside: give control back to whoever called `go_on`."""
+        assert self.parent is not None
+        self.parent.switch()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One sequence in front of a stage."""
+
+    x_TK: Tensor
+    """Its input in the quantized network."""
+    original_x_TK: Tensor | None
+    """Its input in the original network, when that walks along."""
+    residual_gap_TR: Tensor | None
+    """h_fp - h of the residual stream that the stage is added to, when both are known."""
+
+
+class Walk:
+    """A set of sequences in front of the network; call `enter`, then `stages`, block after block."""
+
+    def __init__(self, skeleton: Skeleton, tokens_SL: Tensor, *, with_original: bool) -> None:
+        self.skeleton = skeleton
+        _, self.block_names = find_blocks(skeleton.model)
+        self._blocks = [skeleton.model.get_submodule(name) for name in self.block_names]
+        # The network without its head: nothing behind the last block is run.
+        self._network = getattr(skeleton.model, skeleton.model.base_model_prefix, skeleton.model)
+        self.quantized = [self._start(tokens_L) for tokens_L in tokens_SL]
+        self.original = [self._start(tokens_L) for tokens_L in tokens_SL] if with_original else []
+        self._handles: list[Any] = []
+        self._outside = self._hook_outside()
+        for index, block in enumerate(self._blocks):
+            self._handles.append(block.register_forward_pre_hook(self._at_door(index), with_kwargs=True))
+        self._handles.append(self._blocks[-1].register_forward_hook(self._behind_last))
+
+    def _start(self, tokens_L: Tensor) -> Sequence:
+        tokens = tokens_L[None].to(self.skeleton.device)
+        return Sequence(lambda: self._network(input_ids=tokens, use_cache=False))
+
+    def __enter__(self) -> Walk:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End every sequence and take the hooks away."""
+        for sequence in (*self.quantized, *self.original):
+            if sequence and not sequence.dead:
+                sequence.throw()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # --- between blocks ----------------------------------------------------------------------------------------------
+
+    def enter(self, index: int) -> None:
+        """Bring every sequence to the door of block `index`, which must be next, and load its weights."""
+        for sequence in (*self.original, *self.quantized):
+            if sequence.block is None:
+                sequence.go_on()
+        self._drop_outside()
+        assert all(sequence.block == index for sequence in (*self.original, *self.quantized))
+        self.skeleton.load(self.block_names[index])
+
+    def leave(self, index: int) -> None:
+        """Give back the weights of a block that every sequence has left."""
+        self.skeleton.drop(self.block_names[index])
+
+    def pass_through(self, index: int, replacements: Mapping[str, Tensor]) -> None:
+        """Walk through a finished block: the originals with the checkpoint's weights, the others with replacements."""
+        for sequence in self.original:
+            sequence.go_on()
+        self.skeleton.load(self.block_names[index], replacements)
+        for sequence in self.quantized:
+            sequence.go_on()
+
+    def _at_door(self, index: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            sequence = getcurrent()
+            if isinstance(sequence, Sequence):
+                sequence.block, sequence.stage, sequence.streams = index, END, {}
+                sequence.call = (args, kwargs)
+                sequence.pause()
+                sequence.call = ((), {})
+
+        return hook
+
+    def _behind_last(self, module: nn.Module, args: tuple, output: Any) -> None:
+        sequence = getcurrent()
+        if isinstance(sequence, Sequence):
+            sequence.block = END
+            sequence.pause()
+
+    # --- inside a block ----------------------------------------------------------------------------------------------
+
+    def plan(self, index: int) -> BlockPlan:
+        """Watch one sequence run the block that all of them stand in front of."""
+        args, kwargs = self.quantized[0].call
+        return watch(self._blocks[index], lambda: self._blocks[index](*args, **kwargs))
+
+    def stages(self, index: int, plan: BlockPlan) -> Iterator[tuple[int, list[Arrival]]]:
+        """Lead all sequences through a block; yields (stage index, arrivals) each time one's input is complete.
+
+        Before asking for the next one, the caller calls `release_originals` and then replaces the stage's weights.
+        """
+        block = self._blocks[index]
+        handles = []
+        for number, stage in enumerate(plan.stages):
+            for name in stage.linears:
+                linear = block.get_submodule(name)
+                handles.append(linear.register_forward_pre_hook(self._at_stage(number), with_kwargs=True))
+            if stage.residual_source:
+                source = block.get_submodule(stage.residual_source)
+                handles.append(source.register_forward_pre_hook(self._at_stream(stage.residual_source), with_kwargs=True))
+        try:
+            for sequence in (*self.original, *self.quantized):
+                sequence.streams = {"": tensor} if (tensor := first_tensor(*sequence.call)) is not None else {}
+                sequence.go_on()
+            while waiting := [sequence for sequence in self.quantized if sequence.x is not None]:
+                number = min(sequence.stage for sequence in waiting)
+                self._at, self._pending = number, [s for s in self.original if s.x is not None and s.stage == number]
+                yield number, list(self._arrivals(number, plan.stages[number].residual_source))
+                self.release_originals()
+                for sequence in waiting:
+                    if sequence.stage == number:
+                        sequence.go_on()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def release_originals(self) -> None:
+        """Let the original network's sequences pass the stage, which still has its original weights."""
+        for sequence in self._pending:
+            sequence.go_on()
+        self._pending = []
+
+    def _arrivals(self, number: int, source: str | None) -> Iterator[Arrival]:
+        originals: list[Sequence | None] = list(self.original) or [None] * len(self.quantized)
+        for sequence, original in zip(self.quantized, originals, strict=True):
+            if sequence.x is None or sequence.stage != number:
+                continue
+            x_TK = sequence.x.flatten(0, -2)
+            original_x_TK = gap_TR = None
+            if original is not None and original.x is not None and original.stage == number:
+                if original.x.shape == sequence.x.shape:
+                    original_x_TK = original.x.flatten(0, -2)
+                if source is not None and source in sequence.streams and source in original.streams:
+                    here, there = sequence.streams[source], original.streams[source]
+                    if here.shape == there.shape and here.shape[:-1] == sequence.x.shape[:-1]:
+                        gap_TR = (there - here).flatten(0, -2)
+            yield Arrival(x_TK, original_x_TK, gap_TR)
+
+    def _at_stage(self, number: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            sequence = getcurrent()
+            if isinstance(sequence, Sequence) and sequence.stage < number:
+                sequence.stage, sequence.x = number, first_tensor(args, kwargs)
+                sequence.pause()
+
+        return hook
+
+    def _at_stream(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            sequence = getcurrent()
+            tensor = first_tensor(args, kwargs)
+            if isinstance(sequence, Sequence) and tensor is not None:
+                sequence.streams[name] = tensor
+
+        return hook
+
+    # --- outside the blocks ------------------------------------------------------------------------------------------
+
+    def _hook_outside(self) -> list[str]:
+        """Modules with weights of their own outside the blocks load them when they are first called."""
+        inside = {module for block in self._blocks for module in block.modules()}
+        names = []
+        for module in self._network.modules():
+            if module in inside or not any(True for _ in module.parameters(recurse=False)):
+                continue
+            full = next(full for full, other in self.skeleton.model.named_modules() if other is module)
+            # What holds the blocks is still running while they are worked on.
+            if not any(child in inside for child in module.modules()):
+                names.append(full)
+            self._handles.append(module.register_forward_pre_hook(self._fill(full)))
+        return names
+
+    def _fill(self, name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> None:
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                self.skeleton.load(name, recurse=False)
+
+        return hook
+
+    def _drop_outside(self) -> None:
+        for name in self._outside:
+            self.skeleton.drop(name, recurse=False)

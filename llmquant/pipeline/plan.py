@@ -1,0 +1,258 @@
+"""Everything that can be settled before a weight is read: what is quantized how, what it will need, and what is refused.
+
+A dry run is this and nothing else; a real run starts with it and gets the same refusals.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmquant.checkpoints.header import TensorInfo
+from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.errors import UserError
+from llmquant.formats.format import Format
+from llmquant.formats.registry import FORMATS
+from llmquant.models.blocks import find_blocks, linear_shape, linears_of
+from llmquant.models.skeleton import DTYPES, Skeleton, read_config, stored_dtype
+from llmquant.spec import QuantSpec, Recipe
+
+STANDARD_GROUPS = (128, 64, 32)
+"""Group sizes that every loader has kernels for, largest first."""
+RUNTIME_BYTES = 450 * 2**20
+"""Memory of Python, torch and transformers with nothing loaded, measured on Linux with the CPU build of torch."""
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What happens to one linear."""
+
+    name: str
+    """Module name in the model."""
+    source: str
+    """Module name in the checkpoint: its weight is `<source>.weight`."""
+    out_features: int
+    in_features: int
+    spec: QuantSpec | None
+    """Its grid, or None when it stays in 16 bit."""
+    reason: str = ""
+    """Why it stays in 16 bit, or why its grid is not the one asked for."""
+
+    @property
+    def kind(self) -> str:
+        """The name without its block: `self_attn.q_proj`. Linears of one kind do the same job in every block."""
+        parts = self.name.split(".")
+        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+        return ".".join(parts[numbers[0] + 1 :]) if numbers else self.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, settled."""
+
+    path: Path
+    config: Any
+    reader: CheckpointReader
+    skeleton: Skeleton
+    recipe: Recipe
+    format: Format
+    dtype: torch.dtype
+    """Dtype of the model that is written."""
+    block_names: tuple[str, ...]
+    linears: tuple[LinearPlan, ...]
+    """Every linear of the model in order."""
+    num_tokens: int
+    """Calibration tokens, 0 where no data is needed."""
+    seq_len: int
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype scales are rounded to and stored in."""
+        return self.format.scale_dtype(self.dtype)
+
+    @property
+    def quantized(self) -> list[LinearPlan]:
+        """The linears that get a grid."""
+        return [linear for linear in self.linears if linear.spec is not None]
+
+    def linears_of_block(self, index: int) -> dict[str, LinearPlan]:
+        """The quantized linears of one block by their name within it."""
+        prefix = self.block_names[index] + "."
+        return {
+            linear.name.removeprefix(prefix): linear for linear in self.quantized if linear.name.startswith(prefix)
+        }
+
+    def tensors_of_block(self, index: int) -> dict[str, TensorInfo]:
+        """The checkpoint's tensors that belong to one block, by name."""
+        prefix = self.block_names[index] + "."
+        wanted = {source for name, source in self.skeleton.names.items() if name.startswith(prefix)}
+        return {name: info for name, info in self.reader.tensors.items() if name in wanted}
+
+    def tensors_outside(self) -> dict[str, TensorInfo]:
+        """The checkpoint's tensors that belong to no block: they are copied as they are."""
+        inside = {name for index in range(len(self.block_names)) for name in self.tensors_of_block(index)}
+        return {name: info for name, info in self.reader.tensors.items() if name not in inside}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight: codes, scales, zero-points and whatever else the format keeps."""
+        weights = sum(linear.out_features * linear.in_features for linear in self.quantized)
+        return 8 * sum(self._packed_bytes(linear) for linear in self.quantized) / max(weights, 1)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors that will be written."""
+        replaced = {f"{linear.source}.weight" for linear in self.quantized}
+        kept = sum(self._kept_bytes(info) for name, info in self.reader.tensors.items() if name not in replaced)
+        return kept + sum(self._packed_bytes(linear) for linear in self.quantized)
+
+    def _kept_bytes(self, info: TensorInfo) -> int:
+        converted = info.dtype in DTYPES.values()
+        return math.prod(info.shape) * self.dtype.itemsize if converted else info.nbytes
+
+    def _packed_bytes(self, linear: LinearPlan) -> int:
+        assert linear.spec is not None
+        shapes = self.format.tensor_shapes(linear.spec, linear.out_features, linear.in_features, self.scale_dtype)
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of the process: the runtime, the largest block, the solver's matrices, and the activations."""
+        block = max(
+            sum(math.prod(info.shape) for info in self.tensors_of_block(index).values()) * self.skeleton.dtype.itemsize
+            for index in range(len(self.block_names))
+        )
+        widest = max(linear.in_features for linear in self.linears_of_block(0).values() or self.quantized)
+        largest = max(linear.in_features * linear.out_features for linear in self.quantized)
+        solver = 10 * 4 * largest
+        if not self.recipe.needs_data:
+            return RUNTIME_BYTES + block + solver
+        solver += 6 * 8 * widest * widest
+        hidden = self.config.get_text_config(decoder=True).hidden_size
+        streams = 2 if self.recipe.needs_original else 1
+        # Waiting in front of the widest linear, a sequence holds its embedding, the block's input, the stream between
+        # and that linear's input.
+        activations = streams * self.num_tokens * (3 * hidden + widest) * self.skeleton.dtype.itemsize
+        embedding = max((info.nbytes for info in self.tensors_outside().values()), default=0)
+        return RUNTIME_BYTES + max(2 * block + solver + activations, embedding + activations)
+
+
+def make_plan(
+    path: Path,
+    recipe: Recipe,
+    format_name: str = "gptq",
+    *,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    num_samples: int = 128,
+    seq_len: int = 512,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Open a checkpoint and settle everything; UserError when the run cannot be done as asked."""
+    if format_name not in FORMATS:
+        raise UserError(f"format '{format_name}': not one of {', '.join(FORMATS)}; use --format gptq")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"dtype '{dtype}': not one of auto, {', '.join(DTYPES)}; use --dtype auto")
+    reader = CheckpointReader(path)
+    if reader.quantization_config is not None:
+        method = reader.quantization_config.get("quant_method", "unknown")
+        raise UserError(f"{path}: already quantized (quant_method '{method}'); give the original checkpoint")
+    config = read_config(path, trust_remote_code)
+    model_dtype = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
+    device = device or torch.device("cpu")
+    # float16 matrix products are emulated on processors; float32 gives the same numbers, faster.
+    compute = torch.float32 if device.type == "cpu" and model_dtype == torch.float16 else model_dtype
+    skeleton = Skeleton.open(reader, config, device, compute, trust_remote_code)
+    if missing := skeleton.missing():
+        raise UserError(
+            f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such); the checkpoint is incomplete, "
+            "or its names are not those of transformers' model"
+        )
+    max_length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if recipe.needs_data and max_length and seq_len > max_length:
+        raise UserError(f"seq_len {seq_len}: the model takes {max_length} tokens at most; use --seq-len {max_length}")
+    format = FORMATS[format_name]
+    _, block_names = find_blocks(skeleton.model)
+    linears = tuple(_plan_linears(skeleton, block_names, recipe, format, format.scale_dtype(model_dtype)))
+    plan = Plan(
+        path=path,
+        config=config,
+        reader=reader,
+        skeleton=skeleton,
+        recipe=recipe,
+        format=format,
+        dtype=model_dtype,
+        block_names=tuple(block_names),
+        linears=linears,
+        num_tokens=num_samples * seq_len if recipe.needs_data else 0,
+        seq_len=seq_len,
+    )
+    if not plan.quantized:
+        refused = next((linear for linear in linears if linear.reason), None)
+        why = f": {refused.name}: {refused.reason}" if refused else ""
+        raise UserError(f"{path}: no linear is left to quantize{why}; check --skip, --group-size and --format")
+    return plan
+
+
+def _plan_linears(
+    skeleton: Skeleton, block_names: list[str], recipe: Recipe, format: Format, scale_dtype: torch.dtype
+) -> Iterator[LinearPlan]:
+    unmatched = set(recipe.skip)
+    for name, linear in linears_of(skeleton.model).items():
+        out_features, in_features = linear_shape(linear)
+        source = skeleton.names[f"{name}.weight"].removesuffix(".weight")
+        spec: QuantSpec | None = None
+        patterns = [pattern for pattern in recipe.skip if fnmatchcase(name, pattern)]
+        unmatched -= set(patterns)
+        if patterns:
+            reason = f"--skip '{patterns[0]}'"
+        elif not any(name.startswith(f"{block}.") for block in block_names):
+            reason = "outside the decoder blocks"
+        else:
+            spec, reason = _fit(recipe.spec, format, out_features, in_features, scale_dtype)
+        yield LinearPlan(name, source, out_features, in_features, spec, reason)
+    if unmatched:
+        raise UserError(
+            f"skip pattern '{min(unmatched)}': matches no linear; patterns are matched against full names, "
+            "such as '*.down_proj'"
+        )
+
+
+def _fit(
+    spec: QuantSpec, format: Format, out_features: int, in_features: int, scale_dtype: torch.dtype
+) -> tuple[QuantSpec | None, str]:
+    """The grid asked for if the format can hold it, else the largest standard group that it can; else None."""
+    refusal = format.refuses(spec, out_features, in_features, scale_dtype)
+    if refusal is None and (spec.group_size == -1 or in_features % spec.group_size == 0):
+        return spec, ""
+    wanted = spec.group_size if spec.group_size != -1 else in_features
+    for group_size in STANDARD_GROUPS:
+        smaller = QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
+        if group_size < wanted and in_features % group_size == 0:
+            if format.refuses(smaller, out_features, in_features, scale_dtype) is None:
+                return smaller, f"in_features {in_features} is not a multiple of {spec.group_size}: group {group_size}"
+    reason = refusal or (
+        f"in_features {in_features} is not a multiple of group_size {spec.group_size}, nor of a smaller one of "
+        f"{', '.join(map(str, STANDARD_GROUPS))}"
+    )
+    return None, reason
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """UserError when the disk that will hold OUT is too small for it."""
+    folder = out.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    free, needed = shutil.disk_usage(folder).free, plan.output_bytes
+    if needed > free:
+        raise UserError(
+            f"{out}: needs {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free; "
+            "free some space or choose another place"
+        )

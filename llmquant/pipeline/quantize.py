@@ -1,0 +1,402 @@
+"""The main job: one loop over the decoder blocks.
+
+    plan -> calibration tokens -> for each block: walk in, gather statistics, solve, put the result back, walk on,
+    pack, write -> the tensors that stay as they are, config and tokenizer files -> atomic finish -> report
+
+At any time the memory holds one block, its statistics, and the activations of the calibration text. What a run has
+finished is on the disk; a run that died is continued by the same command: finished blocks are read back and walked
+through, which restores the activations bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant import __version__
+from llmquant.algorithms.statistics import InputStatistics
+from llmquant.checkpoints.writer import MAX_SHARD_BYTES, PartialCheckpoint, TensorStream
+from llmquant.errors import UserError
+from llmquant.hub import resolve_model
+from llmquant.models.blocks import BlockPlan, device_of, weight_as_NK
+from llmquant.models.skeleton import DTYPES
+from llmquant.models.walk import Arrival, Walk
+from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens
+from llmquant.pipeline.plan import LinearPlan, Plan, check_disk, make_plan
+from llmquant.pipeline.report import Report, ReportBuilder
+from llmquant.pipeline.solve import Solved, Stored, solve_stage, solve_without_data
+from llmquant.spec import Recipe
+
+OnStep = Callable[[int, int, str, float | None], None]
+"""(blocks finished, blocks in all, what is being done, relative error of the last solved linears)."""
+
+# Files beside the weights that belong to the model: tokenizer, generation settings, licence; code only if it is used.
+KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    format: str = "gptq",
+    dtype: str = "auto",
+    calibration: str = "auto",
+    num_samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_step: OnStep | None = None,
+) -> Report:
+    """Quantize a checkpoint into the folder OUT, which does not exist until it is complete.
+
+    model: local folder or hub id. calibration: a preset or a text file (`textdata.load_rows`), or "auto".
+    Raises UserError for whatever the user can mend; a run that was begun is then continued by the same call.
+    """
+    recipe, out = recipe or Recipe(), Path(out)
+    path = resolve_model(str(model))
+    plan = make_plan(
+        path,
+        recipe,
+        format,
+        dtype=dtype,
+        device=device_of(device),
+        num_samples=num_samples,
+        seq_len=seq_len,
+        trust_remote_code=trust_remote_code,
+    )
+    check_disk(plan, out)
+    builder = ReportBuilder(plan)
+    tokens = None
+    if recipe.needs_data:
+        with builder.timed("calibration text"):
+            tokens = calibration_tokens(load_tokenizer(path, trust_remote_code), calibration, num_samples, seq_len, seed)
+        builder.calibration(tokens)
+        check_tokens(plan, tokens)
+    with builder.timed("hashing"):
+        request = describe_request(plan, tokens, max_shard_bytes)
+    with PartialCheckpoint.open(out, request, restart=restart, overwrite=overwrite) as partial:
+        if not partial.is_finishing:
+            for part in partial.discarded:
+                builder.incident(part, "damaged since it was written: made again")
+            step = on_step or (lambda *_: None)
+            with torch.no_grad():
+                write_outside(plan, partial, builder)
+                if tokens is None:
+                    quantize_without_data(plan, partial, builder, step)
+                else:
+                    walk_and_quantize(plan, tokens, partial, builder, step)
+            with builder.timed("finishing"):
+                partial.finish(
+                    ["outside", *part_names(plan)],
+                    extra_files(plan),
+                    manifest={"request": request},
+                    max_shard_bytes=max_shard_bytes,
+                )
+        else:
+            for part in part_names(plan):
+                builder.recall(partial.part_note(part))
+            partial.complete()
+    return builder.finish(out)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def walk_and_quantize(
+    plan: Plan, tokens: CalibrationTokens, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep
+) -> None:
+    """Quantize block after block on what the network makes of the calibration tokens."""
+    total = len(plan.block_names)
+    with Walk(plan.skeleton, tokens.tokens_SL, with_original=plan.recipe.needs_original) as walk:
+        for index, part in enumerate(part_names(plan)):
+            linears = plan.linears_of_block(index)
+            with report.timed("forward"):
+                walk.enter(index)
+            if partial.has_part(part):
+                on_step(index, total, "reading back", None)
+                stored = partial.read_part(part)
+                report.recall(partial.part_note(part))
+                with report.timed("forward"):
+                    walk.pass_through(index, replacements(plan, linears, unpack_part(plan, linears, stored)))
+            else:
+                solved = quantize_block(plan, walk, index, linears, report, on_step)
+                with report.timed("writing"):
+                    partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
+            walk.leave(index)
+    on_step(total, total, "done", None)
+
+
+def quantize_block(
+    plan: Plan,
+    walk: Walk,
+    index: int,
+    linears: Mapping[str, LinearPlan],
+    report: ReportBuilder,
+    on_step: OnStep,
+) -> dict[str, Solved]:
+    """Solve the linears of one block, stage by stage; every sequence has left it afterwards."""
+    with report.timed("forward"):
+        block_plan = walk.plan(index)
+    left_over = set(linears) - {name for stage in block_plan.stages for name in stage.linears}
+    solved: dict[str, Solved] = {}
+    total = len(plan.block_names)
+    stages = walk.stages(index, block_plan)
+    while True:
+        on_step(index, total, "forward", None)
+        with report.timed("forward"):
+            arrived = next(stages, None)
+        if arrived is None:
+            break
+        number, arrivals = arrived
+        names = [name for name in block_plan.stages[number].linears if name in linears]
+        if not names:
+            continue
+        with report.timed("statistics"):
+            statistics = gather(plan, arrivals, block_plan, number, linears[names[0]])
+        del arrivals, arrived
+        with report.timed("forward"):
+            walk.release_originals()
+        on_step(index, total, ", ".join(name.rpartition(".")[2] for name in names), None)
+        with report.timed("solving"):
+            block = plan.skeleton.model.get_submodule(plan.block_names[index])
+            weights = {}
+            for name in names:
+                linear = block.get_submodule(name)
+                weights[name] = weight_as_NK(linear, linear.weight)
+                if not torch.isfinite(weights[name]).all():
+                    raise UserError(
+                        f"{plan.path}: tensor '{linears[name].source}.weight' holds NaN or inf; "
+                        "the checkpoint is damaged, download it again"
+                    )
+            specs = {name: linears[name].spec for name in names}
+            results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
+        for name, result in results.items():
+            report.linear(linears[name], result)
+        solved |= results
+        put_back(plan, linears, results)
+        on_step(index, total, "", sum(result.error for result in results.values()) / len(results))
+    for name in sorted(left_over):
+        linear = plan.skeleton.model.get_submodule(linears[name].name)
+        solved[name] = solve_without_data(weight_as_NK(linear, linear.weight), linears[name].spec, stored_numbers(plan))
+        why = "is called more than once per forward pass" if name in block_plan.repeated else "saw no calibration token"
+        report.linear(linears[name], solved[name])
+        report.incident(linears[name].name, f"{why}: rounded to nearest")
+    return solved
+
+
+def gather(
+    plan: Plan, arrivals: Iterable[Arrival], block_plan: BlockPlan, number: int, linear: LinearPlan
+) -> InputStatistics:
+    """The statistics of one stage's input over all sequences."""
+    arrivals = list(arrivals)
+    drift = plan.recipe.input_error_target and all(arrival.original_x_TK is not None for arrival in arrivals)
+    gaps = plan.recipe.residual_target and all(arrival.residual_gap_TR is not None for arrival in arrivals)
+    width = linear.out_features if gaps and block_plan.stages[number].residual_source is not None else 0
+    statistics = InputStatistics(linear.in_features, plan.skeleton.device, drift=drift, residual_width=width)
+    for arrival in arrivals:
+        statistics.add(arrival.x_TK, arrival.original_x_TK, arrival.residual_gap_TR)
+    return statistics
+
+
+def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep) -> None:
+    """Round every linear on its own: no forward pass, one block of weights at a time."""
+    total = len(plan.block_names)
+    for index, part in enumerate(part_names(plan)):
+        on_step(index, total, "rounding", None)
+        linears = plan.linears_of_block(index)
+        if partial.has_part(part):
+            report.recall(partial.part_note(part))
+            continue
+        solved = {}
+        for name, linear in linears.items():
+            with report.timed("solving"):
+                weight = read_finite(plan, f"{linear.source}.weight")
+                weight_NK = weight_as_NK(plan.skeleton.model.get_submodule(linear.name), weight)
+                solved[name] = solve_without_data(weight_NK, linear.spec, stored_numbers(plan))
+            report.linear(linear, solved[name])
+        with report.timed("writing"):
+            partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
+    on_step(total, total, "done", None)
+
+
+# --- what is read and written ----------------------------------------------------------------------------------------
+
+
+def part_names(plan: Plan) -> list[str]:
+    """The part of each block, in order."""
+    return [f"block-{index:05d}" for index in range(len(plan.block_names))]
+
+
+def stored_numbers(plan: Plan) -> Stored:
+    """How the format of a run wants its numbers."""
+    return Stored(plan.scale_dtype, plan.format.min_zero)
+
+
+def read_finite(plan: Plan, name: str) -> Tensor:
+    """A tensor of the checkpoint; UserError when it holds NaN or inf."""
+    tensor = plan.reader.read(name)
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise UserError(
+            f"{plan.path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again"
+        )
+    return tensor
+
+
+def pack_part(
+    plan: Plan, index: int, linears: Mapping[str, LinearPlan], solved: Mapping[str, Solved]
+) -> dict[str, Tensor]:
+    """All tensors of one block as they are stored: packed linears, and the rest in the model's dtype."""
+    tensors: dict[str, Tensor] = {}
+    packed = {f"{linear.source}.weight" for linear in linears.values()}
+    for name in plan.tensors_of_block(index):
+        if name not in packed:
+            tensors[name] = converted(plan, read_finite(plan, name))
+    for name, linear in linears.items():
+        for suffix, tensor in plan.format.pack(solved[name].weight.to("cpu")).items():
+            tensors[f"{linear.source}.{suffix}"] = tensor
+    return tensors
+
+
+def unpack_part(
+    plan: Plan, linears: Mapping[str, LinearPlan], tensors: Mapping[str, Tensor]
+) -> dict[str, Solved]:
+    """The quantized linears of a part that an earlier run wrote, without their errors."""
+    solved = {}
+    for name, linear in linears.items():
+        assert linear.spec is not None
+        own = {
+            suffix: tensors[f"{linear.source}.{suffix}"]
+            for suffix in plan.format.suffixes
+            if f"{linear.source}.{suffix}" in tensors
+        }
+        weight = plan.format.unpack(own, linear.spec, linear.out_features, linear.in_features)
+        solved[name] = Solved(weight, float("nan"), float("nan"))
+    return solved
+
+
+def put_back(plan: Plan, linears: Mapping[str, LinearPlan], solved: Mapping[str, Solved]) -> None:
+    """Let the network go on with the quantized weights."""
+    for name, value in replacements(plan, linears, solved).items():
+        owner = plan.skeleton.model.get_submodule(name.removesuffix(".weight"))
+        plan.skeleton.put(name, owner, "weight", value)
+
+
+def replacements(
+    plan: Plan, linears: Mapping[str, LinearPlan], solved: Mapping[str, Solved]
+) -> dict[str, Tensor]:
+    """The dense weights that the stored codes stand for, by parameter name, laid out as the model's modules want them."""
+    dense = {}
+    for name, result in solved.items():
+        full = linears[name].name
+        weight_NK = result.weight.to(plan.skeleton.device).dequantize(plan.skeleton.dtype)
+        dense[f"{full}.weight"] = weight_as_NK(plan.skeleton.model.get_submodule(full), weight_NK).contiguous()
+    return dense
+
+
+def converted(plan: Plan, tensor: Tensor) -> Tensor:
+    """A tensor that is kept, in the dtype of the model that is written."""
+    return tensor.to(plan.dtype) if tensor.dtype in DTYPES.values() else tensor
+
+
+def write_outside(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder) -> None:
+    """Copy the tensors that belong to no block, one after the other: embeddings, the last norm, the head."""
+    if partial.has_part("outside"):
+        return
+
+    def pieces(name: str) -> Callable[[], Iterable[memoryview]]:
+        def read() -> Iterable[memoryview]:
+            tensor = converted(plan, read_finite(plan, name)).contiguous()
+            yield memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+        return read
+
+    with report.timed("writing"):
+        streams = {}
+        for name, info in plan.tensors_outside().items():
+            dtype = plan.dtype if info.dtype in DTYPES.values() else info.dtype
+            streams[name] = TensorStream(dtype=dtype, shape=tuple(info.shape), chunks=pieces(name))
+        partial.add_part("outside", streams)
+
+
+def extra_files(plan: Plan) -> dict[str, bytes]:
+    """Everything of OUT that is not weights."""
+    files = {}
+    for file in sorted(plan.path.iterdir()):
+        kept = file.suffix in KEPT_SUFFIXES or file.name in KEPT_NAMES
+        if kept and file.is_file() and not file.name.endswith(".index.json"):
+            files[file.name] = file.read_bytes()
+    if plan.reader.config.get("auto_map"):
+        files |= {file.name: file.read_bytes() for file in sorted(plan.path.glob("*.py"))}
+    specs = {linear.source: linear.spec for linear in plan.linears}
+    damping = {"damp_percent": plan.recipe.damping, "static_groups": True} if plan.recipe.needs_data else {}
+    quantization = plan.format.config(plan.recipe.spec, specs, meta=damping)
+    config = plan.reader.config | {"quantization_config": quantization}
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = str(plan.dtype).removeprefix("torch.")
+    files["config.json"] = as_json_bytes(config)
+    if plan.format.config_file is not None:
+        files[plan.format.config_file] = as_json_bytes(quantization)
+    return files
+
+
+def as_json_bytes(content: Any) -> bytes:
+    """Indented JSON with a newline at the end."""
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a local checkpoint."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: no tokenizer that transformers can load ({reason}); copy the tokenizer's files into the folder"
+        ) from error
+
+
+def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:
+    """UserError when the tokenizer makes ids that the model has no embedding for."""
+    vocabulary = plan.skeleton.model.get_input_embeddings().weight.shape[0]
+    largest = int(tokens.tokens_SL.max())
+    if largest >= vocabulary:
+        raise UserError(
+            f"{plan.path}: the tokenizer makes token {largest}, the model has {vocabulary}; "
+            "the tokenizer's files are those of another model"
+        )
+
+
+def describe_request(plan: Plan, tokens: CalibrationTokens | None, max_shard_bytes: int) -> dict[str, Any]:
+    """Everything the result depends on: it identifies a run that is continued, and is kept in OUT's manifest."""
+    request: dict[str, Any] = {
+        "llmquant": __version__,
+        "torch": torch.__version__,
+        "format": plan.format.name,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "device": plan.skeleton.device.type,
+        "recipe": asdict(plan.recipe),
+        "max_shard_bytes": max_shard_bytes,
+        "model": plan.reader.file_hashes(),
+    }
+    if tokens is not None:
+        digest = hashlib.sha256(tokens.tokens_SL.contiguous().numpy().tobytes()).hexdigest()
+        audit = tokens.audit()
+        del audit["incidents"]  # a network error reads differently every time
+        request["calibration"] = audit | {"sha256": digest}
+    return request

@@ -1,0 +1,161 @@
+"""Quantize the linears of one stage: those that read the same input, solved together.
+
+A method is what its name says: `rtn` rounds to nearest on each group's extremes and needs no data; `gptq` rounds a
+target with GPTQ on searched grids. Whatever was searched has to beat plain RTN on the calibration inputs, row of the
+weight by row; rows where it does not are RTN's.
+
+Letters: N out_features (of all linears of the stage together), K in_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llmquant.algorithms.affine import (
+    Grid,
+    find_grid,
+    round_to_grid,
+    round_to_nearest,
+    to_quantized_weight,
+    values_on_grid,
+)
+from llmquant.algorithms.gptq import DAMPING_LADDER, InverseFactor, column_order, factor_inverse, gptq_round
+from llmquant.algorithms.statistics import InputStatistics
+from llmquant.algorithms.targets import corrected_target
+from llmquant.spec import QuantSpec, Recipe
+from llmquant.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One linear's result and how good it is."""
+
+    weight: QuantizedWeight
+    error: float
+    """Squared output error over the calibration inputs, relative to the squared output of the target; for `rtn`
+    without data the same of the weights themselves."""
+    rtn_error: float
+    """The same for plain RTN."""
+    incidents: tuple[str, ...] = ()
+    """What fell back, in words."""
+
+
+@dataclass
+class Stored:
+    """How a format wants its numbers."""
+
+    scale_dtype: torch.dtype
+    min_zero: int = 0
+
+
+def solve_without_data(weight_NK: Tensor, spec: QuantSpec, stored: Stored) -> Solved:
+    """Plain RTN; its error is that of the weight itself."""
+    quantized = round_to_nearest(weight_NK, spec, stored.scale_dtype, stored.min_zero)
+    weight_NK = weight_NK.float()
+    error = ((quantized.dequantize() - weight_NK).square().sum() / weight_NK.square().sum().clamp(min=1e-30)).item()
+    return Solved(quantized, error, error)
+
+
+def solve_stage(
+    weights: Mapping[str, Tensor],
+    specs: Mapping[str, QuantSpec],
+    statistics: InputStatistics,
+    recipe: Recipe,
+    stored: Stored,
+) -> dict[str, Solved]:
+    """Solve linears that read one input; weights are [N, K] each, by name."""
+    hessian_KK = statistics.hessian_KK
+    factor = factor_inverse(hessian_KK, column_order(hessian_KK, recipe.activation_order), _ladder(recipe))
+    incidents: list[str] = []
+    if factor is None:
+        incidents.append("the Hessian could not be factored at any damping: rounded to nearest on searched ranges")
+    elif factor.damping > recipe.damping:
+        incidents.append(f"damping raised to {factor.damping:g} to factor the Hessian")
+    solved: dict[str, Solved] = {}
+    for spec in dict.fromkeys(specs.values()):
+        names = [name for name in weights if specs[name] == spec]
+        weight_KN = torch.cat([weights[name].float() for name in names]).T.contiguous()
+        result = _solve(weight_KN, spec, statistics, hessian_KK, factor, recipe, stored)
+        start = 0
+        for name in names:
+            rows = slice(start, start + weights[name].shape[0])
+            solved[name] = result.of(rows, spec, stored, tuple(incidents))
+            start = rows.stop
+    return {name: solved[name] for name in weights}
+
+
+@dataclass
+class _Result:
+    steps_KN: Tensor
+    grid: Grid
+    error_N: Tensor
+    rtn_error_N: Tensor
+    output_N: Tensor
+    reverted_N: Tensor = field(repr=False)
+
+    def of(self, rows: slice, spec: QuantSpec, stored: Stored, incidents: tuple[str, ...]) -> Solved:
+        grid = Grid(self.grid.scale_GN[:, rows], self.grid.zero_GN[:, rows])
+        output = self.output_N[rows].sum().clamp(min=1e-30)
+        return Solved(
+            weight=to_quantized_weight(self.steps_KN[:, rows], grid, spec, stored.scale_dtype),
+            error=(self.error_N[rows].sum() / output).item(),
+            rtn_error=(self.rtn_error_N[rows].sum() / output).item(),
+            incidents=incidents,
+        )
+
+
+def _solve(
+    weight_KN: Tensor,
+    spec: QuantSpec,
+    statistics: InputStatistics,
+    hessian_KK: Tensor,
+    factor: InverseFactor | None,
+    recipe: Recipe,
+    stored: Stored,
+) -> _Result:
+    importance_K = None
+    if recipe.range_search == "hessian":
+        importance_K = hessian_KK.diagonal() + recipe.damping * hessian_KK.diagonal().mean()
+    elif recipe.range_search == "mse":
+        importance_K = torch.ones_like(hessian_KK.diagonal())
+
+    target_KN = weight_KN
+    if factor is not None:
+        residual_KN = statistics.residual_KR if recipe.residual_target else None
+        drift_KK = statistics.drift_KK if recipe.input_error_target else None
+        target_KN = corrected_target(weight_KN, factor, drift_KK, residual_KN)
+    grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
+    if factor is not None:
+        steps_KN = gptq_round(target_KN, factor, grid, spec)
+    else:
+        steps_KN = round_to_grid(target_KN, grid, spec)
+    error_N = _row_errors(values_on_grid(steps_KN, grid, spec) - target_KN, hessian_KK)
+
+    rtn_grid = find_grid(weight_KN, None, spec, stored.scale_dtype, stored.min_zero)
+    rtn_steps_KN = round_to_grid(weight_KN, rtn_grid, spec)
+    rtn_error_N = _row_errors(values_on_grid(rtn_steps_KN, rtn_grid, spec) - target_KN, hessian_KK)
+    worse_N = rtn_error_N < error_N
+    return _Result(
+        steps_KN=torch.where(worse_N, rtn_steps_KN, steps_KN),
+        grid=Grid(
+            torch.where(worse_N, rtn_grid.scale_GN, grid.scale_GN),
+            torch.where(worse_N, rtn_grid.zero_GN, grid.zero_GN),
+        ),
+        error_N=torch.where(worse_N, rtn_error_N, error_N),
+        rtn_error_N=rtn_error_N,
+        output_N=_row_errors(weight_KN, hessian_KK),
+        reverted_N=worse_N,
+    )
+
+
+def _row_errors(error_KN: Tensor, hessian_KK: Tensor) -> Tensor:
+    """Mean squared output error of each output over the calibration tokens, float32 [N]: diag(E^T H E)."""
+    return (error_KN * (hessian_KK @ error_KN)).sum(0)
+
+
+def _ladder(recipe: Recipe) -> tuple[float, ...]:
+    return (recipe.damping, *(step for step in DAMPING_LADDER if step > recipe.damping))

@@ -1,0 +1,133 @@
+"""Open a checkpoint, quantized or not, as a transformers model that runs.
+
+A quantized checkpoint becomes the model of its config with every packed linear replaced by a `QuantizedLinear`. Tensors
+go one by one from the shards to the device, so the peak is the quantized model and one layer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from llmquant.checkpoints.quantized import parsed_quantization, read_quantized, validate_quantized
+from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.errors import UserError
+from llmquant.hub import resolve_model
+from llmquant.models.blocks import device_of, linear_shape, linears_of
+from llmquant.models.skeleton import DTYPES, Skeleton, read_config, stored_dtype
+from llmquant.runtime.linear import QuantizedLinear
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    backend: str = "auto",
+    trust_remote_code: bool = False,
+) -> Any:
+    """A transformers causal language model from a local folder or hub id, in eval mode, ready to generate.
+
+    device: auto, cpu, cuda[:n]. dtype: auto (the checkpoint's), float32, bfloat16, float16. backend: one of
+    `kernels.dispatch.BACKENDS`, or auto. Raises UserError for whatever the user can mend.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"dtype '{dtype}': not one of auto, {', '.join(DTYPES)}; use dtype auto")
+    reader = CheckpointReader(resolve_model(str(path)))
+    target = device_of(device)
+    quantization = parsed_quantization(reader)
+    config = read_config(reader.path, trust_remote_code)
+    # transformers must not look for a quantizer of its own: the packed linears are replaced here.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    wanted = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
+    skeleton = Skeleton.open(reader, config, target, wanted, trust_remote_code)
+    if quantization is not None:
+        replace_linears(skeleton, backend)
+    elif backend != "auto":
+        raise UserError(f"backend '{backend}': {path} is not quantized, its linears are torch's; use --backend auto")
+    fill(skeleton)
+    model = skeleton.model
+    add_generation_config(model, reader.path)
+    return model
+
+
+def replace_linears(skeleton: Skeleton, backend: str) -> None:
+    """Put a QuantizedLinear where a packed linear is on disk; UserError where model and checkpoint disagree."""
+    reader, model = skeleton.reader, skeleton.model
+    stored = validate_quantized(reader)
+    module_of = {_checkpoint_module(skeleton, name): name for name in linears_of(model)}
+    for source, packed in stored.items():
+        name = module_of.get(source)
+        if name is None:
+            raise UserError(
+                f"{reader.path}: packed linear '{source}' is no linear of the model that config.json describes"
+            )
+        linear = model.get_submodule(name)
+        if linear_shape(linear) != (packed.out_features, packed.in_features):
+            raise UserError(
+                f"{reader.path}: '{source}' is packed as {[packed.out_features, packed.in_features]}, config.json makes "
+                f"it {list(linear_shape(linear))}; the checkpoint and its config do not belong together"
+            )
+        bias = None
+        if linear.bias is not None:
+            bias = reader.read(f"{source}.bias")
+        replacement = QuantizedLinear(
+            read_quantized(reader, packed), bias, dtype=skeleton.dtype, device=skeleton.device, backend=backend
+        )
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, replacement.eval())
+
+
+def _checkpoint_module(skeleton: Skeleton, name: str) -> str:
+    """The module name under which the checkpoint holds a linear of the model (prefixes of the base model may differ)."""
+    prefix = getattr(skeleton.model, "base_model_prefix", "")
+    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        if any(f"{candidate}.{suffix}" in skeleton.reader.tensors for suffix in ("qweight", "weight_packed", "weight")):
+            return candidate
+    return name
+
+
+def fill(skeleton: Skeleton) -> None:
+    """Read everything that is not a packed linear; tied parameters share one tensor."""
+    model = skeleton.model
+    read: dict[str, nn.Parameter] = {}
+    for name, owner in list(model.named_modules()):
+        if isinstance(owner, QuantizedLinear):
+            continue
+        for leaf in [leaf for leaf, parameter in owner._parameters.items() if parameter is not None]:
+            full = f"{name}.{leaf}" if name else leaf
+            source = skeleton.names.get(full)
+            if source is None:
+                raise UserError(
+                    f"{skeleton.reader.path}: no tensor holds parameter '{full}'; the checkpoint is incomplete"
+                )
+            if source not in read:
+                skeleton.load(name, recurse=False)
+                read |= {
+                    skeleton.names[other]: parameter
+                    for key, parameter in owner._parameters.items()
+                    if parameter is not None and (other := f"{name}.{key}" if name else key) in skeleton.names
+                }
+            owner._parameters[leaf] = read[source]
+        for leaf, buffer in owner._buffers.items():
+            full = f"{name}.{leaf}" if name else leaf
+            if buffer is not None and full in skeleton.names and leaf not in owner._non_persistent_buffers_set:
+                skeleton.put(full, owner, leaf, skeleton.reader.read(skeleton.names[full]))
+
+
+def add_generation_config(model: Any, path: Path) -> None:
+    """The checkpoint's own generation settings, where it has some."""
+    from transformers import GenerationConfig
+
+    if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+
+
+def is_quantized(path: str | Path) -> bool:
+    """Whether a local checkpoint says that it is quantized."""
+    return CheckpointReader(Path(path)).quantization_config is not None
+
+
