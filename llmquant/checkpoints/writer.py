@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoints.durable import TEMPORARY_SUFFIX, disk_errors, sync_folder, write_atomically
+from llmquant.checkpoints.durable import TEMPORARY_SUFFIX, disk_errors, make_folder, sync_folder, write_atomically
 from llmquant.checkpoints.header import TensorInfo, build_header, layout_order, read_header
 from llmquant.checkpoints.journal import JOURNAL_FILE, FileRecord, Journal, Plan, as_json, differences
 from llmquant.checkpoints.manifest import MANIFEST_FILE, build_manifest
@@ -151,8 +151,7 @@ class PartialCheckpoint:
                 else:
                     yield _tensor_bytes(tensor)
 
-        with disk_errors(self._part_file(name)):
-            (self.folder / PARTS).mkdir(exist_ok=True)
+        make_folder(self.folder / PARTS)
         sizes = [torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in tensors.values()]
         num_bytes = len(header) + sum(sizes)
         digest = write_atomically(self._part_file(name), pieces(), num_bytes)
@@ -221,12 +220,11 @@ class PartialCheckpoint:
         with disk_errors(checkpoint):
             if checkpoint.exists():
                 shutil.rmtree(checkpoint)
-            checkpoint.mkdir()
+        make_folder(checkpoint)
         for name, content in extra_files.items():
             file = checkpoint / name
             assert file.resolve().is_relative_to(checkpoint.resolve()) and name != MANIFEST_FILE, name
-            with disk_errors(file):
-                file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             write_atomically(file, [content], len(content))
         self._journal.plan = Plan(
             shards={_shard_name(index, len(shards)): shard for index, shard in enumerate(shards)},
@@ -432,7 +430,7 @@ def _acquire_lock(folder: Path) -> int:
     file = folder / LOCK_FILE
     with disk_errors(folder):
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             try:
                 lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:
