@@ -136,8 +136,7 @@ class PartialCheckpoint:
         return name in self._journal.parts
 
     def add_part(self, name: str, tensors: Mapping[str, Tensor | TensorStream]) -> None:
-        """Writes the tensors of one part; afterwards it is complete, whatever happens. UserError if the disk is
-        full."""
+        """Writes the tensors of one part; afterwards it is complete, whatever happens. UserError on a full disk."""
         assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) and not self.is_finishing, name
         order = layout_order((key, tensor.dtype) for key, tensor in tensors.items())
         header = build_header({key: (tensors[key].dtype, tuple(tensors[key].shape)) for key in order}, {})
@@ -330,8 +329,9 @@ class PartialCheckpoint:
         if self.discarded:
             journal.save()
         with disk_errors(self.folder):
-            if (self.folder / CHECKPOINT).exists():
-                shutil.rmtree(self.folder / CHECKPOINT)
+            for name in (CHECKPOINT, REPLACED):
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / name)
             known = {self._part_file(part) for part in journal.parts}
             for file in (self.folder / PARTS).glob("*"):
                 if file not in known:
