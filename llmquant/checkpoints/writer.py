@@ -186,8 +186,7 @@ class PartialCheckpoint:
 
     def complete(self) -> None:
         """Does what is left of `finish`, from the journal alone."""
-        plan = self._journal.plan
-        assert plan is not None
+        plan = self._plan
         if not self.is_finished:
             for shard in plan.shards:
                 if shard not in self._journal.shards:
@@ -233,8 +232,7 @@ class PartialCheckpoint:
         self._journal.save()
 
     def _write_shard(self, shard: str) -> None:
-        plan = self._journal.plan
-        assert plan is not None
+        plan = self._plan
         parts = {part: self._part_infos(part) for part in dict.fromkeys(plan.shards[shard].values())}
         infos = {key: parts[part][key] for key, part in plan.shards[shard].items()}
         order = layout_order((key, info.dtype) for key, info in infos.items())
@@ -251,8 +249,7 @@ class PartialCheckpoint:
         self._journal.save()
 
     def _remove_consumed_parts(self) -> None:
-        plan = self._journal.plan
-        assert plan is not None
+        plan = self._plan
         needed = {
             part for shard, parts in plan.shards.items() if shard not in self._journal.shards for part in parts.values()
         }
@@ -260,8 +257,7 @@ class PartialCheckpoint:
             self._part_file(part).unlink(missing_ok=True)
 
     def _write_index(self) -> None:
-        plan = self._journal.plan
-        assert plan is not None
+        plan = self._plan
         if list(plan.shards) == [SINGLE_FILE]:
             return
         total = 0
@@ -274,8 +270,7 @@ class PartialCheckpoint:
         )
 
     def _write_manifest(self) -> None:
-        plan = self._journal.plan
-        assert plan is not None
+        plan = self._plan
         checkpoint = self.folder / CHECKPOINT
         files = dict(self._journal.shards)
         for file in checkpoint.rglob("*"):
@@ -293,6 +288,11 @@ class PartialCheckpoint:
             checkpoint.replace(self.out)
             sync_folder(self.out.parent)
 
+    @property
+    def _plan(self) -> Plan:
+        assert self._journal.plan is not None, "finish was not called"
+        return self._journal.plan
+
     # --- files -------------------------------------------------------------------------------------------------------
 
     def _part_file(self, name: str) -> Path:
@@ -302,8 +302,7 @@ class PartialCheckpoint:
         """Where the tensors of a part lie: in its own file, or in the shards it was copied into."""
         if self._part_file(name).exists():
             return _file_infos(self._part_file(name))
-        plan = self._journal.plan
-        assert plan is not None, name
+        plan = self._plan
         infos: dict[str, TensorInfo] = {}
         for shard, parts in plan.shards.items():
             keys = [key for key, part in parts.items() if part == name]
