@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquant.errors import UserError
+from llmquant.formats import awq, compressed_tensors, gptq
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS, parse_quantization_config
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
@@ -552,3 +553,40 @@ def test_bad_configurations_are_refused_in_one_line(config: dict, message: str) 
     with pytest.raises(UserError, match=message) as error:
         parse_quantization_config(config)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text("ab:(*-", max_size=4),
+        st.sampled_from(["Linear", "re:(", "gptq"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["bits", "-:a", "+:(", "group_size"]), inner, max_size=3),
+    ),
+    max_leaves=8,
+)
+
+
+@given(data=st.data(), base=st.sampled_from([GPTQ, AWQ, compressed()]))
+def test_any_json_is_understood_or_refused_in_one_line(data: st.DataObject, base: dict) -> None:
+    known = sorted(gptq.KNOWN_KEYS | awq.KNOWN_KEYS | compressed_tensors.KNOWN_KEYS)
+    config = base | data.draw(st.dictionaries(st.sampled_from(known), JSON, max_size=3))
+    if "config_groups" in base and data.draw(st.booleans()):
+        group_keys = sorted(compressed_tensors.GROUP_KEYS)
+        group = {"targets": ["Linear"], "weights": WEIGHTS} | data.draw(
+            st.dictionaries(st.sampled_from(group_keys), JSON)
+        )
+        if isinstance(group["weights"], dict):
+            weight_keys = sorted(compressed_tensors.WEIGHT_KEYS)
+            group["weights"] = group["weights"] | data.draw(st.dictionaries(st.sampled_from(weight_keys), JSON))
+        config["config_groups"] = {"group_0": group}
+    try:
+        spec = parse_quantization_config(config).spec_of("model.layers.0.q")
+        assert spec is None or spec.bits in SUPPORTED_BITS
+    except UserError as error:
+        assert "\n" not in str(error)

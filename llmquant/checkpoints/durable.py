@@ -62,6 +62,15 @@ def write_atomically(path: Path, pieces: Iterable[bytes | memoryview], needed_by
     return digest.hexdigest()
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, so that they survive a power cut; nothing happens if it is there."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        with disk_errors(folder):
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Forces a folder's entries (what was created, renamed or removed in it) to the disk."""
     handle = os.open(folder, os.O_RDONLY)

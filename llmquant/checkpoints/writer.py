@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoints.durable import TEMPORARY_SUFFIX, disk_errors, sync_folder, write_atomically
+from llmquant.checkpoints.durable import TEMPORARY_SUFFIX, disk_errors, make_folder, sync_folder, write_atomically
 from llmquant.checkpoints.header import TensorInfo, build_header, layout_order, read_header
 from llmquant.checkpoints.journal import JOURNAL_FILE, FileRecord, Journal, Plan, as_json, differences
 from llmquant.checkpoints.manifest import MANIFEST_FILE, build_manifest
@@ -153,8 +153,7 @@ class PartialCheckpoint:
                 else:
                     yield _tensor_bytes(tensor)
 
-        with disk_errors(self._part_file(name)):
-            (self.folder / PARTS).mkdir(exist_ok=True)
+        make_folder(self.folder / PARTS)
         sizes = [torch.Size(tensor.shape).numel() * tensor.dtype.itemsize for tensor in tensors.values()]
         num_bytes = len(header) + sum(sizes)
         digest = write_atomically(self._part_file(name), pieces(), num_bytes)
@@ -194,8 +193,7 @@ class PartialCheckpoint:
 
     def complete(self) -> None:
         """Does what is left of `finish`, from the journal alone."""
-        plan = self._journal.plan
-        assert plan is not None
+        plan = self._plan
         if not self.is_finished:
             for shard in plan.shards:
                 if shard not in self._journal.shards:
@@ -227,12 +225,11 @@ class PartialCheckpoint:
         with disk_errors(checkpoint):
             if checkpoint.exists():
                 shutil.rmtree(checkpoint)
-            checkpoint.mkdir()
+        make_folder(checkpoint)
         for name, content in extra_files.items():
             file = checkpoint / name
             assert file.resolve().is_relative_to(checkpoint.resolve()) and name != MANIFEST_FILE, name
-            with disk_errors(file):
-                file.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(file.parent)
             write_atomically(file, [content], len(content))
         self._journal.plan = Plan(
             shards={_shard_name(index, len(shards)): shard for index, shard in enumerate(shards)},
@@ -242,8 +239,7 @@ class PartialCheckpoint:
         self._journal.save()
 
     def _write_shard(self, shard: str) -> None:
-        plan = self._journal.plan
-        assert plan is not None
+        plan = self._plan
         parts = {part: self._part_infos(part) for part in dict.fromkeys(plan.shards[shard].values())}
         infos = {key: parts[part][key] for key, part in plan.shards[shard].items()}
         order = layout_order((key, info.dtype) for key, info in infos.items())
@@ -260,8 +256,7 @@ class PartialCheckpoint:
         self._journal.save()
 
     def _remove_consumed_parts(self) -> None:
-        plan = self._journal.plan
-        assert plan is not None
+        plan = self._plan
         needed = {
             part for shard, parts in plan.shards.items() if shard not in self._journal.shards for part in parts.values()
         }
@@ -269,8 +264,7 @@ class PartialCheckpoint:
             self._part_file(part).unlink(missing_ok=True)
 
     def _write_index(self) -> None:
-        plan = self._journal.plan
-        assert plan is not None
+        plan = self._plan
         if list(plan.shards) == [SINGLE_FILE]:
             return
         total = 0
@@ -283,8 +277,7 @@ class PartialCheckpoint:
         )
 
     def _write_manifest(self) -> None:
-        plan = self._journal.plan
-        assert plan is not None
+        plan = self._plan
         checkpoint = self.folder / CHECKPOINT
         files = dict(self._journal.shards)
         for file in checkpoint.rglob("*"):
@@ -302,6 +295,11 @@ class PartialCheckpoint:
             checkpoint.replace(self.out)
             sync_folder(self.out.parent)
 
+    @property
+    def _plan(self) -> Plan:
+        assert self._journal.plan is not None, "finish was not called"
+        return self._journal.plan
+
     # --- files -------------------------------------------------------------------------------------------------------
 
     def _part_file(self, name: str) -> Path:
@@ -311,8 +309,7 @@ class PartialCheckpoint:
         """Where the tensors of a part lie: in its own file, or in the shards it was copied into."""
         if self._part_file(name).exists():
             return _file_infos(self._part_file(name))
-        plan = self._journal.plan
-        assert plan is not None, name
+        plan = self._plan
         infos: dict[str, TensorInfo] = {}
         for shard, parts in plan.shards.items():
             keys = [key for key, part in parts.items() if part == name]
@@ -338,8 +335,9 @@ class PartialCheckpoint:
         if self.discarded:
             journal.save()
         with disk_errors(self.folder):
-            if (self.folder / CHECKPOINT).exists():
-                shutil.rmtree(self.folder / CHECKPOINT)
+            for name in (CHECKPOINT, REPLACED):
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / name)
             known = {self._part_file(part) for part in journal.parts}
             for file in (self.folder / PARTS).glob("*"):
                 if file not in known:
@@ -438,7 +436,7 @@ def _acquire_lock(folder: Path) -> int:
     file = folder / LOCK_FILE
     with disk_errors(folder):
         while True:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             try:
                 lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:
