@@ -174,12 +174,13 @@ def _read_text(path: Path) -> str:
 def _text_rows(text: str) -> tuple[list[str], str]:
     """Lines with their line ends, which concatenate to the file itself.
 
-    The raw WikiText files are dumps of rows: every row ends in a newline, and an empty row is a line of one space.
-    Such a file gives the rows of the data set (an empty row is ""), joined as the GPTQ paper joins them.
+    The raw WikiText files are dumps of rows: every row ends in a newline, and an empty row is a line of one space. They
+    are known by their beginning, an empty row and a title between equal signs, and give the rows of the data set (an
+    empty row is ""), joined as the GPTQ paper joins them.
     """
     lines = text.split("\n")
     rows = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
-    if " \n" in rows:
+    if text.startswith(" \n = "):
         return ["" if row == " \n" else row for row in rows], BETWEEN_ROWS
     return rows, ""
 
