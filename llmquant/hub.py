@@ -1,11 +1,15 @@
-"""Which folder a model's name means: a local folder, or a repository of the Hugging Face hub, fetched once."""
+"""Which folder a model's name means, a local one or a repository of the Hugging Face hub, and the tokenizer in it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llmquant.errors import UserError
+from llmquant.errors import UserError, first_words
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Weights as safetensors, configuration and tokenizer: nothing that has to be unpickled, nothing that is code.
 WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
@@ -32,8 +36,21 @@ def resolve_model(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES))
     # Network, authorization and cache failures come from several libraries without a common base; told in the message.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{model}: no such folder, and the Hugging Face hub does not give it ({reason}); "
+            f"{model}: no such folder, and the Hugging Face hub does not give it ({first_words(error)}); "
             f"check the name, the network, and for a gated model `hf auth login`"
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder. Raises UserError where there is none, or one that cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # A missing or damaged file shows as an OSError, ValueError, JSON or Rust error, by where it is noticed.
+    except Exception as error:
+        raise UserError(
+            f"{folder}: its tokenizer cannot be loaded ({first_words(error)}); "
+            f"copy tokenizer.json and tokenizer_config.json from the original model into the folder"
         ) from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmquant.errors import UserError
+from llmquant.errors import UserError, first_words
 
 BETWEEN_ROWS = "\n\n"
 JOINS = {"rows": BETWEEN_ROWS, "text": ""}
@@ -130,9 +130,8 @@ def _hub_rows(name: str, split: str) -> list[str]:
         return [str(row[preset.column]) for row in itertools.islice(data, preset.max_rows)]
     # The ways a download can fail come from four libraries without a common base; the cause is in the message.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{name}: cannot be read from the Hugging Face hub ({reason}); "
+            f"{name}: cannot be read from the Hugging Face hub ({first_words(error)}); "
             f"give a local .txt, .jsonl or .parquet file, or {PYTHON_DOCS}, which needs no network"
         ) from error
 
@@ -175,12 +174,13 @@ def _read_text(path: Path) -> str:
 def _text_rows(text: str) -> tuple[list[str], str]:
     """Lines with their line ends, which concatenate to the file itself.
 
-    The raw WikiText files are dumps of rows: every row ends in a newline, and an empty row is a line of one space.
-    Such a file gives the rows of the data set (an empty row is ""), joined as the GPTQ paper joins them.
+    The raw WikiText files are dumps of rows: every row ends in a newline, and an empty row is a line of one space. They
+    are known by their beginning, an empty row and a title between equal signs, and give the rows of the data set (an
+    empty row is ""), joined as the GPTQ paper joins them.
     """
     lines = text.split("\n")
     rows = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
-    if " \n" in rows:
+    if text.startswith(" \n = "):
         return ["" if row == " \n" else row for row in rows], BETWEEN_ROWS
     return rows, ""
 
@@ -222,7 +222,5 @@ def _parquet_rows(path: Path) -> list[str]:
         columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
         records = file.read(columns).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: not a readable parquet file ({' '.join(str(error).split())[:120]}); write it anew"
-        ) from error
+        raise UserError(f"{path}: not a readable parquet file ({first_words(error)}); write it anew") from error
     return [_record_text(record, f"{path} row {number}") for number, record in enumerate(records)]

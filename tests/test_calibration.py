@@ -102,5 +102,5 @@ def test_auto_without_a_hub_falls_back_and_says_so():
     drawn = calibration_tokens(tiny_tokenizer(), num_samples=128, seq_len=512)
     assert drawn.source == PYTHON_DOCS
     (incident,) = drawn.incidents
-    assert incident.startswith("calibrated on python-docs instead of c4: c4: cannot be read")
+    assert incident.startswith("calibrated on python-docs, because c4 cannot be read")
     assert drawn.audit()["incidents"] == [incident]

@@ -190,19 +190,27 @@ def test_windows_that_cannot_be_made_are_refused(seq_len, num_windows, message):
 
 
 @pytest.mark.model
-def test_perplexity_of_the_real_model_equals_plain_loop(smollm2):
+def test_measures_of_the_real_model_equal_plain_loops(smollm2):
+    """Against itself in bfloat16: a small divergence, which exact arithmetic must reproduce."""
     from pydoc_data.topics import topics
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, local_files_only=True).eval()
+    reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16, local_files_only=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     windows_WL = token_windows(tokenizer, topics["assignment"], seq_len=256, num_windows=2)
-    losses = []
+    losses, kls = [], []
     with torch.inference_mode():
         for tokens_L in windows_WL:
-            losses += plain_losses(model(tokens_L[None]).logits[0], tokens_L)
-    measured = perplexity(model, windows_WL)
-    assert measured.perplexity == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-6)
+            logits_LV, other_LV = (m(tokens_L[None]).logits[0].double() for m in (reference, model))
+            losses += plain_losses(logits_LV, tokens_L)
+            log_p_LV, log_q_LV = logits_LV.log_softmax(-1), other_LV.log_softmax(-1)
+            kls += (log_p_LV.exp() * (log_p_LV - log_q_LV)).sum(-1)[:-1].tolist()
+    measured = divergence(model, reference, windows_WL)
+    assert measured.reference.perplexity == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-6)
+    assert 1e-5 < measured.kl_mean < 0.05
+    assert measured.kl_mean == pytest.approx(math.fsum(kls) / len(kls), rel=1e-3)
     # A model that read garbage would be far above.
-    assert 2 < measured.perplexity < 40
+    assert 2 < measured.reference.perplexity < 40
+    assert measured.reference == perplexity(reference, windows_WL)

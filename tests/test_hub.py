@@ -3,7 +3,7 @@
 import pytest
 
 from llmquant.errors import UserError
-from llmquant.hub import resolve_model
+from llmquant.hub import load_tokenizer, resolve_model
 
 
 def test_folder_is_itself(tmp_path, monkeypatch):
@@ -67,3 +67,18 @@ def test_unreachable_hub_is_one_line_that_says_what_to_check():
     message = str(error.value)
     assert message.startswith("org/name: no such folder, and the Hugging Face hub does not give it (")
     assert "\n" not in message
+
+
+def test_tokenizer_of_a_checkpoint_is_loaded(tiny_model):
+    assert load_tokenizer(tiny_model("llama"))("x = 1")["input_ids"]
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_missing_or_damaged_tokenizer_is_refused(tiny_model, tmp_path, content):
+    import shutil
+
+    shutil.copy(tiny_model("llama") / "config.json", tmp_path)
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"its tokenizer cannot be loaded .*; copy tokenizer\.json"):
+        load_tokenizer(tmp_path)

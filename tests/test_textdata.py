@@ -16,7 +16,7 @@ def write(folder, name, text):
     return str(path)
 
 
-@pytest.mark.parametrize("text", ["one\ntwo\n\n three", "a\r\nb\n", "x", "\n\nx\n"])
+@pytest.mark.parametrize("text", ["one\ntwo\n\n three", "a\r\nb\n", "x", "\n\nx\n", "a = 1\n \nb = 2\n", " \nwords\n"])
 def test_text_file_is_taken_as_it_stands(tmp_path, text):
     assert load_rows(write(tmp_path, "a.txt", text)).text == text
 

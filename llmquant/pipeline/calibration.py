@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmquant.errors import UserError
+from llmquant.errors import UserError, first_words
 from llmquant.textdata import PYTHON_DOCS, TextRows, load_rows
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def _load(source: str) -> tuple[TextRows, tuple[str, ...]]:
         return load_rows(AUTO_PRESET, split="train"), ()
     except UserError as error:
         return load_rows(PYTHON_DOCS), (
-            f"calibrated on {PYTHON_DOCS} instead of {AUTO_PRESET}: {error}; "
-            f"for a better fit give --calibration a text like what the model will see",
+            f"calibrated on {PYTHON_DOCS}, because {AUTO_PRESET} cannot be read from the Hugging Face hub "
+            f"({first_words(error.__cause__ or error)}); for a better fit give --calibration a text like what the "
+            f"model will see",
         )

@@ -9,7 +9,7 @@ from llmquant.errors import UserError
 from llmquant.eval.data import token_windows
 from llmquant.eval.divergence import Divergence, divergence
 from llmquant.eval.perplexity import Perplexity, perplexity
-from llmquant.hub import resolve_model
+from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.textdata import load_rows
 
 DEFAULT_SEQ_LEN = 2048
@@ -69,16 +69,14 @@ def evaluate(
     """
     paths = [resolve_model(name) for name in (model, against) if name is not None]
     rows = load_rows(dataset, split="test", join=join)
-    from transformers import AutoTokenizer
-
     from llmquant.runtime.load import load
 
+    tokenizer = load_tokenizer(paths[-1])
     on_step("loading", 0, len(paths))
     loaded = []
     for path in paths:
         loaded.append(load(path, device=device, dtype=dtype).eval())
         on_step("loading", len(loaded), len(paths))
-    tokenizer = AutoTokenizer.from_pretrained(paths[-1], local_files_only=True)
     context = min(context_length(m) for m in loaded)
     if seq_len is not None and seq_len > context:
         raise UserError(f"seq_len {seq_len}: the model's context is {context} tokens; use --seq-len {context} or less")
