@@ -144,9 +144,7 @@ def round_to_grid(weight_KN: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     """Round-to-nearest: signed steps `code - zero`, float32 [K, N]."""
     steps_KN = torch.empty_like(weight_KN)
     for group, columns in enumerate(group_slices(weight_KN.shape[0], spec.group_size)):
-        steps_KN[columns] = steps_on_grid(
-            weight_KN[columns], grid.scale_GN[group], grid.zero_GN[group], spec.max_code
-        )
+        steps_KN[columns] = steps_on_grid(weight_KN[columns], grid.scale_GN[group], grid.zero_GN[group], spec.max_code)
     return steps_KN
 
 
@@ -168,7 +166,9 @@ def to_quantized_weight(steps_KN: Tensor, grid: Grid, spec: QuantSpec, scale_dty
     )
 
 
-def round_to_nearest(weight_NK: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, min_zero: int = 0) -> QuantizedWeight:
+def round_to_nearest(
+    weight_NK: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, min_zero: int = 0
+) -> QuantizedWeight:
     """Plain RTN on the extremes of each group: the baseline that every method has to beat, and it needs no data."""
     weight_KN = weight_NK.float().T.contiguous()
     grid = find_grid(weight_KN, None, spec, scale_dtype, min_zero)

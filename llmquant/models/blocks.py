@@ -166,9 +166,7 @@ def _residual_source(
 ) -> str | None:
     """The module whose input is what the output is added to, when it is added to exactly one such tensor."""
     key = _key(output)
-    partners = [
-        right if _key(left) == key else left for left, right in additions if key in (_key(left), _key(right))
-    ]
+    partners = [right if _key(left) == key else left for left, right in additions if key in (_key(left), _key(right))]
     if len(partners) != 1:
         return None
     wanted = _key(partners[0])

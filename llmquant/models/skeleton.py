@@ -7,7 +7,7 @@ Weights come and go module by module: `Skeleton.load` reads just what a module n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llmquant.errors import UserError
@@ -32,7 +34,9 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}/config.json: transformers cannot read it ({reason}); is it a supported model?") from error
+        raise UserError(
+            f"{path}/config.json: transformers cannot read it ({reason}); is it a supported model?"
+        ) from error
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
@@ -71,31 +75,36 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
     return model.eval().requires_grad_(False)
 
 
+def name_translator(model: nn.Module) -> Callable[[str], str | None]:
+    """A function from the name of a checkpoint's tensor to the name of the model's parameter or buffer, or None.
+
+    The names agree; or transformers renames them at load (GPT-NeoX's `embed_out` is the model's `lm_head`); or they
+    differ by the base model's prefix (checkpoints saved from the bare model lack it).
+    """
+    known = set(model.state_dict())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+
+    def translate(stored: str) -> str | None:
+        renamed = rename_source_key(stored, renamings, [])[0]
+        candidates = (stored, renamed, prefix + renamed, renamed.removeprefix(prefix))
+        return next((candidate for candidate in candidates if candidate in known), None)
+
+    return translate
+
+
 def checkpoint_names(model: nn.Module, available: Iterable[str]) -> dict[str, str]:
     """Map every parameter and persistent buffer of the model to the tensor of the checkpoint that holds it.
 
-    The names agree, or differ by the base model's prefix (checkpoints saved from the bare model lack it). Tied
-    parameters map to the tensor of the one that is stored. What has no tensor is left out.
+    Tied parameters map to the tensor of the one that is stored. What has no tensor is left out.
     """
-    stored = set(available)
-    prefix = getattr(model, "base_model_prefix", "")
+    translate = name_translator(model)
+    names = {name: stored for stored in available if (name := translate(stored)) is not None}
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    names: dict[str, str] = {}
-
-    def find(name: str) -> str | None:
-        candidates = [name, f"{prefix}.{name}"]
-        if prefix and name.startswith(f"{prefix}."):
-            candidates.append(name[len(prefix) + 1 :])
-        return next((candidate for candidate in candidates if candidate in stored), None)
-
-    for name in model.state_dict():
-        found = find(name)
-        if found is None and name in tied:
-            found = find(tied[name])
-        if found is None:
-            found = next((found for other, source in tied.items() if source == name and (found := find(other))), None)
-        if found is not None:
-            names[name] = found
+    for name, other in [*tied.items(), *((other, name) for name, other in tied.items())]:
+        if name not in names and other in names:
+            names[name] = names[other]
     return names
 
 

@@ -163,7 +163,9 @@ class Walk:
                 handles.append(linear.register_forward_pre_hook(self._at_stage(number), with_kwargs=True))
             if stage.residual_source:
                 source = block.get_submodule(stage.residual_source)
-                handles.append(source.register_forward_pre_hook(self._at_stream(stage.residual_source), with_kwargs=True))
+                handles.append(
+                    source.register_forward_pre_hook(self._at_stream(stage.residual_source), with_kwargs=True)
+                )
         try:
             for sequence in (*self.original, *self.quantized):
                 sequence.streams = {"": tensor} if (tensor := first_tensor(*sequence.call)) is not None else {}

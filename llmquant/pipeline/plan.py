@@ -85,9 +85,7 @@ class Plan:
     def linears_of_block(self, index: int) -> dict[str, LinearPlan]:
         """The quantized linears of one block by their name within it."""
         prefix = self.block_names[index] + "."
-        return {
-            linear.name.removeprefix(prefix): linear for linear in self.quantized if linear.name.startswith(prefix)
-        }
+        return {linear.name.removeprefix(prefix): linear for linear in self.quantized if linear.name.startswith(prefix)}
 
     def tensors_of_block(self, index: int) -> dict[str, TensorInfo]:
         """The checkpoint's tensors that belong to one block, by name."""

@@ -24,7 +24,7 @@ from llmquant import __version__
 from llmquant.algorithms.statistics import InputStatistics
 from llmquant.checkpoints.writer import MAX_SHARD_BYTES, PartialCheckpoint, TensorStream
 from llmquant.errors import UserError
-from llmquant.hub import resolve_model
+from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.models.blocks import BlockPlan, device_of, weight_as_NK
 from llmquant.models.skeleton import DTYPES
 from llmquant.models.walk import Arrival, Walk
@@ -82,7 +82,7 @@ def quantize(
     tokens = None
     if recipe.needs_data:
         with builder.timed("calibration text"):
-            tokens = calibration_tokens(load_tokenizer(path, trust_remote_code), calibration, num_samples, seq_len, seed)
+            tokens = calibration_tokens(load_tokenizer(path), calibration, num_samples, seq_len, seed)
         builder.calibration(tokens)
         check_tokens(plan, tokens)
     with builder.timed("hashing"):
@@ -249,9 +249,7 @@ def read_finite(plan: Plan, name: str) -> Tensor:
     """A tensor of the checkpoint; UserError when it holds NaN or inf."""
     tensor = plan.reader.read(name)
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise UserError(
-            f"{plan.path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again"
-        )
+        raise UserError(f"{plan.path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again")
     return tensor
 
 
@@ -270,9 +268,7 @@ def pack_part(
     return tensors
 
 
-def unpack_part(
-    plan: Plan, linears: Mapping[str, LinearPlan], tensors: Mapping[str, Tensor]
-) -> dict[str, Solved]:
+def unpack_part(plan: Plan, linears: Mapping[str, LinearPlan], tensors: Mapping[str, Tensor]) -> dict[str, Solved]:
     """The quantized linears of a part that an earlier run wrote, without their errors."""
     solved = {}
     for name, linear in linears.items():
@@ -294,9 +290,7 @@ def put_back(plan: Plan, linears: Mapping[str, LinearPlan], solved: Mapping[str,
         plan.skeleton.put(name, owner, "weight", value)
 
 
-def replacements(
-    plan: Plan, linears: Mapping[str, LinearPlan], solved: Mapping[str, Solved]
-) -> dict[str, Tensor]:
+def replacements(plan: Plan, linears: Mapping[str, LinearPlan], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
     """The dense weights that the stored codes stand for, by parameter name, laid out as the model's modules want them."""
     dense = {}
     for name, result in solved.items():
@@ -356,19 +350,6 @@ def extra_files(plan: Plan) -> dict[str, bytes]:
 def as_json_bytes(content: Any) -> bytes:
     """Indented JSON with a newline at the end."""
     return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a local checkpoint."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{path}: no tokenizer that transformers can load ({reason}); copy the tokenizer's files into the folder"
-        ) from error
 
 
 def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:

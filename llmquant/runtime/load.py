@@ -16,7 +16,7 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.hub import resolve_model
 from llmquant.models.blocks import device_of, linear_shape, linears_of
-from llmquant.models.skeleton import DTYPES, Skeleton, read_config, stored_dtype
+from llmquant.models.skeleton import DTYPES, Skeleton, name_translator, read_config, stored_dtype
 from llmquant.runtime.linear import QuantizedLinear
 
 
@@ -58,10 +58,10 @@ def replace_linears(skeleton: Skeleton, backend: str) -> None:
     """Put a QuantizedLinear where a packed linear is on disk; UserError where model and checkpoint disagree."""
     reader, model = skeleton.reader, skeleton.model
     stored = validate_quantized(reader)
-    module_of = {_checkpoint_module(skeleton, name): name for name in linears_of(model)}
+    translate, linears = name_translator(model), linears_of(model)
     for source, packed in stored.items():
-        name = module_of.get(source)
-        if name is None:
+        name = (translate(f"{source}.weight") or source).removesuffix(".weight")
+        if name not in linears:
             raise UserError(
                 f"{reader.path}: packed linear '{source}' is no linear of the model that config.json describes"
             )
@@ -79,15 +79,6 @@ def replace_linears(skeleton: Skeleton, backend: str) -> None:
         )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, replacement.eval())
-
-
-def _checkpoint_module(skeleton: Skeleton, name: str) -> str:
-    """The module name under which the checkpoint holds a linear of the model (prefixes of the base model may differ)."""
-    prefix = getattr(skeleton.model, "base_model_prefix", "")
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if any(f"{candidate}.{suffix}" in skeleton.reader.tensors for suffix in ("qweight", "weight_packed", "weight")):
-            return candidate
-    return name
 
 
 def fill(skeleton: Skeleton) -> None:
@@ -129,5 +120,3 @@ def add_generation_config(model: Any, path: Path) -> None:
 def is_quantized(path: str | Path) -> bool:
     """Whether a local checkpoint says that it is quantized."""
     return CheckpointReader(Path(path)).quantization_config is not None
-
-
