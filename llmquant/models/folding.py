@@ -1,7 +1,7 @@
-"""Smoothing pairs of a decoder block: where the input of some linears can be scaled without changing what the block does.
+"""Smoothing pairs of a decoder block: where linears' input can be scaled without changing what the block does.
 
-AWQ (Lin et al. 2023) divides the input of a linear by a scale per channel and multiplies the weight's columns by it. The
-division has to be folded into the weights that produce the input: a norm's, or the rows of an earlier linear. Which
+AWQ (Lin et al. 2023) divides the input of a linear by a scale per channel and multiplies the weight's columns by it.
+The division has to be folded into the weights that produce the input: a norm's, or the rows of an earlier linear. Which
 those are is not looked up, it is tried out, on the activations that stand at the block's door:
 
     probe    multiply the rows of one producer by numbers that are all different, run the block, and see whether the
@@ -10,10 +10,10 @@ those are is not looked up, it is tried out, on the activations that stand at th
     prove    divide the rows by random scales, multiply the readers' columns by them, run the block: its output must be
              the same. Whatever else reads the producer's output, in whatever way, shows here.
 
-A fused projection needs two more ideas, because scaling its other rows hides those that qualify. The first token attends
-to nothing but itself, so its input to the output projection is its own value vector whatever queries and keys are: it
-tells the value rows of a fused q/k/v projection. And a fused gate/up projection is probed by halves and by odd and even
-rows. Either is only a guess at the rows, which a further probe of just them confirms.
+A fused projection needs two more ideas, because scaling its other rows hides those that qualify. The first token
+attends to nothing but itself, so its input to the output projection is its own value vector whatever queries and keys
+are: it tells the value rows of a fused q/k/v projection. And a fused gate/up projection is probed by halves and by odd
+and even rows. Either is only a guess at the rows, which a further probe of just them confirms.
 
 Everything runs in float32. Nothing of the block is changed; other parameters are lent to it for a run.
 
@@ -78,6 +78,12 @@ class Fold:
         for reading in self.readings:
             used_R[reading.row_K[reading.row_K >= 0]] = True
         return used_R
+
+    def touched(self, block: nn.Module, plan: BlockPlan) -> set[str]:
+        """Names within the block of the parameters that folding changes."""
+        owned = {f"{self.producer.name}.{leaf}" for leaf in block.get_submodule(self.producer.name)._parameters}
+        owned &= {name for name, _ in block.named_parameters(remove_duplicate=False)}
+        return owned | {f"{name}.weight" for reading in self.readings for name in plan.stages[reading.stage].linears}
 
 
 # --- folding ---------------------------------------------------------------------------------------------------------
@@ -154,9 +160,7 @@ class Bench:
                 assert x is not None
                 inputs[number] = x.flatten(0, -2).clone()
 
-            handles.append(
-                self.block.get_submodule(stage.linears[0]).register_forward_pre_hook(note, with_kwargs=True)
-            )
+            handles.append(self.block.get_submodule(stage.linears[0]).register_forward_pre_hook(note, with_kwargs=True))
         try:
             output = functional_call(self.block, {**self.parameters, **changed}, self.args, self.kwargs)
         finally:
@@ -259,7 +263,10 @@ def _probe(bench: Bench, producer: Producer, stages: set[int]) -> Fold | None:
     trace, code_R = _run_coded(bench, producer)
     readings, guesses = [], []
     for number in sorted(stages):
-        before_TK, after_TK = bench.before.inputs[number], trace.inputs[number]
+        before_TK, after_TK = bench.before.inputs[number], trace.inputs.get(number)
+        # An expert's tokens are not the same ones when what chooses them was changed.
+        if after_TK is None or after_TK.shape != before_TK.shape:
+            continue
         row_K = _rows_seen(before_TK, after_TK, code_R)
         if _is_found(row_K):
             readings.append(Reading(number, row_K))
@@ -284,7 +291,10 @@ def _probe_parts(bench: Bench, producer: Producer, stages: set[int]) -> Fold | N
     for rows_R in (half_R, ~half_R, odd_R, ~odd_R):
         trace, code_R = _run_coded(bench, producer, rows_R)
         for number in stages:
-            row_K = _rows_seen(bench.before.inputs[number], trace.inputs[number], code_R)
+            before_TK, after_TK = bench.before.inputs[number], trace.inputs.get(number)
+            if after_TK is None or after_TK.shape != before_TK.shape:
+                continue
+            row_K = _rows_seen(before_TK, after_TK, code_R)
             found[number] = torch.where(row_K >= 0, row_K, found.get(number, row_K))
     for number, row_K in sorted(found.items()):
         if _is_found(row_K):
