@@ -17,6 +17,8 @@ from llmquant.algorithms.affine import (
     values_on_grid,
 )
 from llmquant.algorithms.gptq import column_order, factor_inverse, gptq_round, solve_with_hessian
+from llmquant.algorithms import refine
+from llmquant.algorithms.refine import descend, refit_scales
 from llmquant.algorithms.statistics import PANEL_COLUMNS, InputStatistics
 from llmquant.algorithms.targets import corrected_target
 from llmquant.pipeline.solve import Stored, solve_stage
@@ -265,3 +267,53 @@ def test_values_are_scale_times_steps():
     grid = Grid(torch.tensor([[2.0], [3.0]]), torch.tensor([[8.0], [8.0]]))
     steps = torch.tensor([[1.0], [-1.0], [2.0]])
     assert values_on_grid(steps, grid, QuantSpec(group_size=2)).flatten().tolist() == [2.0, -2.0, 6.0]
+
+
+# --- refinement ------------------------------------------------------------------------------------------------------
+
+
+def objective(target: Tensor, steps: Tensor, grid: Grid, hessian: Tensor, spec: QuantSpec) -> Tensor:
+    difference = target - values_on_grid(steps, grid, spec)
+    return (difference * (hessian @ difference)).sum(0)
+
+
+def refinement_case(spec: QuantSpec, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Grid, Tensor]:
+    x = correlated_inputs(300, 100).to(dtype)
+    hessian = x.T @ x / len(x) + 0.1 * torch.eye(100, dtype=dtype)
+    target = random(100, 12, dtype=dtype)
+    grid = find_grid(target.float(), None, spec, torch.float32)
+    grid = Grid(grid.scale_GN.to(dtype), grid.zero_GN.to(dtype))
+    return target, round_to_grid(target, grid, spec), grid, hessian
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.bits == 4], ids=QuantSpec.describe)
+def test_coordinate_descent_blocked_equals_column_by_column(spec):
+    target, steps, grid, hessian = refinement_case(spec)
+    slow = steps.clone()
+    size = 100 if spec.group_size == -1 else spec.group_size
+    for column in range(100):
+        scale, zero = grid.scale_GN[column // size], grid.zero_GN[column // size]
+        pull = hessian[column] @ (target - values_on_grid(slow, grid, spec))
+        wanted = torch.round(slow[column] + pull / hessian[column, column] / scale)
+        slow[column] = torch.minimum(torch.maximum(wanted, -zero), spec.max_code - zero)
+    for block_columns in (1, 7, 128):
+        assert torch.equal(descend(target, steps, grid, hessian, spec, block_columns), slow)
+    assert (objective(target, slow, grid, hessian, spec) <= objective(target, steps, grid, hessian, spec)).all()
+    assert objective(target, slow, grid, hessian, spec).sum() < 0.8 * objective(target, steps, grid, hessian, spec).sum()
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.bits == 4], ids=QuantSpec.describe)
+def test_refitted_scales_are_the_least_squares_ones(spec, monkeypatch):
+    monkeypatch.setattr(refine, "LARGEST_CHANGE", 100.0)
+    target, steps, grid, hessian = refinement_case(spec)
+    # Codes of slightly smaller scales, so that the best scales are near and within the allowed change.
+    shrunk = Grid(0.95 * grid.scale_GN, grid.zero_GN)
+    refit = refit_scales(target, steps, shrunk, hessian, spec, torch.float64)
+    assert (objective(target, steps, refit, hessian, spec) <= objective(target, steps, shrunk, hessian, spec)).all()
+    root = torch.linalg.cholesky(hessian).T
+    size = 100 if spec.group_size == -1 else spec.group_size
+    groups = torch.arange(100) // size
+    for row in range(12):
+        design = torch.stack([root @ (steps[:, row] * (groups == g)) for g in range(len(grid.scale_GN))], dim=1)
+        best = torch.linalg.lstsq(design, root @ target[:, row]).solution
+        assert torch.allclose(refit.scale_GN[:, row].double(), best, rtol=0.02)
