@@ -173,12 +173,11 @@ class Smoother:
         readers = []
         for reading in pair.readings:
             names = [name for name in block_plan.stages[reading.stage].linears if name in linears]
-            for spec in dict.fromkeys(linears[name].spec for name in names):
-                assert spec is not None
+            for spec in dict.fromkeys(linears[name].grid for name in names):
                 weights = [
                     weight_as_NK(block.get_submodule(name), values[f"{name}.weight"])
                     for name in names
-                    if linears[name].spec == spec
+                    if linears[name].grid == spec
                 ]
                 moments = statistics[reading.stage]
                 readers.append(Reader(torch.cat(weights), spec, moments.hessian_KK, moments.mean_abs_K, reading.row_K))
@@ -201,10 +200,9 @@ class Smoother:
 
     def _rounded(self, linear: nn.Module, weight: Tensor, plan: LinearPlan, importance_K: Tensor) -> Tensor:
         """A linear's weight rounded to nearest on searched ranges, laid out as the module wants it."""
-        assert plan.spec is not None
         weight_KN = weight_as_NK(linear, weight).T.contiguous()
-        grid = find_grid(weight_KN, importance_K, plan.spec, self.plan.scale_dtype, self.plan.format.min_zero)
-        rounded_KN = values_on_grid(round_to_grid(weight_KN, grid, plan.spec), grid, plan.spec)
+        grid = find_grid(weight_KN, importance_K, plan.grid, self.plan.scale_dtype, self.plan.format.min_zero)
+        rounded_KN = values_on_grid(round_to_grid(weight_KN, grid, plan.grid), grid, plan.grid)
         return weight_as_NK(linear, rounded_KN.T).contiguous()
 
     def _block_error(
