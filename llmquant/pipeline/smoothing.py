@@ -36,6 +36,8 @@ SEARCH_SEQUENCES = 8
 """Sequences whose activations choose the scales."""
 RANGE_STEPS = 0
 """Shrink factors of each group's range while scales are compared; 0 takes the extremes."""
+CHECK_STEPS = 8
+"""Shrink factors when the block is checked with and without its scales."""
 
 Choice = tuple[Fold, Tensor]
 """A pair and its scale_R."""
@@ -201,7 +203,9 @@ class Smoother:
     def _rounded(self, linear: nn.Module, weight: Tensor, plan: LinearPlan, importance_K: Tensor) -> Tensor:
         """A linear's weight rounded to nearest on searched ranges, laid out as the module wants it."""
         weight_KN = weight_as_NK(linear, weight).T.contiguous()
-        grid = find_grid(weight_KN, importance_K, plan.grid, self.plan.scale_dtype, self.plan.format.min_zero)
+        grid = find_grid(
+            weight_KN, importance_K, plan.grid, self.plan.scale_dtype, self.plan.format.min_zero, CHECK_STEPS
+        )
         rounded_KN = values_on_grid(round_to_grid(weight_KN, grid, plan.grid), grid, plan.grid)
         return weight_as_NK(linear, rounded_KN.T).contiguous()
 
