@@ -60,6 +60,12 @@ class QuantSpec:
         return f"{self.bits}-bit {group} {'sym' if self.symmetric else 'asym'}"
 
 
+EFFORTS: dict[str, dict[str, object]] = {
+    "fast": {"input_error_target": False, "residual_target": False},
+    "default": {},
+    "best": {"descent_sweeps": 4, "refit_scales": True},
+}
+"""Steps of a recipe by how much search is spent on it."""
 METHODS = ("rtn", "gptq")
 RANGE_SEARCHES = ("minmax", "mse", "hessian")
 
