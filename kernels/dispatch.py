@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import UserError
-from llmquant.kernels import reference
+from llmquant.kernels import cpu, reference
 from llmquant.kernels.layout import LinearShape
 from llmquant.weight import QuantizedWeight
 
@@ -43,6 +43,14 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(name="cpu", refuses=cpu.refuses, prepare=cpu.prepare, matmul=cpu.matmul, dequantize=cpu.dequantize),
+    "cpu-dense": Backend(
+        name="cpu-dense",
+        refuses=cpu.refuses_dense,
+        prepare=cpu.prepare_dense,
+        matmul=cpu.matmul,
+        dequantize=cpu.dequantize,
+    ),
     "torch": Backend(
         name="torch",
         refuses=reference.refuses,
@@ -84,9 +92,7 @@ def explain_choice(layer: LinearShape, device: torch.device, dtype: torch.dtype,
             )
         return Choice(BACKENDS[requested], source, refusals)
     name = next(name for name in BACKENDS if name not in refusals)
-    return Choice(
-        BACKENDS[name], "the fastest that takes it" if name != "torch" else "no faster one takes it", refusals
-    )
+    return Choice(BACKENDS[name], "the first that takes it" if name != "torch" else "no other takes it", refusals)
 
 
 def choose_backend(

@@ -44,17 +44,14 @@ class QuantizedLinear(nn.Module):
         self.dtype = dtype
         chosen, self.backend_reason = choose_backend(self.layer, device, dtype, backend)
         self.backend_name = chosen.name
-        prepared = chosen.prepare(weight, dtype, device)
-        self._num_prepared = len(prepared)
-        for i, tensor in enumerate(prepared):
-            self.register_buffer(f"prepared_{i}", tensor, persistent=False)
+        self._hold(chosen.prepare(weight, dtype, device))
         self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
 
-    @property
-    def prepared(self) -> tuple[Tensor, ...]:
-        """The tensors of the backend's layout."""
-        buffers = self._buffers
-        return tuple(buffers[f"prepared_{i}"] for i in range(self._num_prepared))  # type: ignore[misc]
+    def _hold(self, prepared: tuple[Tensor, ...]) -> None:
+        """Keep the tensors twice: as buffers, for whoever lists them, and as the tuple that every call needs."""
+        self.prepared = prepared
+        for i, tensor in enumerate(prepared):
+            self.register_buffer(f"prepared_{i}", tensor, persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -93,8 +90,7 @@ class QuantizedLinear(nn.Module):
                 f"{self.layer.describe()}: prepared for backend '{self.backend_name}' on {self.device}, which cannot "
                 f"run on {moved.device} ({refusal}); load the model on that device"
             )
-        for i, tensor in enumerate(self.prepared):
-            self._buffers[f"prepared_{i}"] = tensor.to(moved.device)
+        self._hold(tuple(tensor.to(moved.device) for tensor in self.prepared))
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self
