@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import UserError
-from llmquant.kernels import cpu, reference
+from llmquant.kernels import cpu, gpu, reference
 from llmquant.kernels.layout import LinearShape
 from llmquant.weight import QuantizedWeight
 
@@ -43,6 +43,16 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(
+        name="triton", refuses=gpu.refuses, prepare=gpu.prepare, matmul=gpu.matmul, dequantize=gpu.dequantize
+    ),
+    "triton-invariant": Backend(
+        name="triton-invariant",
+        refuses=gpu.refuses,
+        prepare=gpu.prepare,
+        matmul=gpu.matmul_invariant,
+        dequantize=gpu.dequantize,
+    ),
     "cpu": Backend(name="cpu", refuses=cpu.refuses, prepare=cpu.prepare, matmul=cpu.matmul, dequantize=cpu.dequantize),
     "cpu-dense": Backend(
         name="cpu-dense",

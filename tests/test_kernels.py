@@ -31,7 +31,8 @@ def random_weight(
     group_index_K = torch.randint(0, num_groups, (in_features,), generator=generator) if moving else None
     return QuantizedWeight(
         codes_NK=torch.randint(0, 2**bits, (out_features, in_features), generator=generator, dtype=torch.uint8),
-        scale_NG=(torch.rand(out_features, num_groups, generator=generator) * 0.02 + 0.005).half(),
+        # Exact in float16 and in bfloat16: what a kernel loses by rounding the scale is a test of its own.
+        scale_NG=(torch.rand(out_features, num_groups, generator=generator) * 0.02 + 0.005).bfloat16().half(),
         zero_NG=torch.full_like(zero_NG, spec.mid_code) if symmetric else zero_NG,
         spec=spec,
         group_index_K=group_index_K,
@@ -40,6 +41,14 @@ def random_weight(
 
 def relative_error(y: torch.Tensor, truth: torch.Tensor) -> float:
     return ((y.double() - truth).norm() / truth.norm()).item()
+
+
+def truth(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ W.T + bias in float64."""
+    group_K = weight.group_of_column_K
+    step_NK = weight.codes_NK.double() - weight.zero_NG.double()[:, group_K]
+    y = x.double() @ (weight.scale_NG.double()[:, group_K] * step_NK).T
+    return y if bias is None else y + bias.double()
 
 
 @pytest.mark.parametrize("name", BACKENDS)
