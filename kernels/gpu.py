@@ -104,7 +104,7 @@ def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer
     """x [..., K] in the dtype it was prepared for -> y [..., N]."""
     x_MK, problem, gpu = _enter(x, prepared, layer)
     if x_MK.shape[0] >= dense_from_rows(problem, gpu):
-        y_MN = F.linear(x_MK, _dense(prepared, layer, x_MK.shape[1]), bias_N)
+        y_MN = matmul_dense(x_MK, prepared, bias_N, layer)
     else:
         tiles = choose_tiles(problem, x_MK.shape[0], gpu)
         y_MN = launch(x_MK, prepared, bias_N, layer, tiles)
@@ -130,6 +130,11 @@ def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dt
     return weight_NK[:, :-1].to(dtype).contiguous()
 
 
+def matmul_dense(x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
+    """Write the dense weight, multiply by cuBLAS: x_MK (columns in their place, or slots) -> y_MN."""
+    return F.linear(x_MK, _dense(prepared, layer, x_MK.shape[1]), bias_N)
+
+
 def launch(
     x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape, tiles: Tiles
 ) -> Tensor:
@@ -139,6 +144,7 @@ def launch(
     num_row_tiles = -(-num_rows // tiles.rows)
     parts = tiles.parts if num_row_tiles <= MAX_SPLIT_ROW_TILES else 1
     planes = 2 if layer.bits == 8 else 1
+    num_tiles = words.shape[1] // planes
     y_MN = torch.empty(num_rows, layer.out_features, dtype=like.dtype, device=x_MK.device)
     if num_rows == 0:
         return y_MN
@@ -154,15 +160,16 @@ def launch(
         partial,
         done,
         num_rows,
-        N=layer.out_features,
-        NP=num_features,
-        K=num_columns,
-        T=words.shape[1] // planes,
+        layer.out_features,
+        num_features,
+        num_columns,
+        num_tiles,
+        RAGGED_K=num_columns != num_tiles * TILE,
         P=planes,
         B=meta.shape[2],
         BM=tiles.rows,
         BN=tiles.features,
-        SPLIT_K=parts,
+        SPLIT_K=parts > 1,
         POST=tiles.post,
         STAGES=tiles.stages,
         HAS_BIAS=bias_N is not None,
@@ -205,8 +212,8 @@ def _enter(x: Tensor, prepared: tuple[Tensor, ...], layer: LinearShape) -> tuple
     if x.dtype != like.dtype:
         raise TypeError(f"x is {x.dtype}, but the weight was prepared for {like.dtype}")
     x_MK = x.reshape(-1, layer.in_features)
-    # The kernel masks the end of K; only rows that are not a multiple of 16 bytes are worth a copy.
-    if column_S.numel() or layer.in_features % 8:
+    # The kernel masks the end of K; rows that are not a multiple of 16 are worth a copy, for wide loads.
+    if column_S.numel() or layer.in_features % 16:
         x_MK = gather_columns(x_MK, column_S, -(-layer.in_features // TILE) * TILE)
     return x_MK, problem_of(prepared), gpu_of(x.device)
 
@@ -221,10 +228,10 @@ def _dense(prepared: tuple[Tensor, ...], layer: LinearShape, num_columns: int) -
         words,
         meta,
         weight,
-        N=layer.out_features,
-        NP=words.shape[0] * 64,
-        K=num_columns,
-        T=words.shape[1] // planes,
+        layer.out_features,
+        words.shape[0] * 64,
+        num_columns,
+        words.shape[1] // planes,
         P=planes,
         B=meta.shape[2],
         BF16=like.dtype == torch.bfloat16,

@@ -116,32 +116,35 @@ def _unpack(
     return value.permute(0, 2, 3, 4, 1, 5).reshape(BN, 128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def w4a16_kernel(
     x_ptr,  # bf16/fp16 [M, K], contiguous
     w_ptr,  # int32 [NP/64, P*T, 64, 16], contiguous
     meta_ptr,  # int32 [P*T, NP, B], contiguous
     bias_ptr,  # bf16/fp16 [N], or anything where HAS_BIAS is false
     y_ptr,  # bf16/fp16 [M, N], contiguous
-    partial_ptr,  # fp32 [SPLIT_K, M, N], or anything where SPLIT_K is 1
+    partial_ptr,  # fp32 [parts, M, N], or anything where there is one part
     done_ptr,  # int32, one zero per tile of y; zero again when the kernel ends
     M,
-    N: tl.constexpr,
-    NP: tl.constexpr,
-    K: tl.constexpr,
-    T: tl.constexpr,
+    N,
+    NP,
+    K,
+    T,
+    RAGGED_K: tl.constexpr,  # whether K < 128 T
     P: tl.constexpr,
     B: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,  # whether there are several parts
     POST: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BF16: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One tile of y: BM tokens, BN out_features, one of SPLIT_K parts of K.
+    """One tile of y: BM tokens, BN out_features, one part of K. Grid: (tiles of M, tiles of N, parts).
+
+    Sizes are not compiled in: one compilation serves every layer of a model that shares a grid and a configuration.
 
     POST scales the float32 product of each tile of 128 slots (few tokens; exact weights; needs B = 1); otherwise
     the weights are scaled before the product and rounded as a dense weight would be.
@@ -152,9 +155,10 @@ def w4a16_kernel(
     rows_n = tile_n * BN + tl.arange(0, BN)
     rows_m = tile_m * BM + tl.arange(0, BM)
     slot = tl.arange(0, 128)
-    PER_PART: tl.constexpr = (P * T + SPLIT_K - 1) // SPLIT_K
-    first = part * PER_PART
-    last = tl.minimum(first + PER_PART, P * T)
+    num_parts = tl.num_programs(2)
+    per_part = tl.cdiv(P * T, num_parts)
+    first = part * per_part
+    last = tl.minimum(first + per_part, P * T)
     live_m = rows_m < M
     w_ptrs = w_ptr + ((rows_n // 64) * (P * T * 1024) + (rows_n % 64) * 16)[:, None] + tl.arange(0, 16)[None, :]
     meta_ptrs = meta_ptr + rows_n[:, None] * B + tl.arange(0, B)[None, :]
@@ -163,7 +167,7 @@ def w4a16_kernel(
     for tile in tl.range(first, last, num_stages=STAGES):
         tile_x = tile % T if P > 1 else tile
         live_x = live_m[None, :]
-        if K % 128 != 0:
+        if RAGGED_K:
             live_x = live_x & (tile_x * 128 + slot < K)[:, None]
         # Weights are read once: let them leave the cache first, x stays.
         word = tl.load(w_ptrs + tile * 1024, eviction_policy="evict_first")
@@ -179,17 +183,17 @@ def w4a16_kernel(
             sums = tl.dot(weight, x, sums)
     live = live_m[None, :] & (rows_n < N)[:, None]
     offsets = rows_m.to(tl.int64)[None, :] * N + rows_n[:, None]
-    if SPLIT_K > 1:
+    if SPLIT_K:
         # Every part leaves its sums; whoever comes last adds them in the order of the parts. No float atomics: two runs
         # agree to the bit. Through the second-level cache, since the first is not coherent between processors.
-        plane = M.to(tl.int64) * N
+        plane = M * N  # split-K serves few rows: the parts together stay below 2**31 sums
         tl.store(partial_ptr + part * plane + offsets, sums, mask=live, cache_modifier=".cg")
         tl.debug_barrier()
         tile_y = tile_n * tl.num_programs(0) + tile_m
         arrived = tl.atomic_add(done_ptr + tile_y, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT_K - 1:
+        if arrived == num_parts - 1:
             total = tl.zeros((BN, BM), tl.float32)
-            for other in tl.static_range(SPLIT_K):
+            for other in tl.range(0, num_parts):
                 total += tl.load(partial_ptr + other * plane + offsets, mask=live, other=0.0, cache_modifier=".cg")
             _store(y_ptr, bias_ptr, offsets, total, rows_n, live, N, HAS_BIAS, BF16, INTERPRET)
             tl.store(done_ptr + tile_y, 0)
@@ -199,7 +203,7 @@ def w4a16_kernel(
 
 @triton.jit
 def _store(
-    y_ptr, bias_ptr, offsets, sums, rows_n, live, N: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr,
+    y_ptr, bias_ptr, offsets, sums, rows_n, live, N, HAS_BIAS: tl.constexpr, BF16: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Add the bias in float32, round once, store."""
@@ -216,10 +220,10 @@ def dequantize_kernel(
     w_ptr,  # int32 [NP/64, P*T, 64, 16]
     meta_ptr,  # int32 [P*T, NP, B]
     out_ptr,  # bf16/fp16 [N, K]
-    N: tl.constexpr,
-    NP: tl.constexpr,
-    K: tl.constexpr,
-    T: tl.constexpr,
+    N,
+    NP,
+    K,
+    T,
     P: tl.constexpr,
     B: tl.constexpr,
     BF16: tl.constexpr,

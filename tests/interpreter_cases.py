@@ -5,6 +5,11 @@ The interpreter must be chosen before the kernels are imported, hence the proces
 
 from __future__ import annotations
 
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+
 import pytest
 import torch
 from test_kernels import random_weight, relative_error, truth
@@ -12,6 +17,7 @@ from test_kernels import random_weight, relative_error, truth
 from llmquant.kernels import gpu
 from llmquant.kernels.layout import LinearShape
 from llmquant.kernels.tiles import Gpu, Problem, Tiles, rule_of_thumb
+from llmquant.spec import QuantSpec
 
 CPU = torch.device("cpu")
 
@@ -34,6 +40,17 @@ SHAPES = {
     "8 bits, one scale per tile": shape(out_features=64, in_features=256, group_size=128, bits=8, symmetric=False),
 }
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> ModuleType:
+    """`scripts/gpu_check` as a module."""
+    path = Path(__file__).parent.parent / "scripts" / "gpu_check"
+    spec = spec_from_loader("gpu_check", SourceFileLoader("gpu_check", str(path)))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +149,16 @@ def test_wrong_dtype_is_refused() -> None:
     weight = random_weight(out_features=64, in_features=128, group_size=64)
     with pytest.raises(TypeError, match="prepared for"):
         gpu.matmul(torch.randn(1, 128), gpu.prepare(weight, torch.float16, CPU), None, LinearShape.of(weight))
+
+
+def test_the_check_for_real_gpus_finds_nothing_here(gpu_check: ModuleType) -> None:
+    layer = LinearShape.planned(72, 200, QuantSpec(group_size=64, symmetric=False))
+    assert gpu_check.check_case(layer, torch.float16, CPU, (1, 18, 400)) == []
+    assert gpu_check.check_one_hot(CPU, widths=[(4, 64)]) == []
+
+
+def test_the_check_for_real_gpus_finds_a_wrong_kernel(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu.launch
+    monkeypatch.setattr(gpu, "launch", lambda *arguments: right(*arguments) * 1.01)
+    layer = LinearShape.planned(64, 128, QuantSpec(group_size=64))
+    assert any("error" in line for line in gpu_check.check_case(layer, torch.float16, CPU, (3,)))

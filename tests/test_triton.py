@@ -60,9 +60,9 @@ def test_machine_code_passes_the_gate(
     from llmquant.kernels.gate import compile_tiles, objections
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    problem = Problem(4096, 4096, blocks_per_tile, dtype)
-    tiles = rule_of_thumb(problem, rows, Gpu("any", 132, capability))
-    assert objections(compile_tiles(problem, tiles, capability), tiles, capability) == []
+    tiles = rule_of_thumb(Problem(4096, 4096, blocks_per_tile, dtype), rows, Gpu("any", 132, capability))
+    code = compile_tiles(tiles, capability, dtype=dtype, blocks_per_tile=blocks_per_tile)
+    assert objections(code, tiles, capability) == []
 
 
 def test_gate_objects_to_weights_that_take_a_detour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_gate_objects_to_weights_that_take_a_detour(tmp_path: Path, monkeypatch:
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tiles = Tiles(rows=16, features=64, parts=1, warps=2, stages=3, post=True)
-    code = compile_tiles(Problem(4096, 4096, 1, "bfloat16"), tiles, 90)
+    code = compile_tiles(tiles, 90)
     assert "no wgmma" in objections(code, tiles, 90)
 
 

@@ -67,6 +67,9 @@ class QuantizedLinear(nn.Module):
         return BACKENDS[self.backend_name].dequantize(self.prepared, self.layer, dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Raises TypeError where x has another dtype, as a dense linear would."""
+        if x.dtype != self.dtype:
+            raise TypeError(f"x is {x.dtype}, but this linear was prepared for {self.dtype}")
         # The operator costs some ten microseconds of Python per call: as much as a small matmul. It is only needed
         # where somebody traces or differentiates.
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._wants_gradient(x)):
