@@ -42,7 +42,7 @@ BLOCKS = (256, 128, 64, 32)
 MIN_GROUP_SIZE = 16
 """Smaller groups would more than double in width when they are padded to the smallest block."""
 
-PACKED_BELOW_ROWS = {"rows": 32, "dense": 12}
+PACKED_BELOW_ROWS = {"rows": 48, "dense": 10}
 """Rows of x from which the other layout beats the packed one (4 bits; half of it for 8), by `scripts/bench_linear`."""
 
 PIECE = 1 << 20

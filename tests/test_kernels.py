@@ -69,8 +69,8 @@ def test_one_hot_rows_return_the_weight(name: str, symmetric: bool) -> None:
     assert torch.equal(linear(one_hot).T, dense_NK)
     # The kernel for few rows rounds the offset of asymmetric weights, but nothing else.
     few = torch.cat([linear(rows) for rows in one_hot.split(4)]).T
-    tolerance = 0.0 if symmetric else 8 * 0.025 * 2**-8
-    torch.testing.assert_close(few, dense_NK, rtol=0, atol=tolerance)
+    tolerance = {"rtol": 0, "atol": 0} if symmetric else {"rtol": 2**-7, "atol": 8 * 0.025 * 2**-8}
+    torch.testing.assert_close(few, dense_NK, **tolerance)
 
 
 def test_unknown_backend_is_a_user_error() -> None:
@@ -141,7 +141,7 @@ def test_error_is_about_that_of_plain_torch(name: str, dtype: torch.dtype, case:
         exact = truth(x, weight, linear.bias)
         plain = relative_error(torch.nn.functional.linear(x, weight.dequantize(dtype), linear.bias), exact)
         # Few rows on the CPU: the weight is not rounded, but its offset is, and the bias is added after a rounding.
-        assert relative_error(linear(x), exact) <= (1.6 if rows < 32 else 1.25) * plain
+        assert relative_error(linear(x), exact) <= (1.6 if rows < 48 else 1.25) * plain
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -172,7 +172,7 @@ def test_one_graph_under_compile_and_export(name: str) -> None:
     linear = QuantizedLinear(weight, torch.randn(48), dtype=torch.bfloat16, device=CPU, backend=name)
     compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.inference_mode():
-        for rows in (1, 3, 40):
+        for rows in (1, 3, 60):
             x = torch.randn(rows, 96).bfloat16()
             assert torch.equal(compiled(x), linear(x))
     dynamic = {"x": {0: torch.export.Dim("rows", min=2)}}
