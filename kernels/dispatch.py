@@ -40,6 +40,8 @@ class Backend:
     """(x [..., K], prepared, bias [N] or None, layer) -> y [..., N] in the dtype of x."""
     dequantize: Callable[[Prepared, LinearShape, torch.dtype], Tensor]
     """The dense weight [N, K], back from the prepared tensors."""
+    inline_rows: int = 0
+    """Below so many rows of x, matmul is plain torch operators: a compiler does better to see them than to call it."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -53,13 +55,21 @@ BACKENDS: dict[str, Backend] = {
         matmul=gpu.matmul_invariant,
         dequantize=gpu.dequantize,
     ),
-    "cpu": Backend(name="cpu", refuses=cpu.refuses, prepare=cpu.prepare, matmul=cpu.matmul, dequantize=cpu.dequantize),
+    "cpu": Backend(
+        name="cpu",
+        refuses=cpu.refuses,
+        prepare=cpu.prepare,
+        matmul=cpu.matmul,
+        dequantize=cpu.dequantize,
+        inline_rows=cpu.PACKED_BELOW_ROWS["rows"] // 2,
+    ),
     "cpu-dense": Backend(
         name="cpu-dense",
         refuses=cpu.refuses_dense,
         prepare=cpu.prepare_dense,
         matmul=cpu.matmul,
         dequantize=cpu.dequantize,
+        inline_rows=cpu.PACKED_BELOW_ROWS["dense"] // 2,
     ),
     "torch": Backend(
         name="torch",

@@ -128,7 +128,8 @@ def tune(
 ) -> Path:
     """Measure tiles for these layers, write the best to `path` (default: the user's table for this GPU), return it.
 
-    Only tiles whose result is that of the rule's tiles are timed. A layer takes some minutes, most of it compiling.
+    Only tiles whose result is that of the rule's tiles are timed. The first layer takes some minutes, most of it
+    compiling; layers of the same grid reuse what was compiled.
     """
     here = gpu.gpu_of(device)
     table: dict[str, Any] = {"gpu": here.name, "torch": torch.__version__, "entries": {}, "dense_from_rows": {}}

@@ -235,3 +235,19 @@ def test_slots_hold_every_column_once_and_one_group_per_block() -> None:
     for block, columns in enumerate(slots.column_S.view(-1, 32)):
         groups = weight.group_of_column_K[columns[columns < 200]].unique().tolist()
         assert groups in ([], [slots.group_B[block]])
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_compiler_sees_through_a_linear_with_few_rows(name: str) -> None:
+    linear = QuantizedLinear(random_weight(48, 96, group_size=32), None, dtype=torch.bfloat16, device=CPU, backend=name)
+    seen: list[bool] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        seen.append("llmquant" in graph.code)
+        return graph
+
+    compiled = torch.compile(linear, fullgraph=True, dynamic=False, backend=look)
+    with torch.inference_mode():
+        for rows in (1, 100):
+            compiled(torch.randn(rows, 96).bfloat16())
+    assert seen == [BACKENDS[name].inline_rows <= 1, True]

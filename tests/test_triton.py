@@ -6,7 +6,10 @@ import itertools
 import os
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,7 +26,8 @@ from llmquant.kernels.tiles import (
     user_table_path,
     write_table,
 )
-from llmquant.spec import QuantSpec
+from llmquant.kernels.tune import candidates, copies_needed
+from llmquant.spec import SUPPORTED_BITS, QuantSpec
 
 pytest.importorskip("triton")
 
@@ -117,3 +121,61 @@ def test_no_gpu_is_asked_about_at_import() -> None:
 def test_refuses_where_there_is_no_gpu() -> None:
     assert "NVIDIA" in (gpu.refuses(LAYER, torch.device("cpu"), torch.bfloat16) or "")
     assert "float32" in (gpu.refuses(LAYER, torch.device("cuda"), torch.float32) or "")
+
+
+@pytest.fixture(scope="module")
+def gpu_check() -> ModuleType:
+    """`scripts/gpu_check` as a module."""
+    path = TESTS.parent / "scripts" / "gpu_check"
+    spec = spec_from_loader("gpu_check", SourceFileLoader("gpu_check", str(path)))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpu_check_says_in_one_line_that_there_is_no_gpu() -> None:
+    done = subprocess.run([sys.executable, TESTS.parent / "scripts" / "gpu_check"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "no CUDA device" in done.stderr
+
+
+def test_gpu_check_knows_the_physical_limit(gpu_check: ModuleType) -> None:
+    """8.9 MB at 3 TB/s; 2 * 1024 * 4096 * 4096 operations at 800 TFLOP/s."""
+    assert gpu_check.speed_limit_microseconds(1, LAYER, 8_912_896, 3e12, 8e14) == pytest.approx(2.976, abs=0.01)
+    assert gpu_check.speed_limit_microseconds(1024, LAYER, 8_912_896, 3e12, 8e14) == pytest.approx(42.95, abs=0.01)
+
+
+def test_gpu_check_prints_and_draws_what_it_measured(
+    gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = {"in_features": 4096, "out_features": 4096}
+    numbers = {"us": 4.0, "dense_us": 11.2, "speed_up": 2.8, "limit_us": 3.0, "limit_speed_up": 3.73}
+    record = shape | numbers | {"rows": 1, "bandwidth_share": 0.74, "goal": 2.4, "tinygemm_us": 5.0}
+    slow = record | {"rows": 16, "speed_up": 2.0, "goal": 2.2}
+    gpu_check.print_table([record, slow], 3e12)
+    lines = capsys.readouterr().out.splitlines()
+    assert "below goal" not in lines[-2] and lines[-1].endswith("below goal") and "74%" in lines[-1]
+    gpu_check.draw([record, slow], tmp_path / "plot.png", "a title")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_gpu_check_covers_every_width_dtype_and_order(gpu_check: ModuleType) -> None:
+    cases = gpu_check.correctness_cases()
+    assert {layer.bits for layer, _ in cases} == set(SUPPORTED_BITS)
+    assert {dtype for _, dtype in cases} == {torch.bfloat16, torch.float16}
+    assert {layer.moving_groups for layer, _ in cases} == {True, False}
+
+
+def test_tuning_tries_the_rule_and_other_tiles_that_fit() -> None:
+    problem = Problem(4096, 4096, 1, "bfloat16")
+    for rows in ROW_BUCKETS:
+        tried = list(candidates(problem, rows, H100))
+        assert tried[0] == rule_of_thumb(problem, rows, H100) and 5 <= len(set(tried)) == len(tried) <= 150
+    assert not any(tiles.post for tiles in candidates(Problem(4096, 4096, 2, "bfloat16"), 1, H100))
+
+
+def test_enough_copies_are_rotated_to_empty_the_cache() -> None:
+    assert copies_needed(8 << 20, 50 << 20) * (8 << 20) >= 4 * (50 << 20)
+    assert copies_needed(1 << 30, 50 << 20) == 2

@@ -70,11 +70,19 @@ class QuantizedLinear(nn.Module):
         """Raises TypeError where x has another dtype, as a dense linear would."""
         if x.dtype != self.dtype:
             raise TypeError(f"x is {x.dtype}, but this linear was prepared for {self.dtype}")
-        # The operator costs some ten microseconds of Python per call: as much as a small matmul. It is only needed
-        # where somebody traces or differentiates.
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._wants_gradient(x)):
+        if self._needs_operator(x):
             return matmul(x, list(self.prepared), self.bias, self.backend_name, self.layer.as_ints())
         return BACKENDS[self.backend_name].matmul(x, self.prepared, self.bias, self.layer)
+
+    def _needs_operator(self, x: Tensor) -> bool:
+        """Whether somebody differentiates or traces. The operator costs some ten to thirty microseconds of Python per
+        call, as much as a small matmul, so whoever does neither goes without."""
+        if torch.is_grad_enabled() and self._wants_gradient(x):
+            return True
+        if not torch.compiler.is_compiling():
+            return False
+        inline_rows = BACKENDS[self.backend_name].inline_rows
+        return torch.compiler.is_exporting() or x.numel() >= inline_rows * self.in_features
 
     def _wants_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
