@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from llmquant.kernels.tiles import Tiles
-from llmquant.kernels.triton_w4a16 import w4a16_kernel
+from llmquant.kernels.triton_w4a16 import dequantize_kernel, w4a16_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TENSOR_CORE = ("HGMMA", "UTCHMMA", "HMMA")
@@ -56,13 +56,19 @@ class MachineCode:
 
 
 def compile_tiles(
-    tiles: Tiles, capability: int, *, dtype: str = "bfloat16", blocks_per_tile: int = 1, ragged: bool = False
+    tiles: Tiles,
+    capability: int,
+    *,
+    dtype: str = "bfloat16",
+    blocks_per_tile: int = 1,
+    ragged: bool = False,
+    planes: int = 1,
 ) -> MachineCode:
-    """`w4a16_kernel` as `gpu.launch` would run it; `ragged` where K is not a multiple of 128."""
+    """`w4a16_kernel` as `gpu.launch` would run it; `ragged` where K is not a multiple of 128, 2 planes for 8 bits."""
     element = {"bfloat16": "*bf16", "float16": "*fp16"}[dtype]
     constants = {
         "RAGGED_K": ragged,
-        "P": 1,
+        "P": planes,
         "B": blocks_per_tile,
         "BM": tiles.rows,
         "BN": tiles.features,
@@ -76,6 +82,15 @@ def compile_tiles(
     pointers = {"x_ptr": element, "bias_ptr": element, "y_ptr": element, "partial_ptr": "*fp32"}
     pointers |= {"w_ptr": "*i32", "meta_ptr": "*i32", "done_ptr": "*i32"}
     return compile_for(w4a16_kernel, pointers, constants, capability, tiles.warps, tiles.stages)
+
+
+def compile_dequantize(
+    capability: int, *, dtype: str = "bfloat16", blocks_per_tile: int = 1, planes: int = 1
+) -> MachineCode:
+    """`dequantize_kernel` as `gpu` would run it. It has no loop; what can be read off is whether it spills."""
+    pointers = {"w_ptr": "*i32", "meta_ptr": "*i32", "out_ptr": {"bfloat16": "*bf16", "float16": "*fp16"}[dtype]}
+    constants = {"P": planes, "B": blocks_per_tile, "BF16": dtype == "bfloat16", "INTERPRET": False}
+    return compile_for(dequantize_kernel, pointers, constants, capability, num_warps=4, num_stages=3)
 
 
 def objections(code: MachineCode, tiles: Tiles, capability: int) -> list[str]:

@@ -80,6 +80,7 @@ def row_bucket(rows: int) -> int:
     return next((bucket for bucket in ROW_BUCKETS if rows <= bucket), ROW_BUCKETS[-1])
 
 
+@lru_cache(maxsize=4096)
 def choose_tiles(problem: Problem, rows: int, gpu: Gpu) -> Tiles:
     """The measured tiles for this GPU and shape, else those of `rule_of_thumb`."""
     entry = _table(gpu.name).get("entries", {}).get(problem.key, {}).get(str(row_bucket(rows)))
@@ -136,13 +137,14 @@ def user_table_path(gpu_name: str) -> Path:
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write a table, merged over what the file already holds, and forget the cached one."""
+    """Write a table, merged over what the file already holds, and forget what was chosen by the old one."""
     old = json.loads(path.read_text()) if path.exists() else {}
     for section in ("entries", "dense_from_rows"):
         table[section] = {**old.get(section, {}), **table.get(section, {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     _table.cache_clear()
+    choose_tiles.cache_clear()
 
 
 @lru_cache(maxsize=16)

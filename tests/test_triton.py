@@ -69,6 +69,16 @@ def test_machine_code_passes_the_gate(
     assert objections(code, tiles, capability) == []
 
 
+@pytest.mark.parametrize(("blocks_per_tile", "planes"), [(1, 1), (4, 2)])
+def test_dense_kernel_compiles_without_spills(
+    blocks_per_tile: int, planes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmquant.kernels.gate import compile_dequantize
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert compile_dequantize(90, blocks_per_tile=blocks_per_tile, planes=planes).spills == 0
+
+
 def test_gate_objects_to_weights_that_take_a_detour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two warps make Triton leave wgmma: the gate must see it."""
     from llmquant.kernels.gate import compile_tiles, objections
