@@ -88,7 +88,8 @@ def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -
 def prepare_dense(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """`packed` and `dense`."""
     slots, codes_NS, scale_NB, zero_NB = _arranged(weight)
-    dense_NS = slots.spread(weight.dequantize(dtype).cpu(), 0)
+    rows = _rows(codes_NS, zero_NB, weight.spec.bits)
+    dense_NS = _unpack(rows, scale_NB.reshape(-1, 1), LinearShape.of(weight), dtype)
     packed, scale_offset = _packed(codes_NS, scale_NB, zero_NB, weight.spec.bits)
     return packed, scale_offset, _NO_TENSOR, _NO_TENSOR, dense_NS, _column(slots)
 
@@ -145,7 +146,7 @@ def _packed(codes_NS: Tensor, scale_NB: Tensor, zero_NB: Tensor, bits: int) -> t
     num_rows, num_slots = codes_NS.shape
     code_NBb = codes_NS.view(*zero_NB.shape, -1)
     scale_bf16_NB = scale_NB.bfloat16()
-    mean_code_NB = code_NBb.float().mean(dim=-1)
+    mean_code_NB = code_NBb.sum(dim=-1, dtype=torch.int32) / code_NBb.shape[-1]
     if bits == 8:
         nibbles_NS = torch.cat([codes_NS >> 4, codes_NS & 15], dim=1)
         high_offset_NB = ((128.0 - zero_NB) * scale_NB).bfloat16()

@@ -62,11 +62,11 @@ def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -
     """The layout, made on the device; the scale is rounded to dtype."""
     layer = LinearShape.of(weight)
     block = _block_width(layer)
-    slots = arrange_slots(weight, block, TILE)
+    slots = arrange_slots(weight, block, TILE).to(device)
+    column_S, group_B = slots.column_S, slots.group_B
     pad_rows = -layer.out_features % 64
     weight = weight.to(device)
-    column_S, group_B = slots.column_S.to(device), slots.group_B.to(device)
-    codes_NS = F.pad(F.pad(weight.codes_NK, (0, 1))[:, column_S], (0, 0, 0, pad_rows))
+    codes_NS = F.pad(slots.spread(weight.codes_NK, 0), (0, 0, 0, pad_rows))
     zero_NB = F.pad(weight.zero_NG[:, group_B], (0, 0, 0, pad_rows))
     scale_NB = F.pad(weight.scale_NG.float()[:, group_B], (0, 0, 0, pad_rows))
     # An empty slot holds its zero: it is nothing even where x is infinite, and then x is a zero there anyway.

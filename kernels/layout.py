@@ -89,8 +89,14 @@ class Slots:
         places = torch.arange(self.in_features, device=self.column_S.device)
         return torch.equal(self.column_S[: self.in_features], places)
 
+    def to(self, device: torch.device) -> Slots:
+        """The same on another device."""
+        return Slots(self.column_S.to(device), self.group_B.to(device), self.in_features)
+
     def spread(self, values_NK: Tensor, padding: int) -> Tensor:
         """[N, K] -> [N, S], `padding` where a slot is empty."""
+        if self.is_prefix:
+            return F.pad(values_NK, (0, self.padded - self.in_features), value=padding)
         return F.pad(values_NK, (0, 1), value=padding)[:, self.column_S]
 
 

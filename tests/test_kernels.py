@@ -170,6 +170,7 @@ def test_leading_dimensions_and_empty_batches_are_kept(name: str) -> None:
 def test_one_graph_under_compile_and_export(name: str) -> None:
     weight = random_weight(48, 96, group_size=32)
     linear = QuantizedLinear(weight, torch.randn(48), dtype=torch.bfloat16, device=CPU, backend=name)
+    torch.compiler.reset()
     compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch.inference_mode():
         for rows in (1, 3, 60):
@@ -241,6 +242,7 @@ def test_slots_hold_every_column_once_and_one_group_per_block() -> None:
 def test_a_compiler_sees_through_a_linear_with_few_rows(name: str) -> None:
     linear = QuantizedLinear(random_weight(48, 96, group_size=32), None, dtype=torch.bfloat16, device=CPU, backend=name)
     seen: list[bool] = []
+    torch.compiler.reset()
 
     def look(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
         seen.append("llmquant" in graph.code)
