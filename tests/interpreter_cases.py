@@ -5,16 +5,17 @@ The interpreter must be chosen before the kernels are imported, hence the proces
 
 from __future__ import annotations
 
+import json
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from test_kernels import random_weight, relative_error, truth
 
-from llmquant.kernels import gpu
+from llmquant.kernels import gpu, tune
 from llmquant.kernels.layout import LinearShape
 from llmquant.kernels.tiles import Gpu, Problem, Tiles, rule_of_thumb
 from llmquant.spec import QuantSpec
@@ -154,7 +155,6 @@ def test_wrong_dtype_is_refused() -> None:
 def test_the_check_for_real_gpus_finds_nothing_here(gpu_check: ModuleType) -> None:
     layer = LinearShape.planned(72, 200, QuantSpec(group_size=64, symmetric=False))
     assert gpu_check.check_case(layer, torch.float16, CPU, (1, 18)) == []
-    assert gpu_check.check_one_hot(CPU, widths=[(4, 64)]) == []
 
 
 def test_the_check_for_real_gpus_finds_a_wrong_kernel(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,3 +162,39 @@ def test_the_check_for_real_gpus_finds_a_wrong_kernel(gpu_check: ModuleType, mon
     monkeypatch.setattr(gpu, "launch", lambda *arguments: right(*arguments) * 1.01)
     layer = LinearShape.planned(64, 128, QuantSpec(group_size=64))
     assert any("error" in line for line in gpu_check.check_case(layer, torch.float16, CPU, (3,)))
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, gpu_check: ModuleType) -> None:
+    """A GPU that has no cache and no clock: calls are made, and each takes a microsecond per row."""
+
+    def microseconds(calls: list, **_: int) -> float:
+        return float(max(len(call()) for call in calls))
+
+    properties = SimpleNamespace(L2_cache_size=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(tune, "graph_microseconds", microseconds)
+    monkeypatch.setattr(gpu_check, "graph_microseconds", microseconds)
+
+
+def test_the_benchmark_for_real_gpus_runs_dry(gpu_check: ModuleType, fake_gpu: None, tmp_path: Path) -> None:
+    layer = LinearShape.planned(64, 128, QuantSpec(group_size=128, symmetric=False))
+    records = gpu_check.time_linear(layer, (1, 20, 400), CPU, bandwidth=3e12, flops=8e14, gemlite=True)
+    assert [(r["rows"], r["us"], r["speed_up"]) for r in records] == [(1, 1, 1), (20, 20, 1), (400, 400, 1)]
+    gpu_check.print_table(records, 3e12)
+    gpu_check.draw(records, tmp_path / "plot.png", "dry")
+
+
+def test_tuning_runs_dry_and_writes_a_table_that_is_read(
+    fake_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "DENSE_ROWS", (20, 40))
+    layer = LinearShape.planned(64, 128, QuantSpec(group_size=128, symmetric=False))
+    lines: list[str] = []
+    path = tune.tune([layer], torch.float16, CPU, buckets=(1, 16), path=tmp_path / "gpu.json", report=lines.append)
+    table = json.loads(path.read_text())
+    assert table["gpu"] == "interpreter" and len(lines) == 3
+    assert set(table["entries"]["64x128 b128 float16"]) == {"1", "16"}
+    assert Tiles(**table["entries"]["64x128 b128 float16"]["16"]).features == 64
+    # One microsecond per row on either path: the dense one is never slower.
+    assert table["dense_from_rows"]["64x128 b128 float16"] == tune.DENSE_ROWS[0]
