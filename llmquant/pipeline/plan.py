@@ -24,6 +24,8 @@ from llmquant.models.blocks import find_blocks, linear_shape, linears_of
 from llmquant.models.skeleton import DTYPES, Skeleton, read_config, stored_dtype
 from llmquant.spec import QuantSpec, Recipe
 
+AUTO = "auto"
+"""The default format: gptq; compressed-tensors for an asymmetric grid, because gptq v1 cannot store zero-point 0."""
 STANDARD_GROUPS = (128, 64, 32)
 """Group sizes that every loader has kernels for, largest first."""
 RUNTIME_BYTES = 450 * 2**20
@@ -145,7 +147,7 @@ class Plan:
 def make_plan(
     path: Path,
     recipe: Recipe,
-    format_name: str = "gptq",
+    format_name: str = AUTO,
     *,
     dtype: str = "auto",
     device: torch.device | None = None,
@@ -154,6 +156,8 @@ def make_plan(
     trust_remote_code: bool = False,
 ) -> Plan:
     """Open a checkpoint and settle everything; UserError when the run cannot be done as asked."""
+    if format_name == AUTO:
+        format_name = "gptq" if recipe.spec.symmetric else "compressed-tensors"
     if format_name not in FORMATS:
         raise UserError(f"format '{format_name}': not one of {', '.join(FORMATS)}; use --format gptq")
     if dtype != "auto" and dtype not in DTYPES:
@@ -235,7 +239,7 @@ def _fit(
         smaller = QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
         if group_size < wanted and in_features % group_size == 0:
             if format.refuses(smaller, out_features, in_features, scale_dtype) is None:
-                return smaller, f"in_features {in_features} is not a multiple of {spec.group_size}: group {group_size}"
+                return smaller, f"group size {spec.group_size} -> {group_size}, because in_features is {in_features}"
     reason = refusal or (
         f"in_features {in_features} is not a multiple of group_size {spec.group_size}, nor of a smaller one of "
         f"{', '.join(map(str, STANDARD_GROUPS))}"
