@@ -88,6 +88,7 @@ def quantize(
         device=device,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        max_shard_bytes=max_shard_bytes,
     )
     total = len(plan.block_names)
     builder = ReportBuilder(plan)
@@ -143,6 +144,7 @@ def prepare(
     device: str,
     overwrite: bool,
     trust_remote_code: bool,
+    max_shard_bytes: int,
 ) -> Plan:
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
     plan = make_plan(
@@ -157,7 +159,7 @@ def prepare(
     )
     quantization_config(plan)
     check_out(out, overwrite)
-    check_disk(plan, out)
+    check_disk(plan, out, max_shard_bytes)
     return plan
 
 
@@ -175,6 +177,7 @@ def dry_run(
     device: str = "auto",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Plan:
     """What `quantize` would do; refuses what it would refuse. Reads no weight, and no text that would be fetched."""
     plan = prepare(
@@ -188,6 +191,7 @@ def dry_run(
         device=device,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        max_shard_bytes=max_shard_bytes,
     )
     if plan.recipe.needs_data:
         tokenizer = load_tokenizer(plan.path)
