@@ -221,11 +221,7 @@ def generate_command(
         else:
             console.print_texts(batch, result.texts)
     if as_json:
-        print(
-            json.dumps(
-                [{"prompt": p, "text": t} for p, t in zip(lines, (t for r in results for t in r.texts), strict=True)]
-            )
-        )
+        print(json.dumps({"prompts": lines, "batches": [result.to_dict() for result in results]}))
     if not quiet:
         console.print_speed(results)
 

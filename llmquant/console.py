@@ -116,7 +116,7 @@ def block_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int, str, 
                 if what in PHASES:
                     bar.update(task, description=what, completed=done, total=total, times=clock.times, now="")
                 else:
-                    now = f"{what or clock.what}{clock.error}"
+                    now = f"{clock.error}  {what or clock.what}"
                     bar.update(task, description=title, completed=done, total=total, times=clock.times, now=now)
 
             yield on_step
@@ -165,17 +165,17 @@ class _BlockClock:
 def print_report(report: Report, model: str) -> None:
     """What `llmquant quantize` ends with: errors beside RTN's, incidents, sizes, times, and what to type next."""
     console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD)
+    table = _table()
     table.add_column("linear", overflow="fold")
     table.add_column("grid", no_wrap=True)
-    for heading in ("n", "error", "worst", "in", "RTN", "worst"):
+    for heading in ("n", "error", "worst", "in", "RTN"):
         table.add_column(heading, justify="right", no_wrap=True)
     for (kind, grid), linears in _grouped(report.linears, lambda linear: (linear.kind, linear.grid)).items():
         table.add_row(kind, grid, str(len(linears)), *_errors(linears))
     console.print(table)
-    about = "outputs on the calibration text" if report.calibration else "weights"
-    console.print(f" error: squared, of the {about}, relative; mean and worst over the blocks", style="dim")
-    facts = _incidents(report)
+    of = "outputs on the calibration text" if report.calibration else "weights"
+    facts = [("error", f"squared, of the {of}, relative: mean over the blocks, worst, and its block; RTN: mean")]
+    facts += _incidents(report)
     for reason, kept in _grouped(report.kept.items(), lambda item: item[1]).items():
         facts.append(("in 16 bit", f"{_names(name for name, _ in kept)}: {reason}"))
     seconds = sum(report.seconds.values())
@@ -191,9 +191,10 @@ def print_report(report: Report, model: str) -> None:
         used = report.calibration
         facts.append(("calibration", f"{used['source']}, {used['num_samples']} x {used['seq_len']} tokens"))
     out, original = shlex.quote(str(report.out)), shlex.quote(model)
-    facts += [("next", f'llmquant generate {out} --prompt "Once upon a time"')]
-    facts += [("", f"llmquant eval {out} --against {original}")]
     _print_facts(console, facts)
+    # Lines to copy, so never wrapped.
+    console.print(f'\n  llmquant generate {out} --prompt "Once upon a time"', soft_wrap=True)
+    console.print(f"  llmquant eval {out} --against {original}", soft_wrap=True)
 
 
 def _errors(linears: Sequence[LinearReport]) -> list[str]:
@@ -205,7 +206,6 @@ def _errors(linears: Sequence[LinearReport]) -> list[str]:
         _short(worst.error),
         str(block_of(worst.name)),
         _short(sum(linear.rtn_error for linear in linears) / len(linears)),
-        _short(max(linear.rtn_error for linear in linears)),
     ]
 
 
@@ -230,7 +230,7 @@ def print_plan(plan: Plan, out: Path, calibration: str, num_samples: int, seq_le
         return linear.kind, f"{linear.out_features} x {linear.in_features}", linear.spec.describe()
 
     console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD)
+    table = _table()
     table.add_column("linear", overflow="fold")
     for heading in ("n", "out x in"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -266,18 +266,18 @@ def print_plan(plan: Plan, out: Path, calibration: str, num_samples: int, seq_le
 def print_contents(contents: Contents) -> None:
     """The tables of `llmquant inspect`."""
     console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD)
+    table = _table()
     table.add_column("part", overflow="fold")
     for heading in ("n", "shape"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("stored as", no_wrap=True)
-    for heading in ("size", "bits", "of 16"):
+    for heading in ("size", "bits"):
         table.add_column(heading, justify="right", no_wrap=True)
     for rows in (contents.quantized, contents.kept):
         for row in rows:
             bits = row.bits_per_weight
             cells = (row.kind, str(row.count), " x ".join(map(str, row.shape)), row.storage)
-            table.add_row(*cells, _size(row.stored_bytes), f"{bits:.3f}".rstrip("0").rstrip("."), f"{bits / 16:.0%}")
+            table.add_row(*cells, _size(row.stored_bytes), f"{bits:.3f}".rstrip("0").rstrip("."))
         table.add_section()
     console.print(table)
     shards = f"{contents.num_shards} file" + ("s" if contents.num_shards > 1 else "")
@@ -296,7 +296,7 @@ def print_backends(choices: Mapping[str, Choice]) -> None:
 
     console = Console(highlight=False)
     kinds = _grouped(choices.items(), lambda item: (kind_of(item[0]), item[1].backend.name, item[1].reason))
-    table = Table(box=box.SIMPLE_HEAD)
+    table = _table()
     for heading in ("linear", "kernel", "because"):
         table.add_column(heading, overflow="fold")
     for kind, backend, reason in kinds:
@@ -332,6 +332,10 @@ def print_speed(results: Sequence[Generated]) -> None:
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
@@ -386,7 +390,7 @@ def _seconds(seconds: float) -> str:
 def print_evaluation(result: Evaluation) -> None:
     """The table of `llmquant eval`, and below it what was measured."""
     compared = result.divergence
-    table = Table(box=box.SIMPLE_HEAD)
+    table = _table()
     table.add_column("model", overflow="fold")
     for heading in ("perplexity", "KL mean", "median", "99 %", "top-1") if compared else ("perplexity",):
         table.add_column(heading, justify="right", no_wrap=True)
