@@ -85,6 +85,11 @@ class Recipe:
     residual_target: bool = True
     """Also make up for the error already in the residual stream that the linear's output is added to."""
 
+    descent_sweeps: int = 0
+    """Sweeps of coordinate descent over the codes after GPTQ."""
+    refit_scales: bool = False
+    """Fit the scales to the codes by least squares between sweeps."""
+
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method '{self.method}': not one of {', '.join(METHODS)}; use --method gptq")

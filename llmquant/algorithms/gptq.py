@@ -54,6 +54,15 @@ def column_order(hessian_KK: Tensor, by_activation: bool = True) -> Tensor:
     return torch.argsort(diagonal_K, descending=True, stable=True)
 
 
+def damped(hessian_KK: Tensor, damping: float) -> Tensor:
+    """The Hessian with its diagonal raised by a fraction of its mean; 1 on the diagonal of a dead column."""
+    diagonal_K = hessian_KK.diagonal()
+    raised_K = torch.where(diagonal_K > 0, diagonal_K + damping * diagonal_K.mean(), torch.ones_like(diagonal_K))
+    damped_KK = hessian_KK.clone()
+    damped_KK.diagonal().copy_(raised_K)
+    return damped_KK
+
+
 def factor_inverse(
     hessian_KK: Tensor,
     order_K: Tensor,
@@ -68,12 +77,8 @@ def factor_inverse(
     if not torch.isfinite(hessian_KK).all():
         return None
     ordered_KK = hessian_KK.double()[order_K][:, order_K]
-    diagonal_K = ordered_KK.diagonal().clone()
-    mean = diagonal_K.mean()
     for damping in ladder:
-        damped_K = torch.where(diagonal_K > 0, diagonal_K + damping * mean, torch.ones_like(diagonal_K))
-        ordered_KK.diagonal().copy_(damped_K)
-        lower_KK, failed = torch.linalg.cholesky_ex(ordered_KK.flip(0, 1))
+        lower_KK, failed = torch.linalg.cholesky_ex(damped(ordered_KK, damping).flip(0, 1))
         if failed.item() == 0:
             identity_KK = torch.eye(len(order_K), dtype=torch.float64, device=hessian_KK.device)
             upper_KK = torch.linalg.solve_triangular(lower_KK.flip(0, 1), identity_KK, upper=True)

@@ -1,7 +1,7 @@
 """What a calibration pass tells about the input of a linear.
 
 One `InputStatistics` serves all linears that read the same input (q, k and v; gate and up). It is a sum over tokens,
-added to one sequence at a time in a fixed order, so that the same tokens give the same bits whatever else changes.
+taken in a fixed order and in pieces of a fixed size, so that the same tokens give the same bits whatever else changes.
 
 Two streams run through the network side by side: the quantized one, whose activations the stored model will really see,
 and the original one. Their difference is what the corrected targets of `targets.py` need:
@@ -46,14 +46,14 @@ class InputStatistics:
         original_x_TK: Tensor | None = None,
         residual_gap_TR: Tensor | None = None,
     ) -> None:
-        """Count one sequence.
+        """Count some tokens: a few thousand at a time keep the sums from costing more than the products.
 
         x_TK: the input in the quantized network. original_x_TK: the same in the original network (needed for drift).
         residual_gap_TR: h_fp - h at the stream the linear writes to (needed for the residual moment).
         """
         x_TK = matmul_dtype(x_TK)
         self.num_tokens += x_TK.shape[0]
-        self._abs_K += x_TK.abs().sum(0, dtype=torch.float32)
+        self._abs_K += torch.linalg.vector_norm(x_TK, ord=1, dim=0, dtype=torch.float32)
         in_features = x_TK.shape[1]
         for start in range(0, in_features, PANEL_COLUMNS):
             stop = min(start + PANEL_COLUMNS, in_features)

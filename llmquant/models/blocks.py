@@ -1,6 +1,6 @@
-"""Decoder blocks and their linears, found in the module tree; and what one watched forward pass tells about them.
+"""Decoder blocks and their linears, found in the module tree; and what a watched forward pass tells about them.
 
-No table of models. The decoder blocks are the ModuleList that holds the most parameters. Its linears are `nn.Linear` and
+No table of models. The decoder blocks are the ModuleList with the most parameters. Its linears are `nn.Linear` and
 GPT-2's `Conv1D` (the same thing, stored transposed). Which linears read the same input, in which order they run, and
 which of them write straight to the residual stream is seen by running a block once and comparing tensors by identity.
 """
@@ -44,15 +44,15 @@ class BlockPlan:
 
 def find_blocks(model: nn.Module) -> tuple[str, list[str]]:
     """Name of the ModuleList of decoder blocks, and the names of the blocks in order."""
-    best: tuple[int, str] | None = None
+    best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and linears_of(module):
+        if isinstance(module, nn.ModuleList) and linears_of(module):
             size = sum(parameter.numel() for parameter in module.parameters())
             if best is None or size > best[0]:
-                best = (size, name)
+                best = (size, name, module)
     if best is None:
         raise UserError(f"{type(model).__name__}: no list of decoder blocks with linears in it; nothing to quantize")
-    return best[1], [f"{best[1]}.{key}" for key, _ in model.get_submodule(best[1]).named_children()]
+    return best[1], [f"{best[1]}.{key}" for key, _ in best[2].named_children()]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -74,6 +74,12 @@ def linear_shape(linear: nn.Module) -> tuple[int, int]:
 def weight_as_NK(linear: nn.Module, weight: Tensor) -> Tensor:
     """A linear's stored weight as [out_features, in_features] (Conv1D stores the transpose); and back again."""
     return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight of a linear as [out_features, in_features], a view."""
+    assert isinstance(linear.weight, Tensor)
+    return weight_as_NK(linear, linear.weight)
 
 
 def _key(tensor: Tensor) -> tuple[Any, ...]:

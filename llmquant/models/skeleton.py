@@ -23,6 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from llmquant.errors import UserError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from llmquant.checkpoints.reader import CheckpointReader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,7 +59,7 @@ def _generates_text(architecture: str) -> bool:
 
 
 def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
-    """The dtype most bytes of the checkpoint are stored in, which is the one to keep; the config's where it has none."""
+    """The dtype most bytes of the checkpoint are stored in: the one to keep. The config's where it has none."""
     bytes_of: dict[torch.dtype, int] = {}
     for info in reader.tensors.values():
         if info.dtype in DTYPES.values():
@@ -67,7 +69,7 @@ def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
     return config.dtype or torch.float32
 
 
-def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a config: parameters on meta in dtype, computed buffers real, in eval mode."""
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -75,7 +77,7 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
     return model.eval().requires_grad_(False)
 
 
-def name_translator(model: nn.Module) -> Callable[[str], str | None]:
+def name_translator(model: PreTrainedModel) -> Callable[[str], str | None]:
     """A function from the name of a checkpoint's tensor to the name of the model's parameter or buffer, or None.
 
     The names agree; or transformers renames them at load (GPT-NeoX's `embed_out` is the model's `lm_head`); or they
@@ -94,7 +96,7 @@ def name_translator(model: nn.Module) -> Callable[[str], str | None]:
     return translate
 
 
-def checkpoint_names(model: nn.Module, available: Iterable[str]) -> dict[str, str]:
+def checkpoint_names(model: PreTrainedModel, available: Iterable[str]) -> dict[str, str]:
     """Map every parameter and persistent buffer of the model to the tensor of the checkpoint that holds it.
 
     Tied parameters map to the tensor of the one that is stored. What has no tensor is left out.
@@ -112,7 +114,7 @@ def checkpoint_names(model: nn.Module, available: Iterable[str]) -> dict[str, st
 class Skeleton:
     """A causal language model whose weights are read from its checkpoint only while they are needed."""
 
-    model: nn.Module
+    model: PreTrainedModel
     """The module tree; parameters on meta unless loaded."""
     reader: CheckpointReader
     names: dict[str, str]

@@ -75,7 +75,7 @@ class Walk:
         _, self.block_names = find_blocks(skeleton.model)
         self._blocks = [skeleton.model.get_submodule(name) for name in self.block_names]
         # The network without its head: nothing behind the last block is run.
-        self._network = getattr(skeleton.model, skeleton.model.base_model_prefix, skeleton.model)
+        self._network = skeleton.model.base_model
         self.quantized = [self._start(tokens_L) for tokens_L in tokens_SL]
         self.original = [self._start(tokens_L) for tokens_L in tokens_SL] if with_original else []
         self._handles: list[Any] = []

@@ -1,4 +1,4 @@
-"""Everything that can be settled before a weight is read: what is quantized how, what it will need, and what is refused.
+"""What can be settled before a weight is read: what is quantized how, what it will need, and what is refused.
 
 A dry run is this and nothing else; a real run starts with it and gets the same refusals.
 """
@@ -48,6 +48,12 @@ class LinearPlan:
     """Its grid, or None when it stays in 16 bit."""
     reason: str = ""
     """Why it stays in 16 bit, or why its grid is not the one asked for."""
+
+    @property
+    def grid(self) -> QuantSpec:
+        """The grid of a linear that gets one."""
+        assert self.spec is not None
+        return self.spec
 
     @property
     def kind(self) -> str:
@@ -119,8 +125,7 @@ class Plan:
 
     def packed_bytes(self, linear: LinearPlan) -> int:
         """Bytes of a quantized linear as it will be stored."""
-        assert linear.spec is not None
-        shapes = self.format.tensor_shapes(linear.spec, linear.out_features, linear.in_features, self.scale_dtype)
+        shapes = self.format.tensor_shapes(linear.grid, linear.out_features, linear.in_features, self.scale_dtype)
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
 
     @property
@@ -266,9 +271,9 @@ def _fit(
     wanted = spec.group_size if spec.group_size != -1 else in_features
     for group_size in STANDARD_GROUPS:
         smaller = QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
-        if group_size < wanted and in_features % group_size == 0:
-            if format.refuses(smaller, out_features, in_features, scale_dtype) is None:
-                return smaller, f"group size {spec.group_size} -> {group_size}, because in_features is {in_features}"
+        fits = group_size < wanted and in_features % group_size == 0
+        if fits and format.refuses(smaller, out_features, in_features, scale_dtype) is None:
+            return smaller, f"group size {spec.group_size} -> {group_size}, because in_features is {in_features}"
     reason = refusal or (
         f"in_features {in_features} is not a multiple of group_size {spec.group_size}, nor of a smaller one of "
         f"{', '.join(map(str, STANDARD_GROUPS))}"

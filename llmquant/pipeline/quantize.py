@@ -25,7 +25,7 @@ from llmquant.algorithms.statistics import InputStatistics
 from llmquant.checkpoints.writer import MAX_SHARD_BYTES, PartialCheckpoint, TensorStream, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
-from llmquant.models.blocks import BlockPlan, device_of, weight_as_NK
+from llmquant.models.blocks import BlockPlan, device_of, weight_as_NK, weight_of
 from llmquant.models.skeleton import DTYPES
 from llmquant.models.walk import Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
@@ -36,6 +36,9 @@ from llmquant.spec import Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
 """(blocks finished, blocks in all, what is being done, relative error of the last solved linears)."""
+
+SEQUENCES_AT_ONCE = 4
+"""Sequences whose statistics are added together."""
 
 # Files beside the weights that belong to the model: tokenizer, generation settings, licence; code only if it is used.
 KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
@@ -263,10 +266,10 @@ def quantize_block(
             weights = {}
             for name in names:
                 linear = block.get_submodule(name)
-                weights[name] = weight_as_NK(linear, linear.weight)
+                weights[name] = weight_of(linear)
                 if not torch.isfinite(weights[name]).all():
                     raise DamagedWeights(plan.path, f"{linears[name].source}.weight")
-            specs = {name: linears[name].spec for name in names}
+            specs = {name: linears[name].grid for name in names}
             results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
         for name, result in results.items():
             report.linear(linears[name], result)
@@ -275,7 +278,7 @@ def quantize_block(
         on_step(index, total, "", sum(result.error for result in results.values()) / len(results))
     for name in sorted(left_over):
         linear = plan.skeleton.model.get_submodule(linears[name].name)
-        solved[name] = solve_without_data(weight_as_NK(linear, linear.weight), linears[name].spec, stored_numbers(plan))
+        solved[name] = solve_without_data(weight_of(linear), linears[name].grid, stored_numbers(plan))
         why = "is called more than once per forward pass" if name in block_plan.repeated else "saw no calibration token"
         report.linear(linears[name], solved[name])
         report.incident(linears[name].name, f"{why}: rounded to nearest")
@@ -291,8 +294,13 @@ def gather(
     gaps = plan.recipe.residual_target and all(arrival.residual_gap_TR is not None for arrival in arrivals)
     width = linear.out_features if gaps and block_plan.stages[number].residual_source is not None else 0
     statistics = InputStatistics(linear.in_features, plan.skeleton.device, drift=drift, residual_width=width)
-    for arrival in arrivals:
-        statistics.add(arrival.x_TK, arrival.original_x_TK, arrival.residual_gap_TR)
+    for start in range(0, len(arrivals), SEQUENCES_AT_ONCE):
+        several = arrivals[start : start + SEQUENCES_AT_ONCE]
+        statistics.add(
+            torch.cat([arrival.x_TK for arrival in several]),
+            torch.cat([x for arrival in several if (x := arrival.original_x_TK) is not None]) if drift else None,
+            torch.cat([gap for arrival in several if (gap := arrival.residual_gap_TR) is not None]) if width else None,
+        )
     return statistics
 
 
@@ -310,7 +318,7 @@ def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: Report
             with report.timed("solving"):
                 weight = read_finite(plan, f"{linear.source}.weight")
                 weight_NK = weight_as_NK(plan.skeleton.model.get_submodule(linear.name), weight)
-                solved[name] = solve_without_data(weight_NK, linear.spec, stored_numbers(plan))
+                solved[name] = solve_without_data(weight_NK, linear.grid, stored_numbers(plan))
             report.linear(linear, solved[name])
         with report.timed("writing"):
             partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
@@ -357,13 +365,12 @@ def unpack_part(plan: Plan, linears: Mapping[str, LinearPlan], tensors: Mapping[
     """The quantized linears of a part that an earlier run wrote, without their errors."""
     solved = {}
     for name, linear in linears.items():
-        assert linear.spec is not None
         own = {
             suffix: tensors[f"{linear.source}.{suffix}"]
             for suffix in plan.format.suffixes
             if f"{linear.source}.{suffix}" in tensors
         }
-        weight = plan.format.unpack(own, linear.spec, linear.out_features, linear.in_features)
+        weight = plan.format.unpack(own, linear.grid, linear.out_features, linear.in_features)
         solved[name] = Solved(weight, float("nan"), float("nan"))
     return solved
 
@@ -376,7 +383,7 @@ def put_back(plan: Plan, linears: Mapping[str, LinearPlan], solved: Mapping[str,
 
 
 def replacements(plan: Plan, linears: Mapping[str, LinearPlan], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
-    """The dense weights that the stored codes stand for, by parameter name, laid out as the model's modules want them."""
+    """The dense weights that the stored codes stand for, by parameter name, laid out as the modules want them."""
     dense = {}
     for name, result in solved.items():
         full = linears[name].name
@@ -398,7 +405,7 @@ def write_outside(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder)
     def pieces(name: str) -> Callable[[], Iterable[memoryview]]:
         def read() -> Iterable[memoryview]:
             tensor = converted(plan, read_finite(plan, name)).contiguous()
-            yield memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            yield tensor.view(-1).view(torch.uint8).numpy().data
 
         return read
 
@@ -444,7 +451,7 @@ def as_json_bytes(content: Any) -> bytes:
 
 def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:
     """UserError when the tokenizer makes ids that the model has no embedding for."""
-    vocabulary = plan.skeleton.model.get_input_embeddings().weight.shape[0]
+    vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
     largest = int(tokens.tokens_SL.max())
     if largest >= vocabulary:
         raise UserError(

@@ -23,7 +23,8 @@ from llmquant.algorithms.affine import (
     to_quantized_weight,
     values_on_grid,
 )
-from llmquant.algorithms.gptq import DAMPING_LADDER, InverseFactor, column_order, factor_inverse, gptq_round
+from llmquant.algorithms.gptq import DAMPING_LADDER, InverseFactor, column_order, damped, factor_inverse, gptq_round
+from llmquant.algorithms.refine import descend, refit_scales
 from llmquant.algorithms.statistics import InputStatistics
 from llmquant.algorithms.targets import corrected_target
 from llmquant.spec import QuantSpec, Recipe
@@ -131,6 +132,11 @@ def _solve(
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
+        damped_KK = damped(hessian_KK, factor.damping)
+        for sweep in range(recipe.descent_sweeps):
+            if sweep and recipe.refit_scales:
+                grid = refit_scales(target_KN, steps_KN, grid, damped_KK, spec, stored.scale_dtype)
+            steps_KN = descend(target_KN, steps_KN, grid, damped_KK, spec)
     else:
         steps_KN = round_to_grid(target_KN, grid, spec)
     error_N = _row_errors(values_on_grid(steps_KN, grid, spec) - target_KN, hessian_KK)

@@ -68,8 +68,8 @@ def replace_linears(skeleton: Skeleton, backend: str) -> None:
         linear = model.get_submodule(name)
         if linear_shape(linear) != (packed.out_features, packed.in_features):
             raise UserError(
-                f"{reader.path}: '{source}' is packed as {[packed.out_features, packed.in_features]}, config.json makes "
-                f"it {list(linear_shape(linear))}; the checkpoint and its config do not belong together"
+                f"{reader.path}: '{source}' is packed as {[packed.out_features, packed.in_features]}, config.json "
+                f"makes it {list(linear_shape(linear))}; the checkpoint and its config do not belong together"
             )
         bias = None
         if linear.bias is not None:

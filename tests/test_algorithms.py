@@ -1,0 +1,321 @@
+"""The maths, each against its slow form or a hand-worked case."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmquant.algorithms import refine
+from llmquant.algorithms.affine import (
+    SHRINK_TO,
+    Grid,
+    find_grid,
+    grid_of_range,
+    round_to_grid,
+    round_to_nearest,
+    search_range,
+    values_on_grid,
+)
+from llmquant.algorithms.gptq import column_order, factor_inverse, gptq_round, solve_with_hessian
+from llmquant.algorithms.refine import descend, refit_scales
+from llmquant.algorithms.statistics import PANEL_COLUMNS, InputStatistics
+from llmquant.algorithms.targets import corrected_target
+from llmquant.pipeline.solve import Stored, solve_stage
+from llmquant.spec import QuantSpec, Recipe
+
+SPECS = [
+    QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
+    for bits in (2, 3, 4, 8)
+    for group_size in (16, 32, -1)
+    for symmetric in (True, False)
+]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def correlated_inputs(tokens: int, features: int, seed: int = 0) -> Tensor:
+    """Inputs with a few loud and many correlated columns, as activations have."""
+    mixed = random(tokens, features, seed=seed) + 2 * random(tokens, 4, seed=seed + 1) @ random(
+        4, features, seed=seed + 2
+    )
+    return mixed * (1 + 3 * random(features, seed=seed + 3).abs())
+
+
+# --- the grid --------------------------------------------------------------------------------------------------------
+
+
+def test_symmetric_grid_by_hand():
+    scale, zero = grid_of_range(torch.tensor([-3.0]), torch.tensor([3.0]), QuantSpec(bits=2), torch.float32)
+    assert scale.item() == 2.0 and zero.item() == 2.0
+
+
+def test_asymmetric_grid_by_hand():
+    spec = QuantSpec(bits=4, symmetric=False)
+    scale, zero = grid_of_range(torch.tensor([-5.0]), torch.tensor([10.0]), spec, torch.float32)
+    assert scale.item() == 1.0 and zero.item() == 5.0
+
+
+def test_min_zero_keeps_gptq_v1_storable():
+    spec = QuantSpec(bits=4, symmetric=False)
+    _, zero = grid_of_range(torch.tensor([0.0]), torch.tensor([15.0]), spec, torch.float32, min_zero=1)
+    assert zero.item() == 1.0
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.describe)
+@pytest.mark.parametrize("in_features", [64, 40])  # 40: the last group is shorter
+def test_round_to_nearest_is_the_nearest_grid_point(spec, in_features):
+    weight = random(8, in_features)
+    quantized = round_to_nearest(weight, spec, torch.float16)
+    group = quantized.group_of_column_K
+    scale, zero = quantized.scale_NG.float()[:, group], quantized.zero_NG.float()[:, group]
+    candidates = scale[..., None] * (torch.arange(spec.max_code + 1) - zero[..., None])
+    distance = (candidates - weight[..., None]).abs().amin(-1)
+    assert torch.allclose((quantized.dequantize() - weight).abs(), distance, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scales_are_exact_in_the_dtype_they_are_stored_in(dtype):
+    grid = find_grid(random(64, 8), torch.ones(64), QuantSpec(group_size=16), dtype)
+    assert torch.equal(grid.scale_GN, grid.scale_GN.to(dtype).float())
+    assert round_to_nearest(random(8, 64), QuantSpec(group_size=16), dtype).scale_NG.dtype == dtype
+
+
+def test_group_of_zeros_comes_back_as_zeros():
+    weight = random(4, 64)
+    weight[1, 16:32] = 0
+    for symmetric in (True, False):
+        spec = QuantSpec(group_size=16, symmetric=symmetric)
+        assert round_to_nearest(weight, spec, torch.float16).dequantize()[1, 16:32].abs().max() == 0
+
+
+def test_range_search_equals_trying_every_range():
+    spec, weight, importance = QuantSpec(bits=3, symmetric=False), random(16, 5), random(16, seed=1).square()
+    scale, zero = search_range(weight, importance, spec, torch.float32, num_steps=7)
+    for row in range(5):
+        best = None
+        for shrink in [1.0, *torch.linspace(1.0, SHRINK_TO, 7).tolist()]:
+            low, high = shrink * weight[:, row].min().clamp(max=0), shrink * weight[:, row].max().clamp(min=0)
+            step = (high - low) / 7
+            offset = torch.round(-low / step).clamp(0, 7)
+            values = step * (torch.clamp(torch.round(weight[:, row] / step) + offset, 0, 7) - offset)
+            loss = (importance * (values - weight[:, row]).square()).sum().item()
+            if best is None or loss < best[0]:
+                best = (loss, step.item(), offset.item())
+        assert scale[row].item() == pytest.approx(best[1], rel=1e-5) and zero[row].item() == best[2]
+
+
+# --- GPTQ ------------------------------------------------------------------------------------------------------------
+
+
+def gptq_column_by_column(weight_KN: Tensor, hessian_KK: Tensor, order: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+    """The paper's algorithm as written: the whole inverse Hessian, eliminating one column after the other."""
+    weight, steps = weight_KN.clone(), torch.zeros_like(weight_KN)
+    damped = hessian_KK + 0.01 * hessian_KK.diagonal().mean() * torch.eye(len(hessian_KK), dtype=hessian_KK.dtype)
+    left = order.tolist()
+    size = len(left) if spec.group_size == -1 else spec.group_size
+    while left:
+        inverse = torch.linalg.inv(damped[left][:, left])
+        column, group = left[0], left[0] // size
+        scale, zero = grid.scale_GN[group].to(weight.dtype), grid.zero_GN[group].to(weight.dtype)
+        steps[column] = torch.minimum(torch.maximum(torch.round(weight[column] / scale), -zero), spec.max_code - zero)
+        error = (weight[column] - scale * steps[column]) / inverse[0, 0]
+        weight[left] -= inverse[:, :1] * error
+        left = left[1:]
+    return steps
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.bits in (3, 4)], ids=QuantSpec.describe)
+@pytest.mark.parametrize("by_activation", [True, False])
+def test_blocked_equals_column_by_column_code_for_code(spec, by_activation):
+    x = correlated_inputs(300, 100).double()  # K > 2 groups, and the last group is shorter
+    hessian = x.T @ x / len(x)
+    weight = random(100, 12, dtype=torch.float64)
+    grid = find_grid(weight.float(), hessian.diagonal().float(), spec, torch.float32)
+    order = column_order(hessian, by_activation)
+    factor = factor_inverse(hessian, order, dtype=torch.float64)
+    slow = gptq_column_by_column(weight, hessian, order, grid, spec)
+    for block_columns in (1, 7, 16, 128):
+        assert torch.equal(gptq_round(weight, factor, grid, spec, block_columns), slow)
+
+
+def test_uncorrelated_inputs_make_gptq_round_to_nearest():
+    spec, weight = QuantSpec(group_size=16), random(64, 8)
+    hessian = torch.diag(random(64, seed=1).square() + 0.1)
+    grid = find_grid(weight, None, spec, torch.float32)
+    factor = factor_inverse(hessian, column_order(hessian))
+    assert torch.equal(gptq_round(weight, factor, grid, spec), round_to_grid(weight, grid, spec))
+
+
+def test_activation_order_processes_loud_columns_first():
+    hessian = torch.diag(torch.tensor([1.0, 9.0, 4.0, 9.0]))
+    assert column_order(hessian).tolist() == [1, 3, 2, 0]
+    assert column_order(hessian, by_activation=False).tolist() == [0, 1, 2, 3]
+
+
+def test_inverse_factor_is_the_upper_factor_of_the_inverse():
+    x = correlated_inputs(200, 24)
+    hessian = x.T @ x / len(x)
+    order = column_order(hessian)
+    factor = factor_inverse(hessian, order, dtype=torch.float64)
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(24, dtype=torch.float64)
+    inverse = torch.linalg.inv(damped)[order][:, order]
+    assert torch.allclose(factor.upper_KK.T @ factor.upper_KK, inverse, rtol=1e-6, atol=1e-9)
+    rhs = random(24, 3, dtype=torch.float64)
+    assert torch.allclose(damped @ solve_with_hessian(factor, rhs), rhs, atol=1e-8)
+
+
+def test_damping_is_raised_until_the_factorization_succeeds():
+    hessian = torch.eye(8)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # indefinite: damping .01 and .03 do not mend it, .1 does
+    factor = factor_inverse(hessian, column_order(hessian))
+    assert factor.damping == 0.1
+    assert factor_inverse(10 * hessian - 10 * torch.eye(8), column_order(hessian)) is None
+    assert factor_inverse(hessian * float("nan"), column_order(hessian)) is None
+
+
+def test_column_that_is_never_an_input_is_rounded_on_its_own():
+    x = correlated_inputs(200, 32)
+    x[:, 5] = 0
+    hessian = x.T @ x / len(x)
+    spec, weight = QuantSpec(group_size=16), random(32, 4)
+    grid = find_grid(weight, None, spec, torch.float32)
+    steps = gptq_round(weight, factor_inverse(hessian, column_order(hessian)), grid, spec)
+    assert torch.equal(steps[5], round_to_grid(weight, grid, spec)[5])
+
+
+# --- statistics and targets ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [24, PANEL_COLUMNS + 40])
+def test_statistics_are_the_moments_of_all_tokens(features):
+    x, original, gap = random(90, features), random(90, features, seed=1), random(90, 6, seed=2)
+    statistics = InputStatistics(features, torch.device("cpu"), drift=True, residual_width=6)
+    for rows in (slice(0, 50), slice(50, 90)):
+        statistics.add(x[rows], original[rows], gap[rows])
+    assert statistics.num_tokens == 90
+    assert torch.allclose(statistics.hessian_KK, x.T @ x / 90, atol=1e-5)
+    assert torch.equal(statistics.hessian_KK, statistics.hessian_KK.T)
+    assert torch.allclose(statistics.drift_KK, (original - x).T @ x / 90, atol=1e-5)
+    assert torch.allclose(statistics.residual_KR, x.T @ gap / 90, atol=1e-5)
+    assert torch.allclose(statistics.mean_abs_K, x.abs().mean(0), atol=1e-5)
+
+
+def test_float16_inputs_do_not_overflow_the_hessian():
+    statistics = InputStatistics(2, torch.device("cpu"))
+    statistics.add(torch.full((10, 2), 60000.0, dtype=torch.float16))
+    assert torch.allclose(statistics.hessian_KK, torch.full((2, 2), 3.6e9), rtol=1e-3)
+
+
+def test_corrected_target_is_the_least_squares_weight():
+    x, weight = correlated_inputs(400, 20).double(), random(20, 5, dtype=torch.float64)
+    original = x + 0.3 * random(400, 20, seed=9).double()
+    gap = random(400, 5, seed=8).double()
+    hessian = x.T @ x / 400
+    factor = factor_inverse(hessian, column_order(hessian), ladder=(1e-12,))
+    target = corrected_target(weight, factor, (original - x).T @ x / 400, x.T @ gap / 400)
+    expected = torch.linalg.lstsq(x, original @ weight + gap).solution
+    assert torch.allclose(target, expected, atol=1e-6)
+
+
+# --- a stage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.describe)
+def test_a_solved_linear_is_never_worse_than_rtn(spec):
+    statistics = InputStatistics(64, torch.device("cpu"))
+    statistics.add(correlated_inputs(256, 64))
+    weights = {"a": random(16, 64), "b": random(8, 64, seed=5)}
+    solved = solve_stage(weights, dict.fromkeys(weights, spec), statistics, Recipe(), Stored(torch.float16))
+    hessian = statistics.hessian_KK
+    for name, result in solved.items():
+
+        def error(quantized, weight=weights[name]):
+            difference = quantized.dequantize() - weight
+            return ((difference @ hessian) * difference).sum() / ((weight @ hessian) * weight).sum()
+
+        assert result.error == pytest.approx(error(result.weight).item(), rel=1e-3)
+        rtn = error(round_to_nearest(weights[name], spec, torch.float16)).item()
+        assert result.rtn_error == pytest.approx(rtn, rel=1e-3)
+        assert result.error <= rtn * (1 if spec.bits < 8 else 1.001)
+
+
+def test_linears_solved_together_are_those_solved_alone():
+    statistics = InputStatistics(64, torch.device("cpu"))
+    statistics.add(correlated_inputs(256, 64))
+    weights = {"a": random(16, 64), "b": random(8, 64, seed=5)}
+    specs = dict.fromkeys(weights, QuantSpec(group_size=32))
+    together = solve_stage(weights, specs, statistics, Recipe(), Stored(torch.float16))
+    for name, weight in weights.items():
+        alone = solve_stage({name: weight}, specs, statistics, Recipe(), Stored(torch.float16))[name]
+        assert torch.equal(alone.weight.codes_NK, together[name].weight.codes_NK)
+
+
+def test_hessian_that_cannot_be_factored_is_told_and_rounded():
+    statistics = InputStatistics(64, torch.device("cpu"))
+    statistics.add(correlated_inputs(256, 64))
+    statistics._hessian_KK[0, 1] = float("inf")
+    solved = solve_stage(
+        {"a": random(8, 64)}, {"a": QuantSpec(group_size=32)}, statistics, Recipe(), Stored(torch.float16)
+    )
+    assert "could not be factored" in solved["a"].incidents[0]
+
+
+def test_values_are_scale_times_steps():
+    grid = Grid(torch.tensor([[2.0], [3.0]]), torch.tensor([[8.0], [8.0]]))
+    steps = torch.tensor([[1.0], [-1.0], [2.0]])
+    assert values_on_grid(steps, grid, QuantSpec(group_size=2)).flatten().tolist() == [2.0, -2.0, 6.0]
+
+
+# --- refinement ------------------------------------------------------------------------------------------------------
+
+
+def objective(target: Tensor, steps: Tensor, grid: Grid, hessian: Tensor, spec: QuantSpec) -> Tensor:
+    difference = target - values_on_grid(steps, grid, spec)
+    return (difference * (hessian @ difference)).sum(0)
+
+
+def refinement_case(spec: QuantSpec, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Grid, Tensor]:
+    x = correlated_inputs(300, 100).to(dtype)
+    hessian = x.T @ x / len(x) + 0.1 * torch.eye(100, dtype=dtype)
+    target = random(100, 12, dtype=dtype)
+    grid = find_grid(target.float(), None, spec, torch.float32)
+    grid = Grid(grid.scale_GN.to(dtype), grid.zero_GN.to(dtype))
+    return target, round_to_grid(target, grid, spec), grid, hessian
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.bits == 4], ids=QuantSpec.describe)
+def test_coordinate_descent_blocked_equals_column_by_column(spec):
+    target, steps, grid, hessian = refinement_case(spec)
+    slow = steps.clone()
+    size = 100 if spec.group_size == -1 else spec.group_size
+    for column in range(100):
+        scale, zero = grid.scale_GN[column // size], grid.zero_GN[column // size]
+        pull = hessian[column] @ (target - values_on_grid(slow, grid, spec))
+        wanted = torch.round(slow[column] + pull / hessian[column, column] / scale)
+        slow[column] = torch.minimum(torch.maximum(wanted, -zero), spec.max_code - zero)
+    for block_columns in (1, 7, 128):
+        assert torch.equal(descend(target, steps, grid, hessian, spec, block_columns), slow)
+    assert (objective(target, slow, grid, hessian, spec) <= objective(target, steps, grid, hessian, spec)).all()
+    assert (
+        objective(target, slow, grid, hessian, spec).sum() < 0.8 * objective(target, steps, grid, hessian, spec).sum()
+    )
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.bits == 4], ids=QuantSpec.describe)
+def test_refitted_scales_are_the_least_squares_ones(spec, monkeypatch):
+    monkeypatch.setattr(refine, "LARGEST_CHANGE", 100.0)
+    target, steps, grid, hessian = refinement_case(spec)
+    # Codes of slightly smaller scales, so that the best scales are near and within the allowed change.
+    shrunk = Grid(0.95 * grid.scale_GN, grid.zero_GN)
+    refit = refit_scales(target, steps, shrunk, hessian, spec, torch.float64)
+    assert (objective(target, steps, refit, hessian, spec) <= objective(target, steps, shrunk, hessian, spec)).all()
+    root = torch.linalg.cholesky(hessian).T
+    size = 100 if spec.group_size == -1 else spec.group_size
+    groups = torch.arange(100) // size
+    for row in range(12):
+        design = torch.stack([root @ (steps[:, row] * (groups == g)) for g in range(len(grid.scale_GN))], dim=1)
+        best = torch.linalg.lstsq(design, root @ target[:, row]).solution
+        assert torch.allclose(refit.scale_GN[:, row].double(), best, rtol=0.02)
