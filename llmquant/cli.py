@@ -15,7 +15,7 @@ import typer
 
 from llmquant import __version__
 from llmquant.errors import UserError
-from llmquant.spec import METHODS, SUPPORTED_BITS, QuantSpec, Recipe
+from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, QuantSpec, Recipe
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -79,6 +79,7 @@ def quantize_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; not quantized yet.")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     method: Annotated[str, typer.Option(help=f"How codes are chosen: {', '.join(METHODS)}.")] = DEFAULT.method,
+    effort: Annotated[str, typer.Option(help=f"How much is searched: {', '.join(EFFORTS)}.")] = "default",
     bits: Annotated[int, typer.Option(help=f"Bits of a weight: {', '.join(map(str, SUPPORTED_BITS))}.")] = (
         DEFAULT.spec.bits
     ),
@@ -118,7 +119,9 @@ def quantize_command(
 ) -> None:
     """Quantize MODEL into the folder OUT."""
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
-    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()))
+    if effort not in EFFORTS:
+        raise UserError(f"effort '{effort}': not one of {', '.join(EFFORTS)}; use --effort default")
+    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()), **EFFORTS[effort])
     from llmquant import console
 
     try:
