@@ -122,7 +122,7 @@ def block_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int, str, 
             yield on_step
 
 
-PHASES = ("calibration text", "hashing the checkpoint", "finishing")
+PHASES = ("calibration text", "hashing the checkpoint", "finishing", "verifying")
 """What a quantization does before and after the blocks."""
 
 

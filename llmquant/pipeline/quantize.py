@@ -134,6 +134,7 @@ def quantize(
             for part in part_names(plan):
                 builder.recall(partial.part_note(part))
             partial.complete()
+    step(total, total, "verifying", None)
     with builder.timed("verifying"):
         verify_codes(out, plan, builder)
     return builder.finish(out)
