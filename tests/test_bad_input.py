@@ -158,8 +158,6 @@ def refused(code: int, streams: tuple[str, str], message: str) -> None:
     assert "Traceback" not in error
 
 
-
-
 @pytest.mark.parametrize("case", DAMAGES)
 def test_bad_input_is_one_line_and_leaves_nothing(case, folder, monkeypatch, capsys):
     damage, options, message = DAMAGES[case]
