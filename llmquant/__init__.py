@@ -1,1 +1,39 @@
+"""Weight-only quantization of Hugging Face causal language models.
+
+    import llmquant
+
+    llmquant.quantize("folder or hub id", "out", llmquant.Recipe(spec=llmquant.QuantSpec(group_size=64)))
+    model = llmquant.load("out")
+
+Importing this loads nothing heavy: each name is looked up in its module when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmquant.errors import UserError
+    from llmquant.pipeline.quantize import quantize
+    from llmquant.runtime.load import load
+    from llmquant.spec import QuantSpec, Recipe
+
 __version__ = "0.1.0"
+__all__ = ["QuantSpec", "Recipe", "UserError", "__version__", "load", "quantize"]
+
+_HOMES = {
+    "quantize": "llmquant.pipeline.quantize",
+    "load": "llmquant.runtime.load",
+    "Recipe": "llmquant.spec",
+    "QuantSpec": "llmquant.spec",
+    "UserError": "llmquant.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmquant' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from llmquant import __version__
 from llmquant.errors import UserError
+from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, QuantSpec, Recipe
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+
+DEFAULT = Recipe()
+"""Where the defaults of `llmquant quantize` come from."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with something to say about it."""
+
 
 app = typer.Typer(
     name="llmquant",
@@ -35,6 +45,9 @@ def main() -> None:
     except UserError as error:
         print(f"llmquant: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(f"llmquant: {stop}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except SystemExit as stop:
         # typer turns Ctrl-C into this code, without a word.
         if stop.code == INTERRUPTED:
@@ -56,6 +69,229 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto takes
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on stdout.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the checkpoint.")
+]
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id; not quantized yet.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    method: Annotated[str, typer.Option(help=f"How codes are chosen: {', '.join(METHODS)}.")] = DEFAULT.method,
+    effort: Annotated[str, typer.Option(help=f"How much is searched: {', '.join(EFFORTS)}.")] = "default",
+    bits: Annotated[int, typer.Option(help=f"Bits of a weight: {', '.join(map(str, SUPPORTED_BITS))}.")] = (
+        DEFAULT.spec.bits
+    ),
+    group_size: Annotated[
+        int, typer.Option(help="Input columns that share a scale; -1 for one scale per output.")
+    ] = DEFAULT.spec.group_size,
+    symmetric: Annotated[
+        bool, typer.Option("--sym/--asym", help="Zero in the middle, or a zero-point per group.")
+    ] = DEFAULT.spec.symmetric,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="gptq, gptq_v2, awq, compressed-tensors; auto: gptq, or compressed-tensors with --asym.",
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="What stays unquantized: auto (as it is), float32, bfloat16 or float16.")
+    ] = "auto",
+    calibration: Annotated[
+        str, typer.Option(help="wikitext2, c4, ptb, python-docs, or a .txt, .jsonl, .parquet file.")
+    ] = "auto",
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.", metavar="N")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.", metavar="N")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the draw of windows.", metavar="N")] = 0,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave linears in 16 bit: '*.down_proj'. May be repeated.", metavar="PATTERN"),
+    ] = None,
+    device: Device = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything fell back.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize MODEL into the folder OUT."""
+    spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
+    if effort not in EFFORTS:
+        raise UserError(f"effort '{effort}': not one of {', '.join(EFFORTS)}; use --effort default")
+    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()), **EFFORTS[effort])
+    from llmquant import console
+
+    try:
+        console.quiet_libraries()
+        from llmquant.pipeline import quantize as pipeline
+
+        request: dict[str, Any] = {
+            "format": format,
+            "dtype": dtype,
+            "calibration": calibration,
+            "num_samples": samples,
+            "seq_len": seq_len,
+            "seed": seed,
+            "device": device,
+            "overwrite": overwrite,
+            "trust_remote_code": trust_remote_code,
+        }
+        if dry_run:
+            plan = pipeline.dry_run(model, out, recipe, **request)
+            if as_json:
+                print(json.dumps(plan.to_dict()))
+            else:
+                console.print_plan(plan, out, calibration, samples, seq_len)
+            return
+        with console.block_progress(quiet=quiet) as on_step:
+            report = pipeline.quantize(model, out, recipe, **request, restart=restart, on_step=on_step)
+    except KeyboardInterrupt:
+        if not out.with_name(out.name + ".partial").exists():
+            raise
+        without = " without --restart" if restart else ""
+        raise Interrupted(f"interrupted; the same command{without} continues the run") from None
+    if as_json:
+        print(json.dumps(report.to_dict()))
+    else:
+        console.print_report(report, model)
+    if strict and report.incidents:
+        print(f"llmquant: --strict: {len(report.incidents)} incidents", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command("generate")
+def generate_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, quantized or not.")],
+    prompt: Annotated[str | None, typer.Option(help="The text to continue.", show_default=False)] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with one prompt per line, run in batches.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts of a file that run together.", metavar="N")] = 8,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens after which a text ends.", metavar="N")] = 128,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the most likely token.")] = False,
+    temperature: Annotated[
+        float | None, typer.Option(help="Draw at random; lower is closer to greedy.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the tokens that together have this probability.", show_default=False)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Draw from the K most likely tokens.", metavar="K", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw.", metavar="N")] = 0,
+    backend: Annotated[str, typer.Option(help="Kernel of the quantized linears; see inspect --backends.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let MODEL continue a text, or answer with --chat."""
+    if (prompt is None) == (prompts is None):
+        raise UserError("generate: give one of --prompt TEXT and --prompts FILE")
+    lines = [prompt] if prompt is not None else _lines(prompts)
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: must be at least 1; use --batch-size 8")
+    from llmquant import console
+
+    console.quiet_libraries()
+    from llmquant.hub import load_tokenizer, resolve_model
+    from llmquant.runtime.generate import Sampling, generate
+    from llmquant.runtime.load import load
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    path = resolve_model(model)
+    tokenizer = load_tokenizer(path)
+    loaded = load(path, device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    results = []
+    streams = prompt is not None and not as_json
+    for start in range(0, len(lines), batch_size):
+        batch = lines[start : start + batch_size]
+        result = generate(
+            loaded, tokenizer, batch, sampling, chat=chat, on_text=console.print_piece if streams else None
+        )
+        results.append(result)
+        if as_json:
+            continue
+        if streams:
+            print()
+        else:
+            console.print_texts(batch, result.texts)
+    if as_json:
+        print(json.dumps({"prompts": lines, "batches": [result.to_dict() for result in results]}))
+    if not quiet:
+        console.print_speed(results)
+
+
+def _lines(file: Path | None) -> list[str]:
+    assert file is not None
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as text ({error}); give a UTF-8 file, one prompt per line") from error
+    if not lines:
+        raise UserError(f"{file}: holds no prompt; write one per line")
+    return lines
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, quantized or not.")],
+    backends: Annotated[
+        bool, typer.Option("--backends", help="Also say which kernel runs each kind of linear, and why.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """What is in MODEL: grids, sizes, bits per weight. Reads headers, no weights."""
+    from llmquant import console
+    from llmquant.pipeline.inspect import inspect
+
+    contents = inspect(model)
+    choices = {}
+    if backends:
+        console.quiet_libraries()
+        from llmquant.runtime.explain import explain_backends
+
+        choices = explain_backends(model, device=device, dtype=dtype)
+    if as_json:
+        told = {
+            name: {"backend": choice.backend.name, "reason": choice.reason, "refusals": choice.refusals}
+            for name, choice in choices.items()
+        }
+        print(json.dumps(contents.to_dict() | ({"backends": told} if backends else {})))
+    else:
+        console.print_contents(contents)
+        if backends:
+            console.print_backends(choices)
+
+
+@app.command("verify")
+def verify_command(
+    out: Annotated[Path, typer.Argument(help="A folder that llmquant wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Compare the files of OUT with the hashes noted when it was written; exit with 1 if one differs."""
+    from llmquant.checkpoints.manifest import read_manifest, verify_files
+
+    manifest = read_manifest(out)
+    problems = verify_files(out)
+    if as_json:
+        print(json.dumps({"path": str(out), "files": len(manifest["files"]), "problems": problems}))
+    else:
+        for problem in problems:
+            print(problem)
+        if not problems:
+            print(f"{out}: {len(manifest['files'])} files, all as they were written")
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command("eval")

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from llmquant.eval.perplexity import Perplexity
+    from llmquant.kernels.dispatch import Choice
     from llmquant.pipeline.evaluate import Evaluation
+    from llmquant.pipeline.inspect import Contents
+    from llmquant.pipeline.plan import LinearPlan, Plan
+    from llmquant.pipeline.report import LinearReport, Report
+    from llmquant.runtime.generate import Generated
 
 SECONDS_BETWEEN_LINES = 5.0
 """Without a terminal, no more than one progress line in this time, besides the last of each step."""
@@ -71,10 +79,318 @@ def _line_printer() -> Callable[[str, int, int], None]:
     return on_step
 
 
+@contextmanager
+def block_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int, str, float | None], None]]:
+    """Gives the `OnStep` of a quantization: one bar over the blocks on a terminal, a line now and then elsewhere."""
+    console, clock = Console(stderr=True), _BlockClock()
+    if quiet:
+        yield lambda done, total, what, error: None
+    elif not console.is_terminal:
+        printed = [0.0, -1]
+
+        def on_line(done: int, total: int, what: str, error: float | None) -> None:
+            clock.note(done, total, what, error)
+            now = monotonic()
+            # A block's line comes when it is finished; what goes before and after the blocks has its own.
+            is_phase = done in (0, total) and what in PHASES
+            if is_phase or (done > printed[1] >= 0 and (done == total or now - printed[0] >= SECONDS_BETWEEN_LINES)):
+                printed[0] = now
+                line = what if is_phase else f"block {done}/{total}{clock.error}  {clock.times}"
+                print(line, file=sys.stderr, flush=True)
+            printed[1] = done
+
+        yield on_line
+    else:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[times]}"),
+            TextColumn("{task.fields[now]}", style="dim"),
+        )
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("starting", total=None, times="", now="")
+
+            def on_step(done: int, total: int, what: str, error: float | None) -> None:
+                clock.note(done, total, what, error)
+                title = f"block {min(done + 1, total)}/{total}"
+                if what in PHASES:
+                    bar.update(task, description=what, completed=done, total=total, times=clock.times, now="")
+                else:
+                    now = f"{clock.error}  {what or clock.what}"
+                    bar.update(task, description=title, completed=done, total=total, times=clock.times, now=now)
+
+            yield on_step
+
+
+PHASES = ("calibration text", "hashing the checkpoint", "finishing", "verifying")
+"""What a quantization does before and after the blocks."""
+
+
+class _BlockClock:
+    """How long a quantization has taken and will take; blocks that are read back do not count."""
+
+    def __init__(self) -> None:
+        self._start = monotonic()
+        self._solving_since: tuple[float, int] | None = None
+        self._left: float | None = None
+        self._last: float | None = None
+        self.what = ""
+        """The last step that had a name."""
+
+    def note(self, done: int, total: int, what: str, error: float | None) -> None:
+        now = monotonic()
+        self.what = what or self.what
+        self._last = self._last if error is None else error
+        if what in PHASES or what == "reading back":
+            self._left = None
+            return
+        if self._solving_since is None:
+            self._solving_since = now, done
+        since, first = self._solving_since
+        if done > first:
+            self._left = (now - since) / (done - first) * (total - done)
+
+    @property
+    def times(self) -> str:
+        """Elapsed, and about how much is left."""
+        left = "" if not self._left else f", {_clock(self._left)} left"
+        return f"{_clock(monotonic() - self._start)}{left}"
+
+    @property
+    def error(self) -> str:
+        """Relative error of the linears solved last."""
+        return "" if self._last is None else f"  error {_short(self._last)}"
+
+
+def print_report(report: Report, model: str) -> None:
+    """What `llmquant quantize` ends with: errors beside RTN's, incidents, sizes, times, and what to type next."""
+    console = Console(highlight=False)
+    table = _table()
+    table.add_column("linear", overflow="fold")
+    table.add_column("grid", no_wrap=True)
+    for heading in ("n", "error", "worst", "in", "RTN"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for (kind, grid), linears in _grouped(report.linears, lambda linear: (linear.kind, linear.grid)).items():
+        table.add_row(kind, grid, str(len(linears)), *_errors(linears))
+    console.print(table)
+    of = "outputs on the calibration text" if report.calibration else "weights"
+    facts = [("error", f"squared, of the {of}, relative: mean over the blocks, worst, and its block; RTN: mean")]
+    facts += _incidents(report)
+    for reason, kept in _grouped(report.kept.items(), lambda item: item[1]).items():
+        facts.append(("in 16 bit", f"{_names(name for name, _ in kept)}: {reason}"))
+    seconds = sum(report.seconds.values())
+    steps = ", ".join(f"{step} {_seconds(spent)}" for step, spent in report.seconds.items())
+    memory = _size(report.peak_bytes) + (f", GPU {_size(report.peak_device_bytes)}" if report.peak_device_bytes else "")
+    facts += [
+        ("size", f"{_size(report.original_bytes)} -> {_size(report.output_bytes)}"),
+        ("bits", f"{report.bits_per_weight:.3f} per quantized weight ({report.format})"),
+        ("time", f"{_clock(seconds)}: {steps}"),
+        ("peak memory", memory),
+    ]
+    if report.calibration:
+        used = report.calibration
+        facts.append(("calibration", f"{used['source']}, {used['num_samples']} x {used['seq_len']} tokens"))
+    out, original = shlex.quote(str(report.out)), shlex.quote(model)
+    _print_facts(console, facts)
+    # Lines to copy, so never wrapped.
+    console.print(f'\n  llmquant generate {out} --prompt "Once upon a time"', soft_wrap=True)
+    console.print(f"  llmquant eval {out} --against {original}", soft_wrap=True)
+
+
+def _errors(linears: Sequence[LinearReport]) -> list[str]:
+    from llmquant.pipeline.names import block_of
+
+    worst = max(linears, key=lambda linear: linear.error)
+    return [
+        _short(sum(linear.error for linear in linears) / len(linears)),
+        _short(worst.error),
+        str(block_of(worst.name)),
+        _short(sum(linear.rtn_error for linear in linears) / len(linears)),
+    ]
+
+
+def _incidents(report: Report) -> list[tuple[str, str]]:
+    """What did not go as asked; what happened to many linears in one line."""
+    facts = []
+    for what, incidents in _grouped(report.incidents, lambda incident: incident.what).items():
+        places = [incident.where for incident in incidents]
+        where = places[0] if len(places) == 1 else f"{len(places)} x {_names(places)}"
+        facts.append(("incidents", f"{where}: {what}"))
+    return facts
+
+
+def print_plan(plan: Plan, out: Path, calibration: str, num_samples: int, seq_len: int) -> None:
+    """What `llmquant quantize --dry-run` says."""
+    from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
+    from llmquant.pipeline.plan import disk_bytes, free_bytes
+    from llmquant.textdata import PYTHON_DOCS
+
+    def row(linear: LinearPlan) -> tuple[str, str, str]:
+        assert linear.spec is not None
+        return linear.kind, f"{linear.out_features} x {linear.in_features}", linear.spec.describe()
+
+    console = Console(highlight=False)
+    table = _table()
+    table.add_column("linear", overflow="fold")
+    for heading in ("n", "out x in"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("grid", no_wrap=True)
+    for heading in ("bits", "size"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for (kind, shape, grid), linears in _grouped(plan.quantized, row).items():
+        weights = sum(linear.out_features * linear.in_features for linear in linears)
+        stored = sum(plan.packed_bytes(linear) for linear in linears)
+        table.add_row(kind, str(len(linears)), shape, grid, f"{8 * stored / weights:.3f}", _size(stored))
+    console.print(table)
+    facts = []
+    for title, linears in (
+        ("in 16 bit", [linear for linear in plan.linears if linear.spec is None]),
+        ("changed", [linear for linear in plan.quantized if linear.reason]),
+    ):
+        for reason, same in _grouped(linears, lambda linear: linear.reason).items():
+            facts.append((title, f"{reason}: {len(same)} x {_names(linear.name for linear in same)}"))
+    facts += [
+        ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
+        ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),
+        ("size", f"{_size(plan.reader.total_bytes)} -> {_size(plan.output_bytes)}"),
+        ("peak memory", f"about {_size(plan.peak_bytes)}"),
+        ("disk", f"{_size(disk_bytes(plan, out))} needed while it runs, {_size(free_bytes(out))} free"),
+    ]
+    if plan.recipe.needs_data:
+        source = f"{AUTO_PRESET} from the hub, or {PYTHON_DOCS} offline" if calibration == AUTO else calibration
+        facts.append(("calibration", f"{source}, {num_samples} x {seq_len} tokens"))
+    facts.append(("dry run", "nothing is written; the same command without --dry-run does it"))
+    _print_facts(console, facts)
+
+
+def print_contents(contents: Contents) -> None:
+    """The tables of `llmquant inspect`."""
+    console = Console(highlight=False)
+    table = _table()
+    table.add_column("part", overflow="fold")
+    for heading in ("n", "shape"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("stored as", no_wrap=True)
+    for heading in ("size", "bits"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for rows in (contents.quantized, contents.kept):
+        for row in rows:
+            bits = row.bits_per_weight
+            cells = (row.kind, str(row.count), " x ".join(map(str, row.shape)), row.storage)
+            table.add_row(*cells, _size(row.stored_bytes), f"{bits:.3f}".rstrip("0").rstrip("."))
+        table.add_section()
+    console.print(table)
+    shards = f"{contents.num_shards} file" + ("s" if contents.num_shards > 1 else "")
+    facts = [("model", contents.architecture), ("format", contents.format or "not quantized")]
+    facts += [("total", f"{_size(contents.total_bytes)} in {shards}")]
+    if contents.bits_per_weight is not None:
+        share = contents.total_bytes / contents.dense_bytes
+        facts[-1] = ("total", f"{facts[-1][1]}, {share:.0%} of {_size(contents.dense_bytes)} with 16-bit linears")
+        facts.append(("bits", f"{contents.bits_per_weight:.3f} per quantized weight"))
+    _print_facts(console, facts)
+
+
+def print_backends(choices: Mapping[str, Choice]) -> None:
+    """Which kernel runs which kind of linear, and what the other kernels said."""
+    from llmquant.pipeline.names import kind_of
+
+    console = Console(highlight=False)
+    kinds = _grouped(choices.items(), lambda item: (kind_of(item[0]), item[1].backend.name, item[1].reason))
+    table = _table()
+    for heading in ("linear", "kernel", "because"):
+        table.add_column(heading, overflow="fold")
+    for kind, backend, reason in kinds:
+        table.add_row(kind, backend, reason)
+    console.print(table)
+    refusals = [(name, f"{backend}: {why}") for name, c in choices.items() for backend, why in c.refusals.items()]
+    grouped = _grouped(refusals, lambda item: item[1])
+    _print_facts(console, [("refused", f"{why} ({_names(name for name, _ in same)})") for why, same in grouped.items()])
+
+
+def print_piece(text: str) -> None:
+    """A piece of streamed text."""
+    print(text, end="", flush=True)
+
+
+def print_texts(prompts: Sequence[str], texts: Sequence[str]) -> None:
+    """Prompts, each with its text below."""
+    console = Console(highlight=False)
+    for prompt, text in zip(prompts, texts, strict=True):
+        console.print(Text(f"> {prompt}", style="dim"), soft_wrap=True)
+        console.print(Text(text.strip() + "\n"), soft_wrap=True)
+
+
+def print_speed(results: Sequence[Generated]) -> None:
+    """Tokens per second, on stderr."""
+    prompt, new = sum(r.num_prompt_tokens for r in results), sum(r.num_new_tokens for r in results)
+    prefill, decode = sum(r.prefill_seconds for r in results), sum(r.decode_seconds for r in results)
+    later = new - sum(len(r.texts) for r in results)
+    line = f"prefill {prompt} tokens, {prompt / max(prefill, 1e-9):.1f}/s"
+    if later > 0:
+        line += f"; decode {new} tokens, {later / max(decode, 1e-9):.1f}/s"
+    Console(stderr=True, highlight=False).print(line, style="dim")
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
+    grid = Table.grid(padding=(0, 2), pad_edge=True)
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    said = None
+    for name, fact in facts:
+        grid.add_row("" if name == said else name, Text(fact))
+        said = name
+    console.print(grid)
+
+
+def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _names(names: Iterable[str]) -> str:
+    """Names by their kind, the first few of them."""
+    from llmquant.pipeline.names import kind_of
+
+    kinds = list(dict.fromkeys(map(kind_of, names)))
+    return ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more" if len(kinds) > 4 else "")
+
+
+def _size(num_bytes: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            value = num_bytes / scale
+            return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def _short(value: float) -> str:
+    """An error, three digits."""
+    return f"{value:.3g}" if value < 1e-4 else f"{value:.5f}"[:7]
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
 def print_evaluation(result: Evaluation) -> None:
     """The table of `llmquant eval`, and below it what was measured."""
     compared = result.divergence
-    table = Table(box=box.SIMPLE_HEAD)
+    table = _table()
     table.add_column("model", overflow="fold")
     for heading in ("perplexity", "KL mean", "median", "99 %", "top-1") if compared else ("perplexity",):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -6,6 +6,7 @@ Plain data, without torch: the command line reads the defaults from here before 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from llmquant.errors import UserError
 
@@ -60,6 +61,12 @@ class QuantSpec:
         return f"{self.bits}-bit {group} {'sym' if self.symmetric else 'asym'}"
 
 
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"input_error_target": False, "residual_target": False},
+    "default": {},
+    "best": {"descent_sweeps": 4, "refit_scales": True},
+}
+"""Steps of a recipe by how much search is spent on it."""
 METHODS = ("rtn", "gptq", "awq", "awq+gptq")
 RANGE_SEARCHES = ("minmax", "mse", "hessian")
 

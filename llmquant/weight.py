@@ -7,6 +7,7 @@ Letters: N out_features, K in_features, G groups of group_size columns (the last
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,15 @@ class QuantizedWeight:
         group_K = self.group_of_column_K
         step_NK = self.codes_NK.float().sub_(self.zero_NG.float()[:, group_K])
         return step_NK.mul_(self.scale_NG.float()[:, group_K]).to(dtype)
+
+    def digest(self) -> str:
+        """SHA-256 of codes, scales and zero-points: equal for equal weights, whatever format they went through."""
+        scale_NG = self.scale_NG.float()  # exact, so that a format may store scales in another dtype
+        pieces = (self.codes_NK, scale_NG, self.zero_NG, self.group_of_column_K)
+        sha = hashlib.sha256()
+        for piece in pieces:
+            sha.update(piece.cpu().contiguous().numpy().data)
+        return sha.hexdigest()
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         """The same weight on another device."""

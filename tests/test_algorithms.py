@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmquant.algorithms import refine
 from llmquant.algorithms.affine import (
     SHRINK_TO,
     Grid,
@@ -17,7 +18,6 @@ from llmquant.algorithms.affine import (
     values_on_grid,
 )
 from llmquant.algorithms.gptq import column_order, factor_inverse, gptq_round, solve_with_hessian
-from llmquant.algorithms import refine
 from llmquant.algorithms.refine import descend, refit_scales
 from llmquant.algorithms.statistics import PANEL_COLUMNS, InputStatistics
 from llmquant.algorithms.targets import corrected_target
@@ -299,7 +299,9 @@ def test_coordinate_descent_blocked_equals_column_by_column(spec):
     for block_columns in (1, 7, 128):
         assert torch.equal(descend(target, steps, grid, hessian, spec, block_columns), slow)
     assert (objective(target, slow, grid, hessian, spec) <= objective(target, steps, grid, hessian, spec)).all()
-    assert objective(target, slow, grid, hessian, spec).sum() < 0.8 * objective(target, steps, grid, hessian, spec).sum()
+    assert (
+        objective(target, slow, grid, hessian, spec).sum() < 0.8 * objective(target, steps, grid, hessian, spec).sum()
+    )
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.bits == 4], ids=QuantSpec.describe)

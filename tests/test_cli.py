@@ -10,10 +10,11 @@ import types
 
 import pytest
 import torch
+from commands import command
 from paths import ROOT
 from transformers import AutoModelForCausalLM
 
-from llmquant import __version__, cli
+from llmquant import __version__
 from llmquant.eval.data import token_windows
 from llmquant.eval.divergence import divergence
 
@@ -50,16 +51,6 @@ def text_file(tmp_path):
     return str(path)
 
 
-def command(monkeypatch, *arguments: str) -> int:
-    """Run in this process; gives the exit code."""
-    monkeypatch.setattr(sys, "argv", ["llmquant", *arguments])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
-
-
 def test_help_takes_less_than_half_a_second():
     seconds = []
     for _ in range(3):
@@ -70,7 +61,7 @@ def test_help_takes_less_than_half_a_second():
     assert min(seconds) < 0.5
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["eval", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["eval", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(arguments):
     code = (
         "import sys; sys.argv = ['llmquant', *sys.argv[1:]]\n"

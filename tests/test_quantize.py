@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from llmquant.checkpoints.quantized import parsed_quantization, read_quantized, validate_quantized
 from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.errors import UserError
+from llmquant.formats.registry import FORMATS
 from llmquant.hub import load_tokenizer
 from llmquant.models.blocks import linears_of, weight_as_NK
 from llmquant.pipeline.calibration import calibration_tokens
@@ -113,3 +116,16 @@ def test_config_says_what_was_done(tiny_model, tmp_path):
     assert parsed.spec_of("model.layers.0.mlp.up_proj") == GROUP_32
     assert parsed.spec_of("model.layers.0.mlp.down_proj") is None
     assert "model.layers.0.mlp.down_proj.weight" in reader.tensors
+
+
+def test_checkpoint_that_does_not_come_back_is_not_called_done(tiny_model, tmp_path, monkeypatch):
+    pack = FORMATS["gptq"].pack
+
+    def forgetful(weight):
+        tensors = pack(weight)
+        tensors["qweight"][0, 0] ^= 1
+        return tensors
+
+    monkeypatch.setitem(FORMATS, "gptq", replace(FORMATS["gptq"], pack=forgetful))
+    with pytest.raises(UserError, match="q_proj' does not come back from the disk as it was solved"):
+        quantize(tiny_model("llama"), tmp_path / "out", Recipe(method="rtn", spec=GROUP_32))

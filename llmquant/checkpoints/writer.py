@@ -119,6 +119,12 @@ class PartialCheckpoint:
             os.close(self._lock)
             self._lock = None
 
+    def discard(self) -> None:
+        """Throws away what is there, because no run could ever continue it."""
+        _remove_contents(self.folder)
+        _remove_if_empty(self.folder)
+        self.close()
+
     # --- parts -------------------------------------------------------------------------------------------------------
 
     @property
@@ -202,9 +208,7 @@ class PartialCheckpoint:
             self._write_index()
             self._write_manifest()
             self._publish()
-        _remove_contents(self.folder)
-        _remove_if_empty(self.folder)
-        self.close()
+        self.discard()
 
     def _begin_finishing(
         self,
@@ -342,6 +346,13 @@ class PartialCheckpoint:
             for file in (self.folder / PARTS).glob("*"):
                 if file not in known:
                     file.unlink()
+
+
+def check_out(out: str | os.PathLike[str], overwrite: bool) -> None:
+    """The refusal of `PartialCheckpoint.open` if OUT exists, before any work is done."""
+    out = _real_path(Path(out))
+    if not out.with_name(out.name + ".partial").exists():
+        _check_out(out, overwrite)
 
 
 def plan_shards(parts: Mapping[str, Mapping[str, int]], max_shard_bytes: int) -> list[dict[str, str]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import UserError, first_words
-from llmquant.textdata import PYTHON_DOCS, TextRows, load_rows
+from llmquant.textdata import PRESETS, PYTHON_DOCS, TextRows, load_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,6 +101,11 @@ def calibration_tokens(
         num_tokens_left_over=len(tokens_T) - available * window,
         incidents=incidents,
     )
+
+
+def is_local(source: str) -> bool:
+    """Whether a source can be read without a network."""
+    return source != AUTO and source not in PRESETS
 
 
 def _load(source: str) -> tuple[TextRows, tuple[str, ...]]:

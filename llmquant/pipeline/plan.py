@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,17 @@ from torch import Tensor
 
 from llmquant.checkpoints.header import TensorInfo
 from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.writer import MAX_SHARD_BYTES
 from llmquant.errors import UserError
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
 from llmquant.models.blocks import find_blocks, linear_shape, linears_of
 from llmquant.models.skeleton import DTYPES, Skeleton, read_config, stored_dtype
+from llmquant.pipeline.names import kind_of
 from llmquant.spec import QuantSpec, Recipe
 
+AUTO = "auto"
+"""The default format: gptq; compressed-tensors for an asymmetric grid, because gptq v1 cannot store zero-point 0."""
 STANDARD_GROUPS = (128, 64, 32)
 """Group sizes that every loader has kernels for, largest first."""
 RUNTIME_BYTES = 450 * 2**20
@@ -55,9 +59,7 @@ class LinearPlan:
     @property
     def kind(self) -> str:
         """The name without its block: `self_attn.q_proj`. Linears of one kind do the same job in every block."""
-        parts = self.name.split(".")
-        numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-        return ".".join(parts[numbers[0] + 1 :]) if numbers else self.name
+        return kind_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -109,20 +111,21 @@ class Plan:
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight: codes, scales, zero-points and whatever else the format keeps."""
         weights = sum(linear.out_features * linear.in_features for linear in self.quantized)
-        return 8 * sum(self._packed_bytes(linear) for linear in self.quantized) / max(weights, 1)
+        return 8 * sum(self.packed_bytes(linear) for linear in self.quantized) / max(weights, 1)
 
     @property
     def output_bytes(self) -> int:
         """Bytes of all tensors that will be written."""
         replaced = {f"{linear.source}.weight" for linear in self.quantized}
         kept = sum(self._kept_bytes(info) for name, info in self.reader.tensors.items() if name not in replaced)
-        return kept + sum(self._packed_bytes(linear) for linear in self.quantized)
+        return kept + sum(self.packed_bytes(linear) for linear in self.quantized)
 
     def _kept_bytes(self, info: TensorInfo) -> int:
         converted = info.dtype in DTYPES.values()
         return math.prod(info.shape) * self.dtype.itemsize if converted else info.nbytes
 
-    def _packed_bytes(self, linear: LinearPlan) -> int:
+    def packed_bytes(self, linear: LinearPlan) -> int:
+        """Bytes of a quantized linear as it will be stored."""
         shapes = self.format.tensor_shapes(linear.grid, linear.out_features, linear.in_features, self.scale_dtype)
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
 
@@ -151,11 +154,39 @@ class Plan:
         embedding = max((info.nbytes for info in self.tensors_outside().values()), default=0)
         return RUNTIME_BYTES + max(2 * block + solver + activations, embedding + activations)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        linears = [
+            {
+                "name": linear.name,
+                "kind": linear.kind,
+                "out_features": linear.out_features,
+                "in_features": linear.in_features,
+                "spec": None if linear.spec is None else asdict(linear.spec),
+                "reason": linear.reason,
+                "stored_bytes": None if linear.spec is None else self.packed_bytes(linear),
+            }
+            for linear in self.linears
+        ]
+        return {
+            "model": str(self.path),
+            "recipe": asdict(self.recipe),
+            "format": self.format.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.skeleton.device),
+            "num_blocks": len(self.block_names),
+            "linears": linears,
+            "bits_per_weight": self.bits_per_weight,
+            "original_bytes": self.reader.total_bytes,
+            "output_bytes": self.output_bytes,
+            "peak_bytes": self.peak_bytes,
+        }
+
 
 def make_plan(
     path: Path,
     recipe: Recipe,
-    format_name: str = "gptq",
+    format_name: str = AUTO,
     *,
     dtype: str = "auto",
     device: torch.device | None = None,
@@ -164,6 +195,8 @@ def make_plan(
     trust_remote_code: bool = False,
 ) -> Plan:
     """Open a checkpoint and settle everything; UserError when the run cannot be done as asked."""
+    if format_name == AUTO:
+        format_name = "gptq" if recipe.spec.symmetric else "compressed-tensors"
     if format_name not in FORMATS:
         raise UserError(f"format '{format_name}': not one of {', '.join(FORMATS)}; use --format gptq")
     if dtype != "auto" and dtype not in DTYPES:
@@ -245,7 +278,7 @@ def _fit(
         smaller = QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
         fits = group_size < wanted and in_features % group_size == 0
         if fits and format.refuses(smaller, out_features, in_features, scale_dtype) is None:
-            return smaller, f"in_features {in_features} is not a multiple of {spec.group_size}: group {group_size}"
+            return smaller, f"group size {spec.group_size} -> {group_size}, because in_features is {in_features}"
     reason = refusal or (
         f"in_features {in_features} is not a multiple of group_size {spec.group_size}, nor of a smaller one of "
         f"{', '.join(map(str, STANDARD_GROUPS))}"
@@ -253,22 +286,49 @@ def _fit(
     return None, reason
 
 
+class DamagedWeights(UserError):
+    """A weight holds NaN or inf: nothing that was made of this checkpoint is of use."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        super().__init__(
+            f"{path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again "
+            "(what this run had made of it is removed)"
+        )
+
+
 def read_finite(plan: Plan, name: str) -> Tensor:
     """A tensor of the checkpoint; UserError when it holds NaN or inf."""
     tensor = plan.reader.read(name)
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise UserError(f"{plan.path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again")
+        raise DamagedWeights(plan.path, name)
     return tensor
 
 
-def check_disk(plan: Plan, out: Path) -> None:
+def free_bytes(out: Path) -> int:
+    """Free space of the disk that will hold OUT."""
+    return shutil.disk_usage(_existing_folder(out)).free
+
+
+def disk_bytes(plan: Plan, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """Space that a run still needs: what it writes, once more the shard that is being put together from its parts, less
+    what an earlier run has left to continue from."""
+    partial = out.with_name(out.name + ".partial")
+    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
+    return max(plan.output_bytes + min(plan.output_bytes, max_shard_bytes) - there, 0)
+
+
+def check_disk(plan: Plan, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """UserError when the disk that will hold OUT is too small for it."""
+    free, needed = free_bytes(out), disk_bytes(plan, out, max_shard_bytes)
+    if needed > free:
+        raise UserError(
+            f"{out}: needs {needed / 1e9:.1f} GB while it is written, and {_existing_folder(out)} has "
+            f"{free / 1e9:.1f} GB free; free some space or choose another place"
+        )
+
+
+def _existing_folder(out: Path) -> Path:
     folder = out.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    free, needed = shutil.disk_usage(folder).free, plan.output_bytes
-    if needed > free:
-        raise UserError(
-            f"{out}: needs {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free; "
-            "free some space or choose another place"
-        )
+    return folder

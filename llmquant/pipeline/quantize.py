@@ -22,14 +22,16 @@ from torch import Tensor
 
 from llmquant import __version__
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.checkpoints.writer import MAX_SHARD_BYTES, PartialCheckpoint, TensorStream
+from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, read_quantized
+from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.writer import MAX_SHARD_BYTES, PartialCheckpoint, TensorStream, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.models.blocks import BlockPlan, device_of, weight_as_NK, weight_of
 from llmquant.models.skeleton import DTYPES
 from llmquant.models.walk import Arrival, Walk
-from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens
-from llmquant.pipeline.plan import LinearPlan, Plan, check_disk, make_plan, read_finite
+from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
+from llmquant.pipeline.plan import AUTO, DamagedWeights, LinearPlan, Plan, check_disk, make_plan, read_finite
 from llmquant.pipeline.report import Report, ReportBuilder
 from llmquant.pipeline.smoothing import Folded, Smoother
 from llmquant.pipeline.solve import Solved, Stored, solve_stage, solve_without_data
@@ -51,7 +53,7 @@ def quantize(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
-    format: str = "gptq",
+    format: str = AUTO,
     dtype: str = "auto",
     calibration: str = "auto",
     num_samples: int = 128,
@@ -66,42 +68,52 @@ def quantize(
 ) -> Report:
     """Quantize a checkpoint into the folder OUT, which does not exist until it is complete.
 
-    model: local folder or hub id. calibration: a preset or a text file (`textdata.load_rows`), or "auto".
+    model: local folder or hub id. format: a name of `FORMATS`, or "auto": gptq, or compressed-tensors when the grid is
+    asymmetric. calibration: a preset or a text file (`textdata.load_rows`), or "auto".
     Raises UserError for whatever the user can mend; a run that was begun is then continued by the same call.
     """
-    recipe, out = recipe or Recipe(), Path(out)
-    path = resolve_model(str(model))
-    plan = make_plan(
-        path,
-        recipe,
-        format,
+    out, step = Path(out), on_step or (lambda *_: None)
+    plan = prepare(
+        model,
+        out,
+        recipe or Recipe(),
+        format=format,
         dtype=dtype,
-        device=device_of(device),
         num_samples=num_samples,
         seq_len=seq_len,
+        device=device,
+        overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        max_shard_bytes=max_shard_bytes,
     )
-    check_disk(plan, out)
+    total = len(plan.block_names)
     builder = ReportBuilder(plan)
     tokens = None
-    if recipe.needs_data:
+    if plan.recipe.needs_data:
+        step(0, total, "calibration text", None)
         with builder.timed("calibration text"):
-            tokens = calibration_tokens(load_tokenizer(path), calibration, num_samples, seq_len, seed)
+            tokens = calibration_tokens(load_tokenizer(plan.path), calibration, num_samples, seq_len, seed)
         builder.calibration(tokens)
         check_tokens(plan, tokens)
+    step(0, total, "hashing the checkpoint", None)
     with builder.timed("hashing"):
         request = describe_request(plan, tokens, max_shard_bytes)
     with PartialCheckpoint.open(out, request, restart=restart, overwrite=overwrite) as partial:
         if not partial.is_finishing:
             for part in partial.discarded:
                 builder.incident(part, "damaged since it was written: made again")
-            step = on_step or (lambda *_: None)
-            with torch.no_grad():
-                write_outside(plan, partial, builder)
-                if tokens is None:
-                    quantize_without_data(plan, partial, builder, step)
-                else:
-                    walk_and_quantize(plan, tokens, partial, builder, step)
+            try:
+                with torch.no_grad():
+                    write_outside(plan, partial, builder)
+                    if tokens is None:
+                        quantize_without_data(plan, partial, builder, step)
+                    else:
+                        walk_and_quantize(plan, tokens, partial, builder, step)
+            except DamagedWeights:
+                # The hash of the damaged file is part of the request: a mended checkpoint could not go on from here.
+                partial.discard()
+                raise
+            step(total, total, "finishing", None)
             with builder.timed("finishing"):
                 partial.finish(
                     ["outside", *part_names(plan)],
@@ -113,7 +125,93 @@ def quantize(
             for part in part_names(plan):
                 builder.recall(partial.part_note(part))
             partial.complete()
+    step(total, total, "verifying", None)
+    with builder.timed("verifying"):
+        verify_codes(out, plan, builder)
     return builder.finish(out)
+
+
+def verify_codes(out: Path, plan: Plan, report: ReportBuilder) -> None:
+    """Reopen OUT as any reader would and compare every packed linear with what was solved; UserError if one differs."""
+    reader = CheckpointReader(out)
+    parsed = parsed_quantization(reader)
+    packed = {} if parsed is None else find_quantized_modules(reader, parsed)
+    solved = {linear.name: linear.digest for linear in report.linears}
+    for linear in plan.quantized:
+        found = packed.get(linear.source)
+        if found is None or read_quantized(reader, found).digest() != solved[linear.name]:
+            raise UserError(
+                f"{out}: '{linear.source}' does not come back from the disk as it was solved; "
+                "do not use this checkpoint, check the disk, and quantize again with --overwrite"
+            )
+
+
+def prepare(
+    model: str | Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    format: str,
+    dtype: str,
+    num_samples: int,
+    seq_len: int,
+    device: str,
+    overwrite: bool,
+    trust_remote_code: bool,
+    max_shard_bytes: int,
+) -> Plan:
+    """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
+    plan = make_plan(
+        resolve_model(str(model)),
+        recipe,
+        format,
+        dtype=dtype,
+        device=device_of(device),
+        num_samples=num_samples,
+        seq_len=seq_len,
+        trust_remote_code=trust_remote_code,
+    )
+    quantization_config(plan)
+    check_out(out, overwrite)
+    check_disk(plan, out, max_shard_bytes)
+    return plan
+
+
+def dry_run(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    format: str = AUTO,
+    dtype: str = "auto",
+    calibration: str = "auto",
+    num_samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Plan:
+    """What `quantize` would do; refuses what it would refuse. Reads no weight, and no text that would be fetched."""
+    plan = prepare(
+        model,
+        Path(out),
+        recipe or Recipe(),
+        format=format,
+        dtype=dtype,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        device=device,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        max_shard_bytes=max_shard_bytes,
+    )
+    if plan.recipe.needs_data:
+        tokenizer = load_tokenizer(plan.path)
+        if is_local(calibration):
+            check_tokens(plan, calibration_tokens(tokenizer, calibration, num_samples, seq_len, seed))
+    return plan
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -194,10 +292,7 @@ def quantize_block(
                 linear = block.get_submodule(name)
                 weights[name] = weight_of(linear)
                 if not torch.isfinite(weights[name]).all():
-                    raise UserError(
-                        f"{plan.path}: tensor '{linears[name].source}.weight' holds NaN or inf; "
-                        "the checkpoint is damaged, download it again"
-                    )
+                    raise DamagedWeights(plan.path, f"{linears[name].source}.weight")
             specs = {name: linears[name].grid for name in names}
             results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
         for name, result in results.items():
@@ -373,9 +468,7 @@ def extra_files(plan: Plan) -> dict[str, bytes]:
             files[file.name] = file.read_bytes()
     if plan.reader.config.get("auto_map"):
         files |= {file.name: file.read_bytes() for file in sorted(plan.path.glob("*.py"))}
-    specs = {linear.source: linear.spec for linear in plan.linears}
-    damping = {"damp_percent": plan.recipe.damping, "static_groups": True} if plan.recipe.compensates else {}
-    quantization = plan.format.config(plan.recipe.spec, specs, meta=damping)
+    quantization = quantization_config(plan)
     config = plan.reader.config | {"quantization_config": quantization}
     for key in ("dtype", "torch_dtype"):
         if key in config:
@@ -384,6 +477,13 @@ def extra_files(plan: Plan) -> dict[str, bytes]:
     if plan.format.config_file is not None:
         files[plan.format.config_file] = as_json_bytes(quantization)
     return files
+
+
+def quantization_config(plan: Plan) -> dict[str, Any]:
+    """What config.json will say; UserError if the loaders of the format could not tell the linears apart."""
+    specs = {linear.source: linear.spec for linear in plan.linears}
+    damping = {"damp_percent": plan.recipe.damping, "static_groups": True} if plan.recipe.compensates else {}
+    return plan.format.config(plan.recipe.spec, specs, meta=damping)
 
 
 def as_json_bytes(content: Any) -> bytes:

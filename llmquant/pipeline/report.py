@@ -32,6 +32,8 @@ class LinearReport:
     """Squared output error relative to the squared output, over the calibration inputs."""
     rtn_error: float
     """The same for plain round-to-nearest on the same grid."""
+    digest: str
+    """SHA-256 of its codes, scales and zero-points, with which the finished checkpoint is compared."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class ReportBuilder:
                 linear.out_features * linear.in_features,
                 solved.error,
                 solved.rtn_error,
+                solved.weight.digest(),
             )
         )
         for what in solved.incidents:

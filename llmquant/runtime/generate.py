@@ -1,0 +1,198 @@
+"""Text from a model: prompts become tokens, transformers generates, and the clock runs.
+
+Prefill (the prompt, all tokens at once) and decoding (one token after the other) are timed apart: the first is bound by
+arithmetic, the second by reading the weights, which is what quantization makes smaller.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from llmquant.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    max_new_tokens: int = 128
+    """Tokens after which a text ends, unless it ends itself."""
+    greedy: bool = False
+    """Always the most likely token. Otherwise, and where nothing else is said, the checkpoint's own settings hold."""
+    temperature: float | None = None
+    """Divides the logits before the draw; 0 is greedy."""
+    top_p: float | None = None
+    """Draw from the most likely tokens that together have this probability."""
+    top_k: int | None = None
+    """Draw from this many most likely tokens."""
+    seed: int = 0
+    """Of the draw: the same seed gives the same text."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens {self.max_new_tokens}: must be at least 1; use --max-new-tokens 128")
+        if self.temperature is not None and self.temperature < 0:
+            raise UserError(f"temperature {self.temperature}: must not be negative; use --temperature 0.7")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p}: must lie between 0 and 1; use --top-p 0.9")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k {self.top_k}: must be at least 1; use --top-k 50")
+        if self.greedy and (self.temperature or self.top_p or self.top_k):
+            raise UserError("greedy: draws nothing, so --temperature, --top-p and --top-k do not go with --greedy")
+
+    def changes(self) -> dict[str, Any]:
+        """What it says differently from the checkpoint's own generation settings."""
+        length = {"max_new_tokens": self.max_new_tokens, "max_length": None}
+        if self.greedy or self.temperature == 0:
+            return length | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        asked = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return length | given | ({"do_sample": True} if given else {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """The texts of some prompts, and how long they took."""
+
+    texts: tuple[str, ...]
+    """What follows each prompt."""
+    num_prompt_tokens: int
+    """Of all prompts together, without padding."""
+    num_new_tokens: int
+    """Of all texts together."""
+    prefill_seconds: float
+    """Until the first new token of each prompt was there."""
+    decode_seconds: float
+    """From then on."""
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.num_prompt_tokens / max(self.prefill_seconds, 1e-9)
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """None where no text has a second token."""
+        later = self.num_new_tokens - len(self.texts)
+        return later / max(self.decode_seconds, 1e-9) if later > 0 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
+        return asdict(self) | {name: getattr(self, name) for name in rates}
+
+
+class _Clock(BaseStreamer):
+    """Notes when the first and the last new token came, and hands tokens on to a streamer of text."""
+
+    def __init__(self, texts: TextStreamer | None) -> None:
+        self._texts = texts
+        self._calls = 0
+        self.first = self.last = perf_counter()
+
+    def put(self, value: Tensor) -> None:
+        # The first call brings the prompt.
+        self._calls += 1
+        self.last = perf_counter()
+        if self._calls <= 2:
+            self.first = self.last
+        if self._texts is not None:
+            self._texts.put(value)
+
+    def end(self) -> None:
+        if self._texts is not None:
+            self._texts.end()
+
+
+class _Texts(TextStreamer):
+    """Gives text to a function as soon as it is certain."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sampling: Sampling | None = None,
+    *,
+    chat: bool = False,
+    on_text: Callable[[str], None] | None = None,
+) -> Generated:
+    """Continue every prompt; several at once are padded on the left and run as one batch.
+
+    chat: each prompt is what a user says, put into the model's chat template. on_text: gets the text of a single prompt
+    piece by piece while it is made. Raises UserError for a prompt that is empty or too long.
+    """
+    sampling = sampling or Sampling()
+    assert prompts and (on_text is None or len(prompts) == 1)
+    rows = [_token_ids(tokenizer, prompt, chat) for prompt in prompts]
+    longest = max(map(len, rows))
+    _check_length(model, longest, sampling.max_new_tokens)
+    settings = copy.deepcopy(model.generation_config)
+    settings.update(**sampling.changes())
+    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    settings.pad_token_id = pad
+    tokens_SL = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask_SL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    clock = _Clock(_Texts(tokenizer, on_text) if on_text is not None else None)
+    devices = [model.device] if model.device.type == "cuda" else []
+    start = perf_counter()
+    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        torch.manual_seed(sampling.seed)
+        output_SL = model.generate(tokens_SL, attention_mask=mask_SL, generation_config=settings, streamer=clock)
+    ends = settings.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    made = [_until_end(row[longest:].tolist(), ends) for row in output_SL]
+    return Generated(
+        texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row in made),
+        num_prompt_tokens=sum(map(len, rows)),
+        num_new_tokens=sum(map(len, made)),
+        prefill_seconds=clock.first - start,
+        decode_seconds=clock.last - clock.first,
+    )
+
+
+def _token_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError("chat: the model has no chat template, it continues text; leave out --chat")
+        said = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        # The template has written the special tokens itself.
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise UserError("prompt: is empty, and the model's tokenizer begins a text with nothing; give some words")
+    return ids
+
+
+def _check_length(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if context and num_prompt_tokens >= context:
+        raise UserError(f"prompt: {num_prompt_tokens} tokens, and the model's context is {context}; shorten it")
+    if context and num_prompt_tokens + max_new_tokens > context:
+        raise UserError(
+            f"max_new_tokens {max_new_tokens}: with {num_prompt_tokens} tokens of prompt more than the model's context "
+            f"of {context}; use --max-new-tokens {context - num_prompt_tokens} or less"
+        )
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens up to and with the first that ends a text; what follows is padding."""
+    stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]

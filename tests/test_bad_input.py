@@ -1,0 +1,283 @@
+"""Bad input of `llmquant quantize`: one line on stderr, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from commands import command
+from paths import ROOT
+from safetensors.torch import load_file, save_file
+
+from llmquant.console import PHASES
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FEW = ("--calibration", "python-docs", "--samples", "4", "--seq-len", "32", "--group-size", "32")
+
+
+def edit_json(file: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def only_pickle(model: Path) -> None:
+    torch.save(load_file(model / WEIGHTS), model / "pytorch_model.bin")
+    (model / WEIGHTS).unlink()
+
+
+def into_shards(model: Path) -> None:
+    """The checkpoint in two files with an index."""
+    tensors = load_file(model / WEIGHTS)
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, model / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (model / WEIGHTS).unlink()
+
+
+def missing_shard(model: Path) -> None:
+    into_shards(model)
+    (model / "model-00002-of-00002.safetensors").unlink()
+
+
+def index_outside(model: Path) -> None:
+    into_shards(model)
+    name = "model.norm.weight"
+    edit_json(model / INDEX, lambda index: index["weight_map"].update({name: "../other.safetensors"}))
+
+
+def truncated(model: Path) -> None:
+    content = (model / WEIGHTS).read_bytes()
+    (model / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+def with_value(name: str, value: float) -> Callable[[Path], None]:
+    def change(model: Path) -> None:
+        tensors = load_file(model / WEIGHTS)
+        tensors[name].view(-1)[7] = value
+        save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+
+    return change
+
+
+def already_quantized(model: Path) -> None:
+    said = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    edit_json(model / "config.json", lambda config: config.update(quantization_config=said))
+
+
+def without_tensor(model: Path) -> None:
+    tensors = load_file(model / WEIGHTS)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
+
+
+def as_type(model_type: str, architecture: str) -> Callable[[Path], None]:
+    change = {"model_type": model_type, "architectures": [architecture]}
+    return lambda model: edit_json(model / "config.json", lambda config: config.update(change))
+
+
+def nothing(model: Path) -> None:
+    pass
+
+
+UP_1 = "model.layers.1.mlp.up_proj.weight"
+DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
+    "no such path": (shutil.rmtree, (), "model: no such folder"),
+    "not a causal LM": (as_type("vit", "ViTForImageClassification"), (), "is not a causal language model"),
+    "an encoder of text": (as_type("bert", "BertForMaskedLM"), (), "is not a causal language model"),
+    "a model of no known type": (as_type("nonesuch", "NonesuchForCausalLM"), (), "nonesuch"),
+    "only a pickle": (only_pickle, (), "only pytorch_model.bin, whose pickle could run code"),
+    "truncated shard": (truncated, (), "it is truncated, download it again"),
+    "missing shard": (missing_shard, (), "model-00002-of-00002.safetensors: missing"),
+    "index names a file outside": (index_outside, (), "lies in '../other.safetensors'"),
+    "missing tensor": (without_tensor, (), "no tensor holds parameter 'model.layers.1.mlp.up_proj.weight'"),
+    "NaN in a linear": (with_value(UP_1, float("nan")), (), f"tensor '{UP_1}' holds NaN or inf"),
+    "inf in a linear": (with_value(UP_1, float("-inf")), (), f"tensor '{UP_1}' holds NaN or inf"),
+    "NaN in a linear, without data": (with_value(UP_1, float("nan")), ("--method", "rtn"), f"tensor '{UP_1}' holds"),
+    "NaN in the embeddings": (
+        with_value("model.embed_tokens.weight", float("nan")),
+        (),
+        "tensor 'model.embed_tokens.weight' holds NaN or inf",
+    ),
+    "NaN in a norm": (
+        with_value("model.layers.1.input_layernorm.weight", float("nan")),
+        (),
+        "tensor 'model.layers.1.input_layernorm.weight' holds NaN or inf",
+    ),
+    "already quantized": (already_quantized, (), "already quantized (quant_method 'awq')"),
+    "unknown data set": (nothing, ("--calibration", "nonesuch"), "nonesuch: not a known data set and no such file"),
+    "missing text": (nothing, ("--calibration", "no/such.txt"), "no/such.txt: no such file"),
+    "text too short": (nothing, ("--samples", "1000000"), "and 1000000 are asked for; give a longer text"),
+    "no samples": (nothing, ("--samples", "0"), "samples 0: at least 1 is needed"),
+    "seq-len above the model's": (nothing, ("--seq-len", "257"), "seq_len 257: the model takes 256 tokens at most"),
+    "no seq-len": (nothing, ("--seq-len", "0"), "seq_len 0"),
+    "group size that fits nothing": (nothing, ("--group-size", "7"), "is not a multiple of group_size 7"),
+    "group size 0": (nothing, ("--group-size", "0"), "group_size 0: must be positive, or -1"),
+    "unknown method": (nothing, ("--method", "magic"), "method 'magic': not one of rtn, gptq"),
+    "unknown effort": (nothing, ("--effort", "heroic"), "effort 'heroic': not one of fast, default, best"),
+    "unknown bits": (nothing, ("--bits", "5"), "bits 5: not one of 2, 3, 4, 8"),
+    "unknown format": (nothing, ("--format", "zip"), "format 'zip': not one of gptq"),
+    "unknown dtype": (nothing, ("--dtype", "int3"), "dtype 'int3': not one of auto"),
+    "unknown device": (nothing, ("--device", "abacus"), "device 'abacus'"),
+    "bits that the format cannot hold": (nothing, ("--format", "awq", "--bits", "3"), "AWQ format holds 4 bits only"),
+    "skip pattern that matches nothing": (nothing, ("--skip", "*.nonesuch"), "skip pattern '*.nonesuch': matches no"),
+    "everything skipped": (nothing, ("--skip", "*"), "no linear is left to quantize"),
+    "no tokenizer": (lambda model: (model / "tokenizer.json").unlink(), (), "its tokenizer cannot be loaded"),
+    "config.json not JSON": (lambda model: (model / "config.json").write_text("{"), (), "config.json: not valid JSON"),
+}
+ONLY_WITH_WEIGHTS = {case for case in DAMAGES if "NaN" in case or "inf " in case}
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path) -> Path:
+    """A folder with a whole checkpoint called model, and nothing else."""
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    return tmp_path
+
+
+def refused(code: int, streams: tuple[str, str], message: str) -> None:
+    out, error = streams
+    lines = [line for line in error.splitlines() if line not in PHASES and not line.startswith("block ")]
+    assert code == 2, error
+    assert out == ""
+    assert len(lines) == 1, error
+    assert lines[0].startswith("llmquant: ")
+    assert message in lines[0]
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_bad_input_is_one_line_and_leaves_nothing(case, folder, monkeypatch, capsys):
+    damage, options, message = DAMAGES[case]
+    damage(folder / "model")
+    before = sorted(file.name for file in folder.iterdir())
+    monkeypatch.chdir(folder)
+    code = command(monkeypatch, "quantize", folder / "model", folder / "out", *FEW, *options)
+    refused(code, capsys.readouterr(), message)
+    assert sorted(file.name for file in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("case", sorted(DAMAGES.keys() - ONLY_WITH_WEIGHTS))
+def test_dry_run_refuses_the_same_in_the_same_words(case, folder, monkeypatch, capsys):
+    damage, options, message = DAMAGES[case]
+    damage(folder / "model")
+    monkeypatch.chdir(folder)
+    said = []
+    for dry in ((), ("--dry-run",)):
+        code = command(monkeypatch, "quantize", folder / "model", folder / "out", *FEW, *options, *dry, "--quiet")
+        assert code == 2
+        said.append(capsys.readouterr().err)
+    assert said[0] == said[1]
+    assert message in said[1]
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize("what", ["a checkpoint", "an empty folder", "a file"])
+def test_out_that_exists_is_refused_and_left_alone(what, dry, folder, monkeypatch, capsys):
+    out = folder / "out"
+    if what == "a file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+    if what == "a checkpoint":
+        (out / "config.json").write_text("{}")
+    content = {file.name: file.read_text() for file in out.iterdir()} if out.is_dir() else out.read_text()
+    code = command(monkeypatch, "quantize", folder / "model", out, *FEW, *dry)
+    refused(code, capsys.readouterr(), "out: exists; choose another OUT, or add --overwrite to replace it")
+    assert content == ({file.name: file.read_text() for file in out.iterdir()} if out.is_dir() else out.read_text())
+    assert sorted(file.name for file in folder.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_disk_that_is_too_small_is_refused(dry, folder, monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    code = command(monkeypatch, "quantize", folder / "model", folder / "sub" / "out", *FEW, *dry)
+    refused(code, capsys.readouterr(), "GB free; free some space")
+    assert sorted(file.name for file in folder.iterdir()) == ["model"]
+
+
+def test_a_disk_that_fills_keeps_what_is_done_for_the_next_run(folder, monkeypatch, capsys):
+    from llmquant.checkpoints import writer
+
+    write, calls = writer.write_atomically, []
+
+    def full_after_two(file, *arguments):
+        if file.name.startswith("block-00001"):
+            calls.append(file)
+            raise writer.UserError(f"{file}: No space left on device")
+        return write(file, *arguments)
+
+    monkeypatch.setattr(writer, "write_atomically", full_after_two)
+    code = command(monkeypatch, "quantize", folder / "model", folder / "out", *FEW)
+    refused(code, capsys.readouterr(), "No space left on device")
+    assert calls
+    assert not (folder / "out").exists()
+    assert (folder / "out.partial" / "parts" / "block-00000.safetensors").exists()
+    monkeypatch.setattr(writer, "write_atomically", write)
+    assert command(monkeypatch, "quantize", folder / "model", folder / "out", *FEW) == 0
+    assert sorted(file.name for file in folder.iterdir()) == ["model", "out"]
+
+
+def test_a_damaged_weight_says_that_the_work_on_it_is_gone(folder, monkeypatch, capsys):
+    with_value(UP_1, float("nan"))(folder / "model")
+    assert command(monkeypatch, "quantize", folder / "model", folder / "out", *FEW) == 2
+    assert "(what this run had made of it is removed)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["no such path", "only a pickle", "NaN in a linear", "unknown bits"])
+def test_bad_input_in_a_process_of_its_own(case, folder):
+    damage, options, message = DAMAGES[case]
+    damage(folder / "model")
+    before = sorted(file.name for file in folder.iterdir())
+    code = "from llmquant.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "quantize", str(folder / "model"), str(folder / "out"), *FEW, *options],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    refused(done.returncode, (done.stdout, done.stderr), message)
+    assert sorted(file.name for file in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "MODEL"], "give one of --prompt TEXT and --prompts FILE"),
+        (["generate", "MODEL", "--prompt", "x", "--prompts", "y"], "give one of --prompt TEXT and --prompts FILE"),
+        (["generate", "MODEL", "--prompts", "no/such.txt"], "no/such.txt: cannot be read as text"),
+        (["generate", "MODEL", "--prompt", ""], "prompt: is empty"),
+        (["generate", "MODEL", "--prompt", "word " * 300], "and the model's context is 256; shorten it"),
+        (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "256"], "use --max-new-tokens 255 or less"),
+        (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens 0: must be at least 1"),
+        (["generate", "MODEL", "--prompt", "x", "--temperature", "-1"], "temperature -1.0: must not be negative"),
+        (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p 2.0: must lie between 0 and 1"),
+        (["generate", "MODEL", "--prompt", "x", "--top-k", "0"], "top_k 0: must be at least 1"),
+        (["generate", "MODEL", "--prompt", "x", "--greedy", "--top-k", "3"], "do not go with --greedy"),
+        (["generate", "MODEL", "--prompt", "x", "--backend", "torch"], "is not quantized, its linears are torch's"),
+        (["generate", "MODEL", "--prompt", "x", "--batch-size", "0"], "batch_size 0: must be at least 1"),
+        (["inspect", "no/such"], "no/such: no such folder"),
+        (["inspect", "MODEL", "--backends"], "is not quantized, its linears are torch's"),
+        (["verify", "MODEL"], "no llmquant.json; only checkpoints that llmquant wrote can be verified"),
+    ],
+)
+def test_bad_input_of_the_other_commands(arguments, message, tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    code = command(monkeypatch, *(model if argument == "MODEL" else argument for argument in arguments))
+    refused(code, capsys.readouterr(), message)

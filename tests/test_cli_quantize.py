@@ -1,0 +1,382 @@
+"""`llmquant quantize`, `generate`, `inspect` and `verify`: what they print, and that it is what the functions say."""
+
+from __future__ import annotations
+
+import inspect as signatures
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import command
+from paths import ROOT
+
+import llmquant
+from llmquant import cli
+from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.writer import PartialCheckpoint
+from llmquant.formats.registry import FORMATS
+from llmquant.kernels.dispatch import BACKENDS
+from llmquant.pipeline.inspect import inspect
+from llmquant.pipeline.names import block_of, kind_of
+from llmquant.pipeline.quantize import quantize
+from llmquant.runtime.generate import Sampling, generate
+
+FEW = ("--calibration", "python-docs", "--samples", "4", "--seq-len", "32")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model, tmp_path_factory) -> Path:
+    """A quantized tiny model; not to be written into."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    recipe = llmquant.Recipe(method="rtn", spec=llmquant.QuantSpec(group_size=32), skip=("*.o_proj",))
+    quantize(tiny_model("llama"), out, recipe)
+    return out
+
+
+# --- quantize --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_of_the_command_are_those_of_the_function():
+    ours = signatures.signature(cli.quantize_command).parameters
+    theirs = signatures.signature(quantize).parameters
+    names = {"samples": "num_samples"}
+    for name in ("format", "dtype", "calibration", "samples", "seq_len", "seed", "device", "overwrite", "restart"):
+        assert ours[name].default == theirs[names.get(name, name)].default, name
+
+
+def test_quantize_reports_what_the_function_reports(tiny_model, tmp_path, monkeypatch, capsys):
+    model = tiny_model("llama")
+    capsys.readouterr()
+    assert command(monkeypatch, "quantize", model, tmp_path / "a", *FEW, "--group-size", "32", "--json", "--quiet") == 0
+    streams = capsys.readouterr()
+    assert streams.err == ""
+    printed = json.loads(streams.out)
+    recipe = llmquant.Recipe(spec=llmquant.QuantSpec(group_size=32))
+    report = quantize(model, tmp_path / "b", recipe, calibration="python-docs", num_samples=4, seq_len=32).to_dict()
+    for key in ("linears", "kept", "incidents", "output_bytes", "bits_per_weight", "format", "recipe"):
+        assert printed[key] == json.loads(json.dumps(report[key])), key
+    weights = "model.safetensors"
+    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
+
+
+def test_every_option_reaches_the_recipe(tiny_model, tmp_path, monkeypatch, capsys):
+    options = ["--method", "rtn", "--bits", "8", "--group-size", "-1", "--asym", "--skip", "*.o_proj", "--dtype"]
+    options += ["bfloat16", "--skip", "*.down_proj", "--effort", "best"]
+    assert command(monkeypatch, "quantize", tiny_model("llama"), tmp_path / "out", *options, "--json", "--quiet") == 0
+    recipe = json.loads(capsys.readouterr().out)["recipe"]
+    assert recipe["method"] == "rtn"
+    assert recipe["spec"] == {"bits": 8, "group_size": -1, "symmetric": False}
+    assert recipe["skip"] == ["*.o_proj", "*.down_proj"]
+    assert recipe["descent_sweeps"] > 0
+    assert CheckpointReader(tmp_path / "out").info("model.embed_tokens.weight").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [([], "gptq"), (["--asym"], "compressed-tensors"), *((["--format", name], name) for name in FORMATS)],
+)
+def test_format_follows_the_grid_unless_it_is_named(options, name, tiny_model, tmp_path, monkeypatch, capsys):
+    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--method", "rtn", "--group-size", "32", *options]
+    assert command(monkeypatch, *arguments, "--json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out)["format"] == name
+    assert inspect(tmp_path / "out").format == name
+
+
+def test_quantize_prints_errors_incidents_and_what_to_type_next(tiny_model, tmp_path, monkeypatch, capsys):
+    model, out = tiny_model("llama"), tmp_path / "out"
+    assert command(monkeypatch, "quantize", model, out, *FEW, "--skip", "*.o_proj") == 0
+    streams = capsys.readouterr()
+    text = " ".join(streams.out.split())
+    assert "self_attn.q_proj 4-bit g64 sym 2" in text
+    assert "o_proj: --skip '*.o_proj'" in text
+    # One line for what happened to the same kinds in both blocks.
+    assert " 2 x mlp.down_proj: group size 128 -> 32, because in_features is 96" in text
+    for word in ("size", "bits", "time", "peak memory", "calibration python-docs, 4 x 32 tokens"):
+        assert word in text
+    assert f"  llmquant eval {out} --against {model}\n" in streams.out
+    lines = streams.err.splitlines()
+    assert lines[0] == "calibration text"
+    assert any(line.startswith("block 2/2  error ") for line in lines)
+    assert "\x1b" not in streams.err + streams.out
+
+
+def test_strict_turns_incidents_into_exit_code_1(tiny_model, tmp_path, monkeypatch, capsys):
+    arguments = ["quantize", tiny_model("llama"), "--method", "rtn", "--strict", "--quiet"]
+    assert command(monkeypatch, *arguments, tmp_path / "reduced") == 1
+    assert "llmquant: --strict: " in capsys.readouterr().err
+    assert (tmp_path / "reduced").exists(), "the result is there all the same"
+    assert command(monkeypatch, *arguments, tmp_path / "plain", "--group-size", "32") == 0
+
+
+def test_overwrite_replaces_and_restart_forgets(tiny_model, tmp_path, monkeypatch, capsys):
+    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--method", "rtn", "--group-size", "32", "--quiet"]
+    assert command(monkeypatch, *arguments) == 0
+    assert command(monkeypatch, *arguments, "--bits", "8") == 2
+    assert command(monkeypatch, *arguments, "--bits", "8", "--overwrite") == 0
+    assert inspect(tmp_path / "out").quantized[0].storage == "8-bit g32 sym"
+
+    from llmquant.pipeline import quantize as pipeline
+
+    def died(*arguments, **options):
+        raise llmquant.UserError("died")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "extra_files", died)
+        assert command(monkeypatch, *arguments[:2], tmp_path / "new", *arguments[3:]) == 2
+    assert command(monkeypatch, *arguments[:2], tmp_path / "new", *arguments[3:], "--bits", "3") == 2
+    assert "add --restart to begin anew" in capsys.readouterr().err
+    assert command(monkeypatch, *arguments[:2], tmp_path / "new", *arguments[3:], "--bits", "3", "--restart") == 0
+    assert inspect(tmp_path / "new").quantized[0].storage == "3-bit g32 sym"
+
+
+@pytest.mark.parametrize(("options", "without"), [((), ""), (("--restart",), " without --restart")])
+def test_interrupted_run_says_how_to_go_on_and_goes_on(options, without, tiny_model, tmp_path, monkeypatch, capsys):
+    from llmquant.models.walk import Walk
+
+    def interrupted(walk, index):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", *FEW, "--group-size", "32", "--quiet"]
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "leave", interrupted)
+        assert command(monkeypatch, *arguments, *options) == 128 + signal.SIGINT
+    assert capsys.readouterr().err == f"llmquant: interrupted; the same command{without} continues the run\n"
+    assert not (tmp_path / "out").exists()
+    part = tmp_path / "out.partial" / "parts" / "block-00000.safetensors"
+    assert part.exists()
+    again: list[str] = []
+    add = PartialCheckpoint.add_part
+    monkeypatch.setattr(
+        PartialCheckpoint, "add_part", lambda self, name, *more: (again.append(name), add(self, name, *more))[1]
+    )
+    assert command(monkeypatch, *arguments) == 0
+    assert again == ["block-00001"], "the first block is not made again"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
+
+
+def test_dry_run_writes_nothing_reads_no_weight_and_predicts_the_size(tiny_model, tmp_path, monkeypatch, capsys):
+    from llmquant.checkpoints import reader
+
+    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", *FEW, "--skip", "*.o_proj"]
+
+    def read(*arguments):
+        raise AssertionError("a weight was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "read_tensor", read)
+        patch.setattr(reader, "tensor_chunks", read)
+        assert command(monkeypatch, *arguments, "--dry-run", "--json") == 0
+        planned = json.loads(capsys.readouterr().out)
+        assert command(monkeypatch, *arguments, "--dry-run") == 0
+        text = " ".join(capsys.readouterr().out.split())
+    assert list(tmp_path.iterdir()) == []
+    assert "calibration python-docs, 4 x 32 tokens" in text
+    assert "in 16 bit --skip '*.o_proj': 2 x self_attn.o_proj" in text
+    assert " group size 128 -> 32, because in_features is 96: 2 x mlp.down_proj" in text
+    assert command(monkeypatch, *arguments, "--json", "--quiet") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert planned["bits_per_weight"] == done["bits_per_weight"]
+    # The file has a header, too.
+    assert 0 <= done["output_bytes"] - planned["output_bytes"] < 10_000
+    assert {linear["name"] for linear in planned["linears"] if linear["spec"]} == {x["name"] for x in done["linears"]}
+
+
+def test_dry_run_fetches_no_calibration_text_but_tells_the_source(tiny_model, tmp_path, monkeypatch, capsys):
+    from llmquant import textdata
+
+    def fetch(*arguments):
+        raise AssertionError("text was fetched")
+
+    monkeypatch.setattr(textdata, "_hub_rows", fetch)
+    model = tiny_model("llama")
+    short = ("--dry-run", "--seq-len", "64")
+    assert command(monkeypatch, "quantize", model, tmp_path / "out", *short) == 0
+    assert "c4 from the hub, or python-docs offline, 128 x 64 tokens" in capsys.readouterr().out
+    assert command(monkeypatch, "quantize", model, tmp_path / "out", *short, "--calibration", "ptb") == 0
+    assert "ptb, 128 x 64 tokens" in capsys.readouterr().out
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def test_generate_streams_what_transformers_generates(small, monkeypatch, capsys):
+    from transformers import AutoTokenizer
+
+    model, tokenizer = llmquant.load(small, device="cpu"), AutoTokenizer.from_pretrained(small)
+    tokens = tokenizer("for x in", return_tensors="pt")
+    expected = model.generate(**tokens, max_new_tokens=12, do_sample=False)[0, tokens["input_ids"].shape[1] :]
+    text = tokenizer.decode(expected, skip_special_tokens=True)
+    arguments = ["generate", small, "--prompt", "for x in", "--max-new-tokens", "12", "--greedy", "--device", "cpu"]
+    assert command(monkeypatch, *arguments) == 0
+    streams = capsys.readouterr()
+    assert streams.out == text + "\n"
+    assert streams.err.startswith(f"prefill {tokens['input_ids'].shape[1]} tokens, ")
+    assert "; decode 12 tokens, " in streams.err
+    assert command(monkeypatch, *arguments, "--quiet", "--json") == 0
+    streams = capsys.readouterr()
+    assert streams.err == ""
+    printed = json.loads(streams.out)
+    assert printed["prompts"] == ["for x in"]
+    assert printed["batches"][0]["texts"] == [text]
+    assert printed["batches"][0]["num_new_tokens"] == 12
+
+
+def test_a_batch_gives_each_prompt_what_it_gives_alone(small, tmp_path, monkeypatch, capsys):
+    prompts = ["for", "The statement is evaluated", "x"]
+    (tmp_path / "prompts.txt").write_text("\n\n".join(prompts) + "\n")
+    alone = []
+    options = ["--max-new-tokens", "8", "--greedy", "--device", "cpu", "--quiet", "--json", "--dtype", "float32"]
+    for prompt in prompts:
+        assert command(monkeypatch, "generate", small, "--prompt", prompt, *options) == 0
+        alone += json.loads(capsys.readouterr().out)["batches"][0]["texts"]
+    for size, num_batches in ((8, 1), (2, 2)):
+        arguments = ["generate", small, "--prompts", tmp_path / "prompts.txt", "--batch-size", size, *options]
+        assert command(monkeypatch, *arguments) == 0
+        batches = json.loads(capsys.readouterr().out)["batches"]
+        assert len(batches) == num_batches
+        assert [text for batch in batches for text in batch["texts"]] == alone
+
+
+def test_seed_decides_the_draw(small):
+    from transformers import AutoTokenizer
+
+    model, tokenizer = llmquant.load(small, device="cpu"), AutoTokenizer.from_pretrained(small)
+    state = torch.random.get_rng_state()
+
+    def text(**options: object) -> str:
+        return generate(model, tokenizer, ["for x in"], Sampling(max_new_tokens=16, **options)).texts[0]  # type: ignore[arg-type]
+
+    assert text(temperature=2.0, seed=1) == text(temperature=2.0, seed=1) != text(temperature=2.0, seed=2)
+    assert text(temperature=0.0) == text(greedy=True) == text(top_k=1)
+    assert torch.equal(state, torch.random.get_rng_state()), "the caller's random numbers are left alone"
+
+
+def test_chat_goes_through_the_template(small):
+    from transformers import AutoTokenizer
+
+    model, tokenizer = llmquant.load(small, device="cpu"), AutoTokenizer.from_pretrained(small)
+    greedy = Sampling(max_new_tokens=8, greedy=True)
+    chat = generate(model, tokenizer, ["hello"], greedy, chat=True)
+    assert chat.texts == generate(model, tokenizer, ["user: hello\nassistant: "], greedy).texts
+    tokenizer.chat_template = None
+    with pytest.raises(llmquant.UserError, match="no chat template"):
+        generate(model, tokenizer, ["hello"], greedy, chat=True)
+
+
+def test_a_text_ends_at_its_end_token(small):
+    from transformers import AutoTokenizer
+
+    model, tokenizer = llmquant.load(small, device="cpu"), AutoTokenizer.from_pretrained(small)
+    whole = generate(model, tokenizer, ["for", "x"], Sampling(max_new_tokens=8, greedy=True))
+    made = model.generate(**tokenizer("for", return_tensors="pt"), max_new_tokens=8, do_sample=False)[0]
+    model.generation_config.eos_token_id = [made[-6].item(), made[-5].item()]
+    cut = generate(model, tokenizer, ["for", "x"], Sampling(max_new_tokens=8, greedy=True))
+    assert whole.num_new_tokens == 16
+    assert cut.num_new_tokens < 16
+    assert whole.texts[0].startswith(cut.texts[0])
+
+
+# --- inspect and verify ----------------------------------------------------------------------------------------------
+
+
+def test_inspect_accounts_for_every_byte(small, tiny_model):
+    for folder in (small, tiny_model("gpt2"), tiny_model("qwen2")):
+        contents = inspect(folder)
+        assert contents.total_bytes == CheckpointReader(folder).total_bytes
+    contents = inspect(small)
+    rows = {row.kind: row for row in contents.quantized}
+    assert "self_attn.o_proj" not in rows
+    up = rows["mlp.up_proj"]
+    assert (up.count, up.shape, up.storage, up.weights) == (2, (96, 64), "4-bit g32 sym", 2 * 96 * 64)
+    # gptq: a code, a 16-bit scale and a 4-bit zero-point for 32 weights, and the group index of each column.
+    assert up.bits_per_weight == pytest.approx(4 + (16 + 4) / 32 + 32 / 96)
+    assert {row.kind for row in contents.kept} >= {"model.embed_tokens", "self_attn.o_proj", "norms, biases"}
+    assert inspect(tiny_model("llama")).format is None
+
+
+def test_inspect_reads_no_weight(small, monkeypatch, capsys):
+    from llmquant.checkpoints import reader
+
+    def read(*arguments):
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(reader, "read_tensor", read)
+    assert command(monkeypatch, "inspect", small, "--backends", "--device", "cpu") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "mlp.up_proj 2 96 x 64 4-bit g32 sym" in text
+    assert "format gptq" in text
+
+
+def test_inspect_tells_the_backend_that_load_takes(small, monkeypatch, capsys):
+    from llmquant.runtime.linear import QuantizedLinear
+
+    assert command(monkeypatch, "inspect", small, "--backends", "--device", "cpu", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["format"] == "gptq"
+    model = llmquant.load(small, device="cpu")
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert linears.keys() == printed["backends"].keys()
+    for name, told in printed["backends"].items():
+        assert told["backend"] == linears[name].backend_name
+        assert told["reason"] == linears[name].backend_reason
+        assert set(told["refusals"]) < set(BACKENDS)
+
+
+def test_verify_finds_what_differs(small, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(small, out)
+    assert command(monkeypatch, "verify", out) == 0
+    assert capsys.readouterr().out.endswith("files, all as they were written\n")
+    weights = bytearray((out / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (out / "model.safetensors").write_bytes(weights)
+    (out / "tokenizer.json").unlink()
+    assert command(monkeypatch, "verify", out) == 1
+    assert set(capsys.readouterr().out.splitlines()) == {
+        "model.safetensors: content changed",
+        "tokenizer.json: missing",
+    }
+    assert command(monkeypatch, "verify", out, "--json") == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 2
+
+
+# --- the package -----------------------------------------------------------------------------------------------------
+
+
+def test_importing_llmquant_loads_nothing_heavy_and_its_names_are_the_functions():
+    code = (
+        "import sys, llmquant\n"
+        "assert set(llmquant.__all__) <= set(dir(llmquant))\n"
+        "llmquant.Recipe(); llmquant.UserError\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+        "from llmquant.pipeline.quantize import quantize\n"
+        "from llmquant.runtime.load import load\n"
+        "assert llmquant.quantize is quantize and llmquant.load is load\n"
+        "try: llmquant.nonesuch\n"
+        "except AttributeError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "module 'llmquant' has no attribute 'nonesuch'\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "block"),
+    [
+        ("model.layers.7.self_attn.q_proj", "self_attn.q_proj", 7),
+        ("transformer.h.0.attn.c_attn", "attn.c_attn", 0),
+        ("model.layers.3.mlp.experts.12.up_proj", "mlp.experts.*.up_proj", 3),
+        ("lm_head", "lm_head", None),
+    ],
+)
+def test_kind_is_the_name_without_its_place(name, kind, block):
+    assert (kind_of(name), block_of(name)) == (kind, block)
