@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import UserError
-from llmquant.kernels import reference
+from llmquant.kernels import cpu, gpu, reference
 from llmquant.kernels.layout import LinearShape
 from llmquant.weight import QuantizedWeight
 
@@ -40,9 +40,37 @@ class Backend:
     """(x [..., K], prepared, bias [N] or None, layer) -> y [..., N] in the dtype of x."""
     dequantize: Callable[[Prepared, LinearShape, torch.dtype], Tensor]
     """The dense weight [N, K], back from the prepared tensors."""
+    inline_rows: int = 0
+    """Below so many rows of x, matmul is plain torch operators: a compiler does better to see them than to call it."""
 
 
 BACKENDS: dict[str, Backend] = {
+    "triton": Backend(
+        name="triton", refuses=gpu.refuses, prepare=gpu.prepare, matmul=gpu.matmul, dequantize=gpu.dequantize
+    ),
+    "triton-invariant": Backend(
+        name="triton-invariant",
+        refuses=gpu.refuses,
+        prepare=gpu.prepare,
+        matmul=gpu.matmul_invariant,
+        dequantize=gpu.dequantize,
+    ),
+    "cpu": Backend(
+        name="cpu",
+        refuses=cpu.refuses,
+        prepare=cpu.prepare,
+        matmul=cpu.matmul,
+        dequantize=cpu.dequantize,
+        inline_rows=cpu.PACKED_BELOW_ROWS["rows"] // 2,
+    ),
+    "cpu-dense": Backend(
+        name="cpu-dense",
+        refuses=cpu.refuses_dense,
+        prepare=cpu.prepare_dense,
+        matmul=cpu.matmul,
+        dequantize=cpu.dequantize,
+        inline_rows=cpu.PACKED_BELOW_ROWS["dense"] // 2,
+    ),
     "torch": Backend(
         name="torch",
         refuses=reference.refuses,
@@ -84,9 +112,7 @@ def explain_choice(layer: LinearShape, device: torch.device, dtype: torch.dtype,
             )
         return Choice(BACKENDS[requested], source, refusals)
     name = next(name for name in BACKENDS if name not in refusals)
-    return Choice(
-        BACKENDS[name], "the fastest that takes it" if name != "torch" else "no faster one takes it", refusals
-    )
+    return Choice(BACKENDS[name], "the first that takes it" if name != "torch" else "no other takes it", refusals)
 
 
 def choose_backend(

@@ -8,6 +8,10 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -58,3 +62,69 @@ class LinearShape:
 @lru_cache(maxsize=4096)
 def _from_ints(out_features: int, in_features: int, bits: int, group_size: int, sym: int, moving: int) -> LinearShape:
     return LinearShape(out_features, in_features, bits, group_size, bool(sym), bool(moving))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where the input columns go so that every group fills whole blocks of a kernel.
+
+    A kernel reads S >= K slots in blocks of equal width; all columns of a block share one group. Slots left over hold
+    weight 0, and read a zero of x.
+    """
+
+    column_S: Tensor
+    """int64 [S]: the input column in each slot, K for a slot that is padding."""
+    group_B: Tensor
+    """int64 [B]: the group of each block."""
+    in_features: int
+
+    @property
+    def padded(self) -> int:
+        """S, the number of slots."""
+        return len(self.column_S)
+
+    @property
+    def is_prefix(self) -> bool:
+        """Columns keep their place: x needs at most zeros at its end."""
+        places = torch.arange(self.in_features, device=self.column_S.device)
+        return torch.equal(self.column_S[: self.in_features], places)
+
+    def to(self, device: torch.device) -> Slots:
+        """The same on another device."""
+        return Slots(self.column_S.to(device), self.group_B.to(device), self.in_features)
+
+    def spread(self, values_NK: Tensor, padding: int) -> Tensor:
+        """[N, K] -> [N, S], `padding` where a slot is empty."""
+        if self.is_prefix:
+            return F.pad(values_NK, (0, self.padded - self.in_features), value=padding)
+        return F.pad(values_NK, (0, 1), value=padding)[:, self.column_S]
+
+
+def arrange_slots(weight: QuantizedWeight, block: int, multiple: int) -> Slots:
+    """The slots of a weight for blocks of `block` columns, their number rounded up so that S % multiple == 0.
+
+    Columns are ordered by group (their own order inside it), and each group is filled up to whole blocks; for groups
+    that are a multiple of the block wide and stand in order, nothing moves.
+    """
+    group_K = weight.group_of_column_K.cpu()
+    num_groups = weight.scale_NG.shape[1]
+    order_K = torch.argsort(group_K, stable=True)
+    blocks_G = -(-torch.bincount(group_K, minlength=num_groups) // block)
+    first_slot_G = (blocks_G.cumsum(0) - blocks_G) * block
+    first_column_G = torch.searchsorted(group_K[order_K], torch.arange(num_groups))
+    sorted_group_K = group_K[order_K]
+    slot_K = first_slot_G[sorted_group_K] + torch.arange(weight.in_features) - first_column_G[sorted_group_K]
+    num_blocks = -(-int(blocks_G.sum()) * block // multiple) * multiple // block
+    column_S = torch.full((num_blocks * block,), weight.in_features)
+    column_S[slot_K] = order_K
+    group_B = F.pad(torch.repeat_interleave(torch.arange(num_groups), blocks_G), (0, num_blocks - int(blocks_G.sum())))
+    return Slots(column_S, group_B, weight.in_features)
+
+
+def gather_columns(x_MK: Tensor, column_S: Tensor, num_slots: int) -> Tensor:
+    """x in slot order [M, S]. An empty column_S says that columns keep their place, with zeros after them."""
+    if column_S.numel():
+        return F.pad(x_MK, (0, 1)).index_select(1, column_S)
+    if num_slots != x_MK.shape[1]:
+        return F.pad(x_MK, (0, num_slots - x_MK.shape[1]))
+    return x_MK

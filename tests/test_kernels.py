@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 from llmquant.errors import UserError
 from llmquant.kernels.dispatch import BACKENDS, choose_backend, explain_choice, matmul
-from llmquant.kernels.layout import LinearShape
+from llmquant.kernels.layout import LinearShape, arrange_slots
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
 CPU = torch.device("cpu")
+HERE = [
+    name
+    for name, backend in BACKENDS.items()
+    if backend.refuses(LinearShape.planned(64, 64, QuantSpec()), CPU, torch.bfloat16) is None
+]
+"""Backends that run on this machine without a GPU; the others have `test_triton.py`."""
 
 
 def random_weight(
@@ -31,7 +40,8 @@ def random_weight(
     group_index_K = torch.randint(0, num_groups, (in_features,), generator=generator) if moving else None
     return QuantizedWeight(
         codes_NK=torch.randint(0, 2**bits, (out_features, in_features), generator=generator, dtype=torch.uint8),
-        scale_NG=(torch.rand(out_features, num_groups, generator=generator) * 0.02 + 0.005).half(),
+        # Exact in float16 and in bfloat16: what a kernel loses by rounding the scale is a test of its own.
+        scale_NG=(torch.rand(out_features, num_groups, generator=generator) * 0.02 + 0.005).bfloat16().half(),
         zero_NG=torch.full_like(zero_NG, spec.mid_code) if symmetric else zero_NG,
         spec=spec,
         group_index_K=group_index_K,
@@ -42,13 +52,25 @@ def relative_error(y: torch.Tensor, truth: torch.Tensor) -> float:
     return ((y.double() - truth).norm() / truth.norm()).item()
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_one_hot_rows_return_the_weight(name: str) -> None:
-    weight = random_weight(48, 96, bits=4, group_size=32, symmetric=False)
-    if (why := BACKENDS[name].refuses(LinearShape.of(weight), CPU, torch.bfloat16)) is not None:
-        pytest.skip(why)
+def truth(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x @ W.T + bias in float64."""
+    group_K = weight.group_of_column_K
+    step_NK = weight.codes_NK.double() - weight.zero_NG.double()[:, group_K]
+    y = x.double() @ (weight.scale_NG.double()[:, group_K] * step_NK).T
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", HERE)
+def test_one_hot_rows_return_the_weight(name: str, symmetric: bool) -> None:
+    weight = random_weight(48, 96, group_size=32, symmetric=symmetric)
     linear = QuantizedLinear(weight, None, dtype=torch.bfloat16, device=CPU, backend=name)
-    torch.testing.assert_close(linear(torch.eye(96).bfloat16()).T, weight.dequantize(torch.bfloat16))
+    dense_NK, one_hot = weight.dequantize(torch.bfloat16), torch.eye(96).bfloat16()
+    assert torch.equal(linear(one_hot).T, dense_NK)
+    # The kernel for few rows rounds the offset of asymmetric weights, but nothing else.
+    few = torch.cat([linear(rows) for rows in one_hot.split(4)]).T
+    tolerance = {"rtol": 0, "atol": 0} if symmetric else {"rtol": 2**-7, "atol": 8 * 0.025 * 2**-8}
+    torch.testing.assert_close(few, dense_NK, **tolerance)
 
 
 def test_unknown_backend_is_a_user_error() -> None:
@@ -76,3 +98,158 @@ def test_gradient_of_the_input_is_that_of_the_dense_linear() -> None:
     grad, x.grad = x.grad, None
     torch.nn.functional.linear(x, weight.dequantize(), linear.bias).square().sum().backward()
     torch.testing.assert_close(grad, x.grad)
+
+
+SHAPES = {
+    "small model": {"out_features": 192, "in_features": 576, "group_size": 64},
+    "ragged M, N and K": {"out_features": 100, "in_features": 200, "group_size": 64, "symmetric": False},
+    "one group": {"out_features": 40, "in_features": 100, "group_size": -1, "symmetric": False},
+    "group 48 fits no block": {"out_features": 33, "in_features": 160, "group_size": 48, "symmetric": False},
+    "act-order": {"out_features": 64, "in_features": 256, "group_size": 64, "symmetric": False, "moving": True},
+    "2 bits": {"out_features": 64, "in_features": 256, "bits": 2, "symmetric": False},
+    "3 bits": {"out_features": 64, "in_features": 256, "bits": 3, "symmetric": False},
+    "8 bits": {"out_features": 64, "in_features": 256, "bits": 8, "symmetric": False},
+}
+
+
+def runnable(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    """Skip where this machine or the backend does not do it."""
+    if (why := BACKENDS[name].refuses(LinearShape.of(weight), CPU, dtype)) is not None:
+        pytest.skip(why)
+
+
+@pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", HERE)
+def test_dense_weight_comes_back(name: str, dtype: torch.dtype, case: dict) -> None:
+    weight = random_weight(**case)
+    runnable(name, weight, dtype)
+    linear = QuantizedLinear(weight, None, dtype=dtype, device=CPU, backend=name)
+    assert torch.equal(linear.dequantize(), weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", HERE)
+def test_error_is_about_that_of_plain_torch(name: str, dtype: torch.dtype, case: dict) -> None:
+    weight = random_weight(**case)
+    runnable(name, weight, dtype)
+    torch.manual_seed(0)
+    linear = QuantizedLinear(weight, torch.randn(weight.out_features), dtype=dtype, device=CPU, backend=name)
+    for rows in (1, 5, 40, 200):
+        x = torch.randn(rows, weight.in_features).to(dtype)
+        exact = truth(x, weight, linear.bias)
+        plain = relative_error(torch.nn.functional.linear(x, weight.dequantize(dtype), linear.bias), exact)
+        # Few rows on the CPU: the weight is not rounded, but its offset is, and the bias is added after a rounding.
+        assert relative_error(linear(x), exact) <= (1.6 if rows < 48 else 1.25) * plain
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_symmetric_weights_lose_nothing_on_the_cpu(name: str) -> None:
+    """Without offset and bias, the packed kernel rounds the output and nothing else."""
+    weight = random_weight(256, 512, group_size=128)
+    x = torch.randn(4, 512).bfloat16() + 1
+    exact = truth(x, weight)
+    y = QuantizedLinear(weight, None, dtype=torch.bfloat16, device=CPU, backend=name)(x)
+    rounded_weight = 1.2 if name == "torch" else 1.01
+    assert relative_error(y, exact) <= rounded_weight * relative_error(exact.bfloat16(), exact)
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_leading_dimensions_and_empty_batches_are_kept(name: str) -> None:
+    weight = random_weight(48, 96, group_size=32)
+    linear = QuantizedLinear(weight, None, dtype=torch.bfloat16, device=CPU, backend=name)
+    x = torch.randn(2, 3, 96).bfloat16()
+    torch.testing.assert_close(linear(x), linear(x.view(6, 96)).view(2, 3, 48))
+    assert linear(x[:0]).shape == (0, 3, 48)
+    # Columns of a wider tensor, as attention code passes them.
+    torch.testing.assert_close(linear(torch.cat([x, x], dim=-1)[..., 96:]), linear(x))
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_one_graph_under_compile_and_export(name: str) -> None:
+    weight = random_weight(48, 96, group_size=32)
+    linear = QuantizedLinear(weight, torch.randn(48), dtype=torch.bfloat16, device=CPU, backend=name)
+    torch.compiler.reset()
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.inference_mode():
+        for rows in (1, 3, 60):
+            x = torch.randn(rows, 96).bfloat16()
+            assert torch.equal(compiled(x), linear(x))
+    dynamic = {"x": {0: torch.export.Dim("rows", min=2)}}
+    program = torch.export.export(linear, (torch.randn(4, 96).bfloat16(),), dynamic_shapes=dynamic)
+    calls = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert torch.ops.llmquant.matmul.default in calls
+    x = torch.randn(50, 96).bfloat16()
+    torch.testing.assert_close(program.module()(x), linear(x))
+
+
+def test_peeking_at_the_weight_makes_nothing_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = QuantizedLinear(random_weight(16, 64), None, dtype=torch.bfloat16, device=CPU)
+    dense = linear.dequantize()
+    assert torch.equal(linear.weight.T, dense.T) and torch.equal(torch.relu(linear.weight), torch.relu(dense))
+    monkeypatch.setattr(QuantizedLinear, "dequantize", lambda *_: pytest.fail("made dense"))
+    weight = linear.weight
+    assert (weight.dtype, weight.device, weight.shape) == (torch.bfloat16, CPU, (16, 64))
+
+
+def test_moving_and_casting_keep_the_codes_or_refuse() -> None:
+    weight = random_weight(16, 64)
+    linear = QuantizedLinear(weight, torch.randn(16), dtype=torch.bfloat16, device=CPU, backend="torch")
+    before = linear.dequantize()
+    assert torch.equal(linear.to("cpu", torch.bfloat16).dequantize(), before)
+    with pytest.raises(UserError, match="cannot be cast"):
+        linear.half()
+    assert list(linear.state_dict()) == ["bias"]
+
+
+def test_deep_copies_and_pickles_compute_the_same() -> None:
+    linear = QuantizedLinear(random_weight(32, 64), None, dtype=torch.bfloat16, device=CPU)
+    x = torch.randn(2, 64).bfloat16()
+    assert torch.equal(copy.deepcopy(linear)(x), linear(x))
+    assert torch.equal(pickle.loads(pickle.dumps(linear))(x), linear(x))
+
+
+def test_wrong_dtype_of_x_is_refused() -> None:
+    linear = QuantizedLinear(random_weight(16, 64), None, dtype=torch.bfloat16, device=CPU)
+    with pytest.raises(TypeError, match="float32"):
+        linear(torch.randn(1, 64))
+
+
+def test_refusals_say_why() -> None:
+    choice = explain_choice(LinearShape.of(random_weight(16, 64)), CPU, torch.bfloat16, "torch")
+    assert "NVIDIA" in choice.refusals["triton"] and choice.reason == "asked for"
+    with pytest.raises(UserError, match=r"cannot run 64x16 4-bit g64 sym on cpu.*NVIDIA"):
+        choose_backend(LinearShape.of(random_weight(16, 64)), CPU, torch.bfloat16, "triton")
+
+
+def test_groups_smaller_than_a_block_fall_to_the_definition() -> None:
+    backend, reason = choose_backend(LinearShape.of(random_weight(16, 64, group_size=8)), CPU, torch.bfloat16)
+    assert backend.name == "torch" and "no other" in reason
+
+
+def test_slots_hold_every_column_once_and_one_group_per_block() -> None:
+    weight = random_weight(8, 200, group_size=48, moving=True, symmetric=False)
+    slots = arrange_slots(weight, 32, 128)
+    real = slots.column_S[slots.column_S < 200]
+    assert sorted(real.tolist()) == list(range(200)) and slots.padded % 128 == 0
+    for block, columns in enumerate(slots.column_S.view(-1, 32)):
+        groups = weight.group_of_column_K[columns[columns < 200]].unique().tolist()
+        assert groups in ([], [slots.group_B[block]])
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_compiler_sees_through_a_linear_with_few_rows(name: str) -> None:
+    linear = QuantizedLinear(random_weight(48, 96, group_size=32), None, dtype=torch.bfloat16, device=CPU, backend=name)
+    seen: list[bool] = []
+    torch.compiler.reset()
+
+    def look(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
+        seen.append("llmquant" in graph.code)
+        return graph
+
+    compiled = torch.compile(linear, fullgraph=True, dynamic=False, backend=look)
+    with torch.inference_mode():
+        for rows in (1, 100):
+            compiled(torch.randn(rows, 96).bfloat16())
+    assert seen == [BACKENDS[name].inline_rows <= 1, True]

@@ -10,8 +10,9 @@ and the original one. Their difference is what the corrected targets of `targets
     drift    = (X_fp - X)^T X / T        X_fp: inputs of the same tokens in the original network
     residual = X^T (h_fp - h) / T        h, h_fp: the residual stream that the linear's output is added to
 
-Moments are accumulated in float32. The products themselves may run in bfloat16 where the inputs are bfloat16 and the
-processor multiplies it fast: measured equal in quality at half the time, because the *differences* are formed first.
+Everything is accumulated in float32, and the Hessian's products are taken in float32 too: a bfloat16 product rounds its
+result to 8 bits, and the Hessian is inverted (KL .106 instead of .096 on SmolLM2-135M, and factorizations that fail).
+The moments of differences are small to begin with, so bfloat16 products serve them, where the inputs are bfloat16.
 
 Letters: T tokens, K in_features, R width of the residual stream.
 """
@@ -22,12 +23,7 @@ import torch
 from torch import Tensor
 
 # Columns of one panel of the Hessian: only panels on and above the diagonal are multiplied, the rest is mirrored.
-PANEL_COLUMNS = 384
-
-
-def _product(left_TK: Tensor, right_TR: Tensor) -> Tensor:
-    """left^T @ right over the tokens, float32 [K, R]."""
-    return (left_TK.T @ right_TR).float()
+PANEL_COLUMNS = 128
 
 
 class InputStatistics:
@@ -51,19 +47,21 @@ class InputStatistics:
         x_TK: the input in the quantized network. original_x_TK: the same in the original network (needed for drift).
         residual_gap_TR: h_fp - h at the stream the linear writes to (needed for the residual moment).
         """
-        x_TK = matmul_dtype(x_TK)
+        if x_TK.dtype == torch.float16:  # its products would overflow: 300 squared is beyond its range
+            x_TK = x_TK.float()
+        exact_TK = x_TK.float()
         self.num_tokens += x_TK.shape[0]
         self._abs_K += torch.linalg.vector_norm(x_TK, ord=1, dim=0, dtype=torch.float32)
         in_features = x_TK.shape[1]
         for start in range(0, in_features, PANEL_COLUMNS):
             stop = min(start + PANEL_COLUMNS, in_features)
-            self._hessian_KK[:stop, start:stop] += _product(x_TK[:, :stop], x_TK[:, start:stop])
+            self._hessian_KK[:stop, start:stop].addmm_(exact_TK[:, :stop].T, exact_TK[:, start:stop])
         if self._drift_KK is not None:
             assert original_x_TK is not None
-            self._drift_KK += _product(original_x_TK.to(x_TK.dtype) - x_TK, x_TK)
+            self._drift_KK += (original_x_TK.to(x_TK.dtype) - x_TK).T @ x_TK
         if self._residual_KR is not None:
             assert residual_gap_TR is not None
-            self._residual_KR += _product(x_TK, residual_gap_TR.to(x_TK.dtype))
+            self._residual_KR += x_TK.T @ residual_gap_TR.to(x_TK.dtype)
 
     @property
     def hessian_KK(self) -> Tensor:
@@ -85,11 +83,3 @@ class InputStatistics:
     def residual_KR(self) -> Tensor | None:
         """Mean of x (h_fp - h)^T, float32 [K, R], or None when it was not asked for."""
         return None if self._residual_KR is None else self._residual_KR / max(self.num_tokens, 1)
-
-
-def matmul_dtype(x: Tensor) -> Tensor:
-    """The input in the dtype its products are taken in: bfloat16 stays, everything else becomes float32.
-
-    float16 would overflow: one outlier of 300 squared is beyond its range.
-    """
-    return x if x.dtype == torch.bfloat16 else x.float()

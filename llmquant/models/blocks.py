@@ -67,8 +67,8 @@ def linears_of(module: nn.Module) -> dict[str, nn.Module]:
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
     """(out_features, in_features)."""
-    rows, columns = linear.weight.shape  # type: ignore[union-attr]
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)  # type: ignore[return-value]
+    out_features, in_features = weight_of(linear).shape
+    return out_features, in_features
 
 
 def weight_as_NK(linear: nn.Module, weight: Tensor) -> Tensor:

@@ -21,9 +21,11 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from llmquant.memory import give_back
 from llmquant.models.blocks import BlockPlan, find_blocks, first_tensor, watch
 from llmquant.models.skeleton import Skeleton
 
+SEQUENCES_BETWEEN_TRIMS = 8
 END = -1
 """`Sequence.block` of a sequence that has left the last block."""
 
@@ -79,6 +81,7 @@ class Walk:
         self.quantized = [self._start(tokens_L) for tokens_L in tokens_SL]
         self.original = [self._start(tokens_L) for tokens_L in tokens_SL] if with_original else []
         self._handles: list[Any] = []
+        self._pending: list[Sequence] = []
         self._outside = self._hook_outside()
         for index, block in enumerate(self._blocks):
             self._handles.append(block.register_forward_pre_hook(self._at_door(index), with_kwargs=True))
@@ -107,9 +110,7 @@ class Walk:
 
     def enter(self, index: int) -> None:
         """Bring every sequence to the door of block `index`, which must be next, and load its weights."""
-        for sequence in (*self.original, *self.quantized):
-            if sequence.block is None:
-                sequence.go_on()
+        self._advance([sequence for sequence in (*self.original, *self.quantized) if sequence.block is None])
         self._drop_outside()
         assert all(sequence.block == index for sequence in (*self.original, *self.quantized))
         self.skeleton.load(self.block_names[index])
@@ -120,11 +121,9 @@ class Walk:
 
     def pass_through(self, index: int, replacements: Mapping[str, Tensor]) -> None:
         """Walk through a finished block: the originals with the checkpoint's weights, the others with replacements."""
-        for sequence in self.original:
-            sequence.go_on()
+        self._advance(self.original)
         self.skeleton.load(self.block_names[index], replacements)
-        for sequence in self.quantized:
-            sequence.go_on()
+        self._advance(self.quantized)
 
     def _at_door(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -169,24 +168,27 @@ class Walk:
         try:
             for sequence in (*self.original, *self.quantized):
                 sequence.streams = {"": tensor} if (tensor := first_tensor(*sequence.call)) is not None else {}
-                sequence.go_on()
+            self._advance([*self.original, *self.quantized])
             while waiting := [sequence for sequence in self.quantized if sequence.x is not None]:
                 number = min(sequence.stage for sequence in waiting)
-                self._at, self._pending = number, [s for s in self.original if s.x is not None and s.stage == number]
+                self._pending = [s for s in self.original if s.x is not None and s.stage == number]
                 yield number, list(self._arrivals(number, plan.stages[number].residual_source))
                 self.release_originals()
-                for sequence in waiting:
-                    if sequence.stage == number:
-                        sequence.go_on()
+                self._advance([sequence for sequence in waiting if sequence.stage == number])
         finally:
             for handle in handles:
                 handle.remove()
 
     def release_originals(self) -> None:
         """Let the original network's sequences pass the stage, which still has its original weights."""
-        for sequence in self._pending:
-            sequence.go_on()
+        self._advance(self._pending)
         self._pending = []
+
+    def _advance(self, sequences: list[Sequence]) -> None:
+        for count, sequence in enumerate(sequences):
+            if count % SEQUENCES_BETWEEN_TRIMS == 0:
+                give_back()
+            sequence.go_on()
 
     def _arrivals(self, number: int, source: str | None) -> Iterator[Arrival]:
         originals: list[Sequence | None] = list(self.original) or [None] * len(self.quantized)

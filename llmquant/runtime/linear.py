@@ -44,17 +44,14 @@ class QuantizedLinear(nn.Module):
         self.dtype = dtype
         chosen, self.backend_reason = choose_backend(self.layer, device, dtype, backend)
         self.backend_name = chosen.name
-        prepared = chosen.prepare(weight, dtype, device)
-        self._num_prepared = len(prepared)
-        for i, tensor in enumerate(prepared):
-            self.register_buffer(f"prepared_{i}", tensor, persistent=False)
+        self._hold(chosen.prepare(weight, dtype, device))
         self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
 
-    @property
-    def prepared(self) -> tuple[Tensor, ...]:
-        """The tensors of the backend's layout."""
-        buffers = self._buffers
-        return tuple(buffers[f"prepared_{i}"] for i in range(self._num_prepared))  # type: ignore[misc]
+    def _hold(self, prepared: tuple[Tensor, ...]) -> None:
+        """Keep the tensors twice: as buffers, for whoever lists them, and as the tuple that every call needs."""
+        self.prepared = prepared
+        for i, tensor in enumerate(prepared):
+            self.register_buffer(f"prepared_{i}", tensor, persistent=False)
 
     @property
     def device(self) -> torch.device:
@@ -70,11 +67,22 @@ class QuantizedLinear(nn.Module):
         return BACKENDS[self.backend_name].dequantize(self.prepared, self.layer, dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The operator costs some ten microseconds of Python per call: as much as a small matmul. It is only needed
-        # where somebody traces or differentiates.
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._wants_gradient(x)):
+        """Raises TypeError where x has another dtype, as a dense linear would."""
+        if x.dtype != self.dtype:
+            raise TypeError(f"x is {x.dtype}, but this linear was prepared for {self.dtype}")
+        if self._needs_operator(x):
             return matmul(x, list(self.prepared), self.bias, self.backend_name, self.layer.as_ints())
         return BACKENDS[self.backend_name].matmul(x, self.prepared, self.bias, self.layer)
+
+    def _needs_operator(self, x: Tensor) -> bool:
+        """Whether somebody differentiates or traces. The operator costs some ten to thirty microseconds of Python per
+        call, as much as a small matmul, so whoever does neither goes without."""
+        if torch.is_grad_enabled() and self._wants_gradient(x):
+            return True
+        if not torch.compiler.is_compiling():
+            return False
+        inline_rows = BACKENDS[self.backend_name].inline_rows
+        return torch.compiler.is_exporting() or x.numel() >= inline_rows * self.in_features
 
     def _wants_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
@@ -93,8 +101,7 @@ class QuantizedLinear(nn.Module):
                 f"{self.layer.describe()}: prepared for backend '{self.backend_name}' on {self.device}, which cannot "
                 f"run on {moved.device} ({refusal}); load the model on that device"
             )
-        for i, tensor in enumerate(self.prepared):
-            self._buffers[f"prepared_{i}"] = tensor.to(moved.device)
+        self._hold(tuple(tensor.to(moved.device) for tensor in self.prepared))
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self

@@ -1,0 +1,249 @@
+"""Backend `triton`: NVIDIA GPUs from compute capability 8.0, any of our widths, float16 and bfloat16.
+
+The kernels and their layout are in `triton_w4a16.py`; here the weight is brought into the layout, and a call is cut
+into tiles. Up to some hundred rows of x the codes go straight into the product; above, the dense weight is written once
+and cuBLAS multiplies. Codes of 2 and 3 bits are stored as 4-bit codes; codes of 8 bits as two planes of 4 bits over
+the same x, (high - zero_high) * 16 scale + (low - zero_low) * scale.
+
+Backend `triton-invariant` runs every call with the same tiles, so that a row of y has the same bits whatever the
+number of rows beside it.
+
+Prepared tensors, in order (letters as in `triton_w4a16.py`): words int32 [NP/64, P*T, 64, 16]; meta int32 [P*T, NP, B];
+done int32 [tiles], the counters of split-K, zero between calls, so that one layer must not run on two streams at
+once; column int64 [128 T], empty where the columns keep their place; an empty tensor of the dtype of x.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmquant.kernels.layout import LinearShape, arrange_slots, gather_columns
+from llmquant.kernels.tiles import Gpu, Problem, Tiles, batch_invariant_tiles, choose_tiles, dense_from_rows
+from llmquant.weight import QuantizedWeight
+
+TILE = 128
+"""Slots of a tile along K."""
+
+MAX_SPLIT_ROW_TILES = 4
+"""Tiles along M for which there are counters; calls with more rows have enough programs without split-K."""
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def refuses(layer: LinearShape, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run the linear, or None."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not (interpreted and device.type == "cpu"):
+        return f"runs on NVIDIA GPUs, not on {device.type}"
+    if dtype not in _DTYPES:
+        return f"computes in bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
+    if layer.num_groups > 1 and layer.group_size < 16:
+        return f"group_size {layer.group_size} is below 16"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "its inline assembly is for NVIDIA GPUs, this torch is built for AMD"
+        if not torch.cuda.is_available():
+            return "torch sees no GPU"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    return None
+
+
+def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """The layout, made on the device; the scale is rounded to dtype."""
+    layer = LinearShape.of(weight)
+    block = _block_width(layer)
+    slots = arrange_slots(weight, block, TILE).to(device)
+    column_S, group_B = slots.column_S, slots.group_B
+    pad_rows = -layer.out_features % 64
+    weight = weight.to(device)
+    codes_NS = F.pad(slots.spread(weight.codes_NK, 0), (0, 0, 0, pad_rows))
+    zero_NB = F.pad(weight.zero_NG[:, group_B], (0, 0, 0, pad_rows))
+    scale_NB = F.pad(weight.scale_NG.float()[:, group_B], (0, 0, 0, pad_rows))
+    # An empty slot holds its zero: it is nothing even where x is infinite, and then x is a zero there anyway.
+    zero_NS = zero_NB.repeat_interleave(block, dim=1)
+    codes_NS = torch.where(column_S == layer.in_features, zero_NS, codes_NS)
+    if layer.bits == 8:
+        codes_NS = torch.cat([codes_NS >> 4, codes_NS & 15], dim=1)
+        zero_NB = torch.cat([zero_NB >> 4, zero_NB & 15], dim=1)
+        scale_NB = torch.cat([scale_NB * 16, scale_NB], dim=1)
+    words, meta = pack_words(codes_NS), pack_meta(scale_NB, zero_NB, dtype, TILE // block)
+    done = torch.zeros(len(words) * MAX_SPLIT_ROW_TILES, dtype=torch.int32, device=device)
+    column_S = column_S.new_empty(0) if slots.is_prefix else column_S
+    return words, meta, done, column_S, torch.empty(0, dtype=dtype, device=device)
+
+
+def pack_words(codes_NS: Tensor) -> Tensor:
+    """4-bit codes uint8 [NP, S] -> int32 [NP/64, S/128, 64, 16], the order of `triton_w4a16.py`."""
+    num_rows, num_slots = codes_NS.shape
+    # k = 8 * (4i + p) + 2l + e inside a tile; the word is 4l + i and the nibble p + 4e.
+    codes = codes_NS.view(num_rows // 64, 64, num_slots // TILE, 4, 4, 4, 2)  # n64, n, tile, i, p, l, e
+    codes = codes.permute(0, 2, 1, 5, 3, 6, 4).reshape(num_rows // 64, num_slots // TILE, 64, 16, 8)
+    low_nibble_first = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return low_nibble_first.contiguous().view(torch.int32).squeeze(-1)
+
+
+def pack_meta(scale_NB: Tensor, zero_NB: Tensor, dtype: torch.dtype, blocks_per_tile: int) -> Tensor:
+    """int32 [tiles, NP, blocks_per_tile]: the bits of the scale below those of -(128 + zero) or -(1024 + zero)."""
+    bias = 128 if dtype == torch.bfloat16 else 1024
+    halves = torch.stack([scale_NB.to(dtype), -(zero_NB.float() + bias).to(dtype)], dim=-1)
+    meta_NB = halves.view(torch.int32).squeeze(-1)
+    return meta_NB.view(len(meta_NB), -1, blocks_per_tile).transpose(0, 1).contiguous()
+
+
+def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
+    """x [..., K] in the dtype it was prepared for -> y [..., N]."""
+    x_MK, problem, gpu = _enter(x, prepared, layer)
+    if x_MK.shape[0] >= dense_from_rows(problem, gpu):
+        y_MN = matmul_dense(x_MK, prepared, bias_N, layer)
+    else:
+        tiles = choose_tiles(problem, x_MK.shape[0], gpu)
+        y_MN = launch(x_MK, prepared, bias_N, layer, tiles)
+    return y_MN.view(*x.shape[:-1], layer.out_features)
+
+
+def matmul_invariant(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
+    """The same, with one order of additions for any number of rows; slow for many."""
+    x_MK, problem, _ = _enter(x, prepared, layer)
+    tiles = batch_invariant_tiles(problem)
+    pieces = [launch(piece, prepared, bias_N, layer, tiles) for piece in x_MK.split(tiles.rows * MAX_SPLIT_ROW_TILES)]
+    return torch.cat(pieces).view(*x.shape[:-1], layer.out_features)
+
+
+def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dtype) -> Tensor:
+    """The dense weight [N, K]: computed in float32 and rounded to the prepared dtype."""
+    column_S = prepared[3]
+    if not column_S.numel():
+        return _dense(prepared, layer, layer.in_features).to(dtype)
+    weight_NS = _dense(prepared, layer, column_S.numel())
+    weight_NK = weight_NS.new_empty(layer.out_features, layer.in_features + 1)
+    weight_NK[:, column_S] = weight_NS
+    return weight_NK[:, :-1].to(dtype).contiguous()
+
+
+def matmul_dense(x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
+    """Write the dense weight, multiply by cuBLAS: x_MK (columns in their place, or slots) -> y_MN."""
+    return F.linear(x_MK, _dense(prepared, layer, x_MK.shape[1]), bias_N)
+
+
+def launch(
+    x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape, tiles: Tiles
+) -> Tensor:
+    """Run the fused kernel with these tiles: x_MK (columns in their place, or slots) -> y_MN."""
+    words, meta, done, _, like = prepared
+    num_rows, num_columns = x_MK.shape
+    num_row_tiles = -(-num_rows // tiles.rows)
+    parts = tiles.parts if num_row_tiles <= MAX_SPLIT_ROW_TILES else 1
+    planes = 2 if layer.bits == 8 else 1
+    num_tiles = words.shape[1] // planes
+    y_MN = torch.empty(num_rows, layer.out_features, dtype=like.dtype, device=x_MK.device)
+    if num_rows == 0:
+        return y_MN
+    partial = y_MN if parts == 1 else y_MN.new_empty(parts, num_rows, layer.out_features, dtype=torch.float32)
+    num_features = words.shape[0] * 64
+    kernels = _kernels()
+    kernels.w4a16_kernel[num_row_tiles, num_features // tiles.features, parts](
+        x_MK.contiguous(),
+        words,
+        meta,
+        y_MN if bias_N is None else bias_N,
+        y_MN,
+        partial,
+        done,
+        num_rows,
+        layer.out_features,
+        num_features,
+        num_columns,
+        num_tiles,
+        RAGGED_K=num_columns != num_tiles * TILE,
+        P=planes,
+        B=meta.shape[2],
+        BM=tiles.rows,
+        BN=tiles.features,
+        SPLIT_K=parts > 1,
+        POST=tiles.post,
+        STAGES=tiles.stages,
+        HAS_BIAS=bias_N is not None,
+        BF16=like.dtype == torch.bfloat16,
+        INTERPRET=kernels.INTERPRETED,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        enable_fp_fusion=True,
+    )
+    return y_MN
+
+
+@lru_cache(maxsize=64)
+def gpu_of(device: torch.device) -> Gpu:
+    """What the tiles have to know of this GPU."""
+    if device.type == "cpu":  # only under Triton's interpreter
+        return Gpu("interpreter", 132, 90)
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(properties.name, properties.multi_processor_count, 10 * properties.major + properties.minor)
+
+
+@lru_cache(maxsize=1)
+def _kernels():
+    """The kernels, imported when they are first run: Triton is not installed everywhere."""
+    from llmquant.kernels import triton_w4a16
+
+    return triton_w4a16
+
+
+def problem_of(prepared: tuple[Tensor, ...]) -> Problem:
+    """The key to the tables."""
+    words, meta, _, _, like = prepared
+    dtype = "bfloat16" if like.dtype == torch.bfloat16 else "float16"
+    return Problem(words.shape[0] * 64, words.shape[1] * TILE, meta.shape[2], dtype)
+
+
+def _enter(x: Tensor, prepared: tuple[Tensor, ...], layer: LinearShape) -> tuple[Tensor, Problem, Gpu]:
+    """x as the kernel reads it, and what its tiles depend on."""
+    column_S, like = prepared[3:]
+    if x.dtype != like.dtype:
+        raise TypeError(f"x is {x.dtype}, but the weight was prepared for {like.dtype}")
+    x_MK = x.reshape(-1, layer.in_features)
+    # The kernel masks the end of K; rows that are not a multiple of 16 are worth a copy, for wide loads.
+    if column_S.numel() or layer.in_features % 16:
+        x_MK = gather_columns(x_MK, column_S, -(-layer.in_features // TILE) * TILE)
+    return x_MK, problem_of(prepared), gpu_of(x.device)
+
+
+def _dense(prepared: tuple[Tensor, ...], layer: LinearShape, num_columns: int) -> Tensor:
+    """The dense weight [N, num_columns], columns in slot order, in the prepared dtype."""
+    words, meta, _, _, like = prepared
+    planes = 2 if layer.bits == 8 else 1
+    weight = torch.empty(layer.out_features, num_columns, dtype=like.dtype, device=words.device)
+    kernels = _kernels()
+    kernels.dequantize_kernel[words.shape[0], words.shape[1] // planes](
+        words,
+        meta,
+        weight,
+        layer.out_features,
+        words.shape[0] * 64,
+        num_columns,
+        words.shape[1] // planes,
+        P=planes,
+        B=meta.shape[2],
+        BF16=like.dtype == torch.bfloat16,
+        INTERPRET=kernels.INTERPRETED,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return weight
+
+
+def _block_width(layer: LinearShape) -> int:
+    """Slots that share a scale: the widest of 128, 64, 32 that divides the groups; 32 with padding where none does."""
+    if layer.num_groups == 1:
+        return TILE
+    return next((block for block in (128, 64, 32) if layer.group_size % block == 0), 32)
