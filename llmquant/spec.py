@@ -67,7 +67,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "best": {"descent_sweeps": 4, "refit_scales": True},
 }
 """Steps of a recipe by how much search is spent on it."""
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "awq", "awq+gptq")
 RANGE_SEARCHES = ("minmax", "mse", "hessian")
 
 
@@ -76,7 +76,7 @@ class Recipe:
     """How a model is quantized: which grid each linear gets, and which steps choose its codes."""
 
     method: str = "gptq"
-    """rtn (round to nearest, no data) or gptq."""
+    """rtn (round to nearest, no data), gptq, awq (scale channels, then round to nearest) or awq+gptq."""
     spec: QuantSpec = QuantSpec()
     """The grid of every linear."""
     skip: tuple[str, ...] = ()
@@ -111,6 +111,16 @@ class Recipe:
         return self.method != "rtn"
 
     @property
+    def smooths(self) -> bool:
+        """Whether input channels are scaled before anything is rounded."""
+        return self.method.startswith("awq")
+
+    @property
+    def compensates(self) -> bool:
+        """Whether GPTQ moves each column's rounding error onto the columns still to come."""
+        return self.method.endswith("gptq")
+
+    @property
     def needs_original(self) -> bool:
         """Whether the original network has to walk beside the quantized one."""
-        return self.needs_data and (self.input_error_target or self.residual_target)
+        return self.compensates and (self.input_error_target or self.residual_target)

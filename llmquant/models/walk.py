@@ -15,6 +15,7 @@ Letters: S sequences, L tokens of a sequence, T tokens, K in_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,7 @@ class Walk:
         self.quantized = [self._start(tokens_L) for tokens_L in tokens_SL]
         self.original = [self._start(tokens_L) for tokens_L in tokens_SL] if with_original else []
         self._handles: list[Any] = []
+        self._own: list[tuple[dict[str, Any], str, nn.Parameter]] = []
         self._pending: list[Sequence] = []
         self._outside = self._hook_outside()
         for index, block in enumerate(self._blocks):
@@ -149,12 +151,20 @@ class Walk:
         args, kwargs = self.quantized[0].call
         return watch(self._blocks[index], lambda: self._blocks[index](*args, **kwargs))
 
-    def stages(self, index: int, plan: BlockPlan) -> Iterator[tuple[int, list[Arrival]]]:
+    def stages(
+        self, index: int, plan: BlockPlan, own: Mapping[str, nn.Parameter] | None = None
+    ) -> Iterator[tuple[int, list[Arrival]]]:
         """Lead all sequences through a block; yields (stage index, arrivals) each time one's input is complete.
 
-        Before asking for the next one, the caller calls `release_originals` and then replaces the stage's weights.
+        own: parameters of the checkpoint by name within the block, where the block now holds others: the original
+        network walks through these. Before asking for the next stage, the caller calls `release_originals` and then
+        replaces this one's weights.
         """
         block = self._blocks[index]
+        self._own = []
+        for name, parameter in (own or {}).items():
+            owner, _, leaf = name.rpartition(".")
+            self._own.append((block.get_submodule(owner)._parameters, leaf, parameter))
         handles = []
         for number, stage in enumerate(plan.stages):
             for name in stage.linears:
@@ -168,7 +178,9 @@ class Walk:
         try:
             for sequence in (*self.original, *self.quantized):
                 sequence.streams = {"": tensor} if (tensor := first_tensor(*sequence.call)) is not None else {}
-            self._advance([*self.original, *self.quantized])
+            with self._own_parameters():
+                self._advance(self.original)
+            self._advance(self.quantized)
             while waiting := [sequence for sequence in self.quantized if sequence.x is not None]:
                 number = min(sequence.stage for sequence in waiting)
                 self._pending = [s for s in self.original if s.x is not None and s.stage == number]
@@ -181,8 +193,21 @@ class Walk:
 
     def release_originals(self) -> None:
         """Let the original network's sequences pass the stage, which still has its original weights."""
-        self._advance(self._pending)
+        with self._own_parameters():
+            self._advance(self._pending)
         self._pending = []
+
+    @contextmanager
+    def _own_parameters(self) -> Iterator[None]:
+        """Lend the block the parameters that the original network walks through."""
+        present = [parameters[leaf] for parameters, leaf, _ in self._own]
+        for parameters, leaf, own in self._own:
+            parameters[leaf] = own
+        try:
+            yield
+        finally:
+            for (parameters, leaf, _), parameter in zip(self._own, present, strict=True):
+                parameters[leaf] = parameter
 
     def _advance(self, sequences: list[Sequence]) -> None:
         for count, sequence in enumerate(sequences):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llmquant.checkpoints.header import TensorInfo
 from llmquant.checkpoints.reader import CheckpointReader
@@ -141,6 +142,10 @@ class Plan:
         if not self.recipe.needs_data:
             return RUNTIME_BYTES + block + solver
         solver += 6 * 8 * widest * widest
+        if self.recipe.smooths:
+            # The block once more in float32, twice, and the moments of all its inputs at a time.
+            inputs = sum(4 * linear.in_features**2 for linear in self.linears_of_block(0).values())
+            solver += 2 * block * 4 // self.skeleton.dtype.itemsize + inputs
         hidden = self.config.get_text_config(decoder=True).hidden_size
         streams = 2 if self.recipe.needs_original else 1
         # Waiting in front of the widest linear, a sequence holds its embedding, the block's input, the stream between
@@ -279,6 +284,24 @@ def _fit(
         f"{', '.join(map(str, STANDARD_GROUPS))}"
     )
     return None, reason
+
+
+class DamagedWeights(UserError):
+    """A weight holds NaN or inf: nothing that was made of this checkpoint is of use."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        super().__init__(
+            f"{path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again "
+            "(what this run had made of it is removed)"
+        )
+
+
+def read_finite(plan: Plan, name: str) -> Tensor:
+    """A tensor of the checkpoint; UserError when it holds NaN or inf."""
+    tensor = plan.reader.read(name)
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise DamagedWeights(plan.path, name)
+    return tensor
 
 
 def free_bytes(out: Path) -> int:

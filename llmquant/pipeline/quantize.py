@@ -31,8 +31,9 @@ from llmquant.models.blocks import BlockPlan, device_of, weight_as_NK, weight_of
 from llmquant.models.skeleton import DTYPES
 from llmquant.models.walk import Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
-from llmquant.pipeline.plan import AUTO, LinearPlan, Plan, check_disk, make_plan
+from llmquant.pipeline.plan import AUTO, DamagedWeights, LinearPlan, Plan, check_disk, make_plan, read_finite
 from llmquant.pipeline.report import Report, ReportBuilder
+from llmquant.pipeline.smoothing import Folded, Smoother
 from llmquant.pipeline.solve import Solved, Stored, solve_stage, solve_without_data
 from llmquant.spec import Recipe
 
@@ -45,16 +46,6 @@ SEQUENCES_AT_ONCE = 4
 # Files beside the weights that belong to the model: tokenizer, generation settings, licence; code only if it is used.
 KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md")
-
-
-class DamagedWeights(UserError):
-    """A weight holds NaN or inf: nothing that was made of this checkpoint is of use."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        super().__init__(
-            f"{path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again "
-            "(what this run had made of it is removed)"
-        )
 
 
 def quantize(
@@ -231,6 +222,7 @@ def walk_and_quantize(
 ) -> None:
     """Quantize block after block on what the network makes of the calibration tokens."""
     total = len(plan.block_names)
+    smoother = Smoother(plan, report) if plan.recipe.smooths else None
     with Walk(plan.skeleton, tokens.tokens_SL, with_original=plan.recipe.needs_original) as walk:
         for index, part in enumerate(part_names(plan)):
             linears = plan.linears_of_block(index)
@@ -238,14 +230,18 @@ def walk_and_quantize(
                 walk.enter(index)
             if partial.has_part(part):
                 on_step(index, total, "reading back", None)
-                stored = partial.read_part(part)
-                report.recall(partial.part_note(part))
+                stored, note = partial.read_part(part), partial.part_note(part)
+                report.recall(note)
+                dense = replacements(plan, linears, unpack_part(plan, linears, stored))
+                for name in note["folded"]:
+                    dense[name] = stored[plan.skeleton.names[name]]
                 with report.timed("forward"):
-                    walk.pass_through(index, replacements(plan, linears, unpack_part(plan, linears, stored)))
+                    walk.pass_through(index, dense)
             else:
-                solved = quantize_block(plan, walk, index, linears, report, on_step)
+                solved, folded = quantize_block(plan, walk, index, linears, smoother, report, on_step)
                 with report.timed("writing"):
-                    partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
+                    note = report.note(linears.values()) | {"folded": sorted(folded)}
+                    partial.add_part(part, pack_part(plan, index, linears, solved, folded), note)
             walk.leave(index)
     on_step(total, total, "done", None)
 
@@ -255,16 +251,24 @@ def quantize_block(
     walk: Walk,
     index: int,
     linears: Mapping[str, LinearPlan],
+    smoother: Smoother | None,
     report: ReportBuilder,
     on_step: OnStep,
-) -> dict[str, Solved]:
-    """Solve the linears of one block, stage by stage; every sequence has left it afterwards."""
+) -> tuple[dict[str, Solved], dict[str, Tensor]]:
+    """Solve the linears of one block, stage by stage; every sequence has left it afterwards.
+
+    Also the folded values of parameters that stay in 16 bit, by name in the model.
+    """
+    total = len(plan.block_names)
     with report.timed("forward"):
         block_plan = walk.plan(index)
+    folded = Folded()
+    if smoother is not None:
+        on_step(index, total, "scales", None)
+        folded = smoother.smooth(walk, index, block_plan, linears)
     left_over = set(linears) - {name for stage in block_plan.stages for name in stage.linears}
     solved: dict[str, Solved] = {}
-    total = len(plan.block_names)
-    stages = walk.stages(index, block_plan)
+    stages = walk.stages(index, block_plan, folded.own)
     while True:
         on_step(index, total, "forward", None)
         with report.timed("forward"):
@@ -276,7 +280,7 @@ def quantize_block(
         if not names:
             continue
         with report.timed("statistics"):
-            statistics = gather(plan, arrivals, block_plan, number, linears[names[0]])
+            statistics = gather(plan, arrivals, block_plan, number, linears[names[0]], folded.scales.get(number))
         del arrivals, arrived
         with report.timed("forward"):
             walk.release_originals()
@@ -302,13 +306,26 @@ def quantize_block(
         why = "is called more than once per forward pass" if name in block_plan.repeated else "saw no calibration token"
         report.linear(linears[name], solved[name])
         report.incident(linears[name].name, f"{why}: rounded to nearest")
-    return solved
+    kept = {
+        f"{plan.block_names[index]}.{name}": value
+        for name, value in folded.parameters.items()
+        if name.removesuffix(".weight") not in linears
+    }
+    return solved, kept
 
 
 def gather(
-    plan: Plan, arrivals: Iterable[Arrival], block_plan: BlockPlan, number: int, linear: LinearPlan
+    plan: Plan,
+    arrivals: Iterable[Arrival],
+    block_plan: BlockPlan,
+    number: int,
+    linear: LinearPlan,
+    scale_K: Tensor | None,
 ) -> InputStatistics:
-    """The statistics of one stage's input over all sequences."""
+    """The statistics of one stage's input over all sequences.
+
+    scale_K: what the input is divided by in the quantized network, and not in the original one.
+    """
     arrivals = list(arrivals)
     drift = plan.recipe.input_error_target and all(arrival.original_x_TK is not None for arrival in arrivals)
     gaps = plan.recipe.residual_target and all(arrival.residual_gap_TR is not None for arrival in arrivals)
@@ -316,9 +333,14 @@ def gather(
     statistics = InputStatistics(linear.in_features, plan.skeleton.device, drift=drift, residual_width=width)
     for start in range(0, len(arrivals), SEQUENCES_AT_ONCE):
         several = arrivals[start : start + SEQUENCES_AT_ONCE]
+        original_x_TK = None
+        if drift:
+            original_x_TK = torch.cat([x for arrival in several if (x := arrival.original_x_TK) is not None])
+            if scale_K is not None:
+                original_x_TK = original_x_TK / scale_K
         statistics.add(
             torch.cat([arrival.x_TK for arrival in several]),
-            torch.cat([x for arrival in several if (x := arrival.original_x_TK) is not None]) if drift else None,
+            original_x_TK,
             torch.cat([gap for arrival in several if (gap := arrival.residual_gap_TR) is not None]) if width else None,
         )
     return statistics
@@ -358,23 +380,23 @@ def stored_numbers(plan: Plan) -> Stored:
     return Stored(plan.scale_dtype, plan.format.min_zero)
 
 
-def read_finite(plan: Plan, name: str) -> Tensor:
-    """A tensor of the checkpoint; UserError when it holds NaN or inf."""
-    tensor = plan.reader.read(name)
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise DamagedWeights(plan.path, name)
-    return tensor
-
-
 def pack_part(
-    plan: Plan, index: int, linears: Mapping[str, LinearPlan], solved: Mapping[str, Solved]
+    plan: Plan,
+    index: int,
+    linears: Mapping[str, LinearPlan],
+    solved: Mapping[str, Solved],
+    folded: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """All tensors of one block as they are stored: packed linears, and the rest in the model's dtype."""
+    """All tensors of one block as they are stored: packed linears, and the rest in the model's dtype.
+
+    folded: by name in the model, what replaces the checkpoint's values.
+    """
     tensors: dict[str, Tensor] = {}
+    replaced = {plan.skeleton.names[name]: value.to("cpu") for name, value in (folded or {}).items()}
     packed = {f"{linear.source}.weight" for linear in linears.values()}
     for name in plan.tensors_of_block(index):
         if name not in packed:
-            tensors[name] = converted(plan, read_finite(plan, name))
+            tensors[name] = replaced[name] if name in replaced else converted(plan, read_finite(plan, name))
     for name, linear in linears.items():
         for suffix, tensor in plan.format.pack(solved[name].weight.to("cpu")).items():
             tensors[f"{linear.source}.{suffix}"] = tensor
@@ -460,7 +482,7 @@ def extra_files(plan: Plan) -> dict[str, bytes]:
 def quantization_config(plan: Plan) -> dict[str, Any]:
     """What config.json will say; UserError if the loaders of the format could not tell the linears apart."""
     specs = {linear.source: linear.spec for linear in plan.linears}
-    damping = {"damp_percent": plan.recipe.damping, "static_groups": True} if plan.recipe.needs_data else {}
+    damping = {"damp_percent": plan.recipe.damping, "static_groups": True} if plan.recipe.compensates else {}
     return plan.format.config(plan.recipe.spec, specs, meta=damping)
 
 

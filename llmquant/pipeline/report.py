@@ -55,6 +55,8 @@ class Report:
     kept: dict[str, str]
     """Linears in 16 bit, and why."""
     incidents: tuple[Incident, ...]
+    remarks: tuple[Incident, ...]
+    """What is worth knowing and was to be expected: inputs that AWQ cannot scale, scales that did not help."""
     calibration: dict[str, Any] | None
     original_bytes: int
     output_bytes: int
@@ -79,6 +81,7 @@ class ReportBuilder:
     plan: Plan
     linears: list[LinearReport] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
+    remarks: list[Incident] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     _calibration: CalibrationTokens | None = None
 
@@ -113,6 +116,10 @@ class ReportBuilder:
         """Note something that did not go as asked."""
         self.incidents.append(Incident(where, what))
 
+    def remark(self, where: str, what: str) -> None:
+        """Note something worth knowing that is as it should be."""
+        self.remarks.append(Incident(where, what))
+
     def linear(self, linear: LinearPlan, solved: Solved) -> None:
         """Note the result of one linear."""
         assert linear.spec is not None
@@ -136,6 +143,11 @@ class ReportBuilder:
         return {
             "linears": [asdict(linear) for linear in self.linears if linear.name in names],
             "incidents": [asdict(incident) for incident in self.incidents if incident.where in names],
+            "remarks": [
+                asdict(remark)
+                for remark in self.remarks
+                if any(f"{name}.".startswith(f"{remark.where}.") for name in names)
+            ],
         }
 
     def recall(self, note: dict[str, Any]) -> None:
@@ -143,6 +155,7 @@ class ReportBuilder:
         self.linears += [LinearReport(**linear) for linear in note.get("linears", [])]
         known = set(self.incidents)
         self.incidents += [new for entry in note.get("incidents", []) if (new := Incident(**entry)) not in known]
+        self.remarks += [Incident(**entry) for entry in note.get("remarks", [])]
 
     def finish(self, out: Path) -> Report:
         """The report of the finished run."""
@@ -154,6 +167,7 @@ class ReportBuilder:
             linears=tuple(self.linears),
             kept={linear.name: linear.reason for linear in self.plan.linears if linear.spec is None},
             incidents=tuple(self.incidents),
+            remarks=tuple(self.remarks),
             calibration=None if self._calibration is None else self._calibration.audit(),
             original_bytes=self.plan.reader.total_bytes,
             output_bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),

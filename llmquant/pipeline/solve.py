@@ -1,8 +1,9 @@
 """Quantize the linears of one stage: those that read the same input, solved together.
 
 A method is what its name says: `rtn` rounds to nearest on each group's extremes and needs no data; `gptq` rounds a
-target with GPTQ on searched grids. Whatever was searched has to beat plain RTN on the calibration inputs, row of the
-weight by row; rows where it does not are RTN's.
+target with GPTQ on searched grids; `awq` rounds to nearest on searched grids. `awq` and `awq+gptq` get weights whose
+channels were scaled before (`smoothing.py`). Whatever was searched has to beat plain RTN on the calibration inputs, row
+of the weight by row; rows where it does not are RTN's.
 
 Letters: N out_features (of all linears of the stage together), K in_features.
 """
@@ -70,11 +71,13 @@ def solve_stage(
 ) -> dict[str, Solved]:
     """Solve linears that read one input; weights are [N, K] each, by name."""
     hessian_KK = statistics.hessian_KK
-    factor = factor_inverse(hessian_KK, column_order(hessian_KK, recipe.activation_order), _ladder(recipe))
+    factor = None
+    if recipe.compensates:
+        factor = factor_inverse(hessian_KK, column_order(hessian_KK, recipe.activation_order), _ladder(recipe))
     incidents: list[str] = []
-    if factor is None:
+    if factor is None and recipe.compensates:
         incidents.append("the Hessian could not be factored at any damping: rounded to nearest on searched ranges")
-    elif factor.damping > recipe.damping:
+    elif factor is not None and factor.damping > recipe.damping:
         incidents.append(f"damping raised to {factor.damping:g} to factor the Hessian")
     solved: dict[str, Solved] = {}
     for spec in dict.fromkeys(specs.values()):
