@@ -151,34 +151,35 @@ def launch(
     partial = y_MN if parts == 1 else y_MN.new_empty(parts, num_rows, layer.out_features, dtype=torch.float32)
     num_features = words.shape[0] * 64
     kernels = _kernels()
-    kernels.w4a16_kernel[num_row_tiles, num_features // tiles.features, parts](
-        x_MK.contiguous(),
-        words,
-        meta,
-        y_MN if bias_N is None else bias_N,
-        y_MN,
-        partial,
-        done,
-        num_rows,
-        layer.out_features,
-        num_features,
-        num_columns,
-        num_tiles,
-        RAGGED_K=num_columns != num_tiles * TILE,
-        P=planes,
-        B=meta.shape[2],
-        BM=tiles.rows,
-        BN=tiles.features,
-        SPLIT_K=parts > 1,
-        POST=tiles.post,
-        STAGES=tiles.stages,
-        HAS_BIAS=bias_N is not None,
-        BF16=like.dtype == torch.bfloat16,
-        INTERPRET=kernels.INTERPRETED,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(x_MK):  # Triton launches on the current GPU
+        kernels.w4a16_kernel[num_row_tiles, num_features // tiles.features, parts](
+            x_MK.contiguous(),
+            words,
+            meta,
+            y_MN if bias_N is None else bias_N,
+            y_MN,
+            partial,
+            done,
+            num_rows,
+            layer.out_features,
+            num_features,
+            num_columns,
+            num_tiles,
+            RAGGED_K=num_columns != num_tiles * TILE,
+            P=planes,
+            B=meta.shape[2],
+            BM=tiles.rows,
+            BN=tiles.features,
+            SPLIT_K=parts > 1,
+            POST=tiles.post,
+            STAGES=tiles.stages,
+            HAS_BIAS=bias_N is not None,
+            BF16=like.dtype == torch.bfloat16,
+            INTERPRET=kernels.INTERPRETED,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+            enable_fp_fusion=True,
+        )
     return y_MN
 
 
@@ -224,21 +225,22 @@ def _dense(prepared: tuple[Tensor, ...], layer: LinearShape, num_columns: int) -
     planes = 2 if layer.bits == 8 else 1
     weight = torch.empty(layer.out_features, num_columns, dtype=like.dtype, device=words.device)
     kernels = _kernels()
-    kernels.dequantize_kernel[words.shape[0], words.shape[1] // planes](
-        words,
-        meta,
-        weight,
-        layer.out_features,
-        words.shape[0] * 64,
-        num_columns,
-        words.shape[1] // planes,
-        P=planes,
-        B=meta.shape[2],
-        BF16=like.dtype == torch.bfloat16,
-        INTERPRET=kernels.INTERPRETED,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(words):
+        kernels.dequantize_kernel[words.shape[0], words.shape[1] // planes](
+            words,
+            meta,
+            weight,
+            layer.out_features,
+            words.shape[0] * 64,
+            num_columns,
+            words.shape[1] // planes,
+            P=planes,
+            B=meta.shape[2],
+            BF16=like.dtype == torch.bfloat16,
+            INTERPRET=kernels.INTERPRETED,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return weight
 
 

@@ -207,6 +207,7 @@ def test_deep_copies_and_pickles_compute_the_same() -> None:
     linear = QuantizedLinear(random_weight(32, 64), None, dtype=torch.bfloat16, device=CPU)
     x = torch.randn(2, 64).bfloat16()
     assert torch.equal(copy.deepcopy(linear)(x), linear(x))
+    assert torch.equal(copy.copy(linear.weight).T, linear.dequantize().T)
     assert torch.equal(pickle.loads(pickle.dumps(linear))(x), linear(x))
 
 

@@ -38,8 +38,6 @@ class InverseFactor:
 
     upper_KK: Tensor
     """U of (H + damping)^-1 = U^T U in processing order, float32 unless asked otherwise."""
-    cholesky_KK: Tensor
-    """Lower L of flip(H + damping) = L L^T in processing order, float64: for solving with H."""
     order_K: Tensor
     """int64, column processed at each step."""
     damping: float
@@ -76,23 +74,25 @@ def factor_inverse(
     """
     if not torch.isfinite(hessian_KK).all():
         return None
-    ordered_KK = hessian_KK.double()[order_K][:, order_K]
+    flipped_K = order_K.flip(0)
+    flipped_KK = hessian_KK[flipped_K][:, flipped_K].double()
     for damping in ladder:
-        lower_KK, failed = torch.linalg.cholesky_ex(damped(ordered_KK, damping).flip(0, 1))
+        lower_KK, failed = torch.linalg.cholesky_ex(damped(flipped_KK, damping))
         if failed.item() == 0:
+            del flipped_KK
+            # H = M M^T with M = flip(L), so U = M^-1 = flip(L^-1).
             identity_KK = torch.eye(len(order_K), dtype=torch.float64, device=hessian_KK.device)
-            upper_KK = torch.linalg.solve_triangular(lower_KK.flip(0, 1), identity_KK, upper=True)
-            if torch.isfinite(upper_KK).all():
-                return InverseFactor(upper_KK.to(dtype), lower_KK, order_K, damping)
+            inverse_KK = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False)
+            return InverseFactor(inverse_KK.to(dtype).flip(0, 1), order_K, damping)
     return None
 
 
 def solve_with_hessian(factor: InverseFactor, rhs_KN: Tensor) -> Tensor:
-    """(H + damping)^-1 @ rhs in the original column order; float64 inside, the dtype of rhs outside, [K, N]."""
-    ordered_KN = rhs_KN[factor.order_K].double().flip(0)
-    solved_KN = torch.cholesky_solve(ordered_KN, factor.cholesky_KK).flip(0)
-    result_KN = torch.empty_like(rhs_KN)
-    result_KN[factor.order_K] = solved_KN.to(rhs_KN.dtype)
+    """(H + damping)^-1 @ rhs = U^T (U rhs), in the original column order and the dtype of the factor, [K, N]."""
+    upper_KK = factor.upper_KK
+    solved_KN = upper_KK.T @ (upper_KK @ rhs_KN[factor.order_K].to(upper_KK.dtype))
+    result_KN = torch.empty_like(solved_KN)
+    result_KN[factor.order_K] = solved_KN
     return result_KN
 
 

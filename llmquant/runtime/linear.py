@@ -70,7 +70,7 @@ class QuantizedLinear(nn.Module):
         """Raises TypeError where x has another dtype, as a dense linear would."""
         if x.dtype != self.dtype:
             raise TypeError(f"x is {x.dtype}, but this linear was prepared for {self.dtype}")
-        if self._needs_operator(x):
+        if (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._needs_operator(x):
             return matmul(x, list(self.prepared), self.bias, self.backend_name, self.layer.as_ints())
         return BACKENDS[self.backend_name].matmul(x, self.prepared, self.bias, self.layer)
 
@@ -136,6 +136,8 @@ class DenseWeight:
         return torch.Size((self._linear.out_features, self._linear.in_features))
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_linear":  # asked for by copy and pickle before it is there
+            raise AttributeError(name)
         return getattr(self._linear.dequantize(), name)
 
     @classmethod
