@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmquant.pipeline.evaluate import Evaluation
     from llmquant.pipeline.inspect import Contents
     from llmquant.pipeline.plan import LinearPlan, Plan
-    from llmquant.pipeline.report import LinearReport, Report
+    from llmquant.pipeline.report import Incident, LinearReport, Report
     from llmquant.runtime.generate import Generated
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -175,7 +175,7 @@ def print_report(report: Report, model: str) -> None:
     console.print(table)
     of = "outputs on the calibration text" if report.calibration else "weights"
     facts = [("error", f"squared, of the {of}, relative: mean over the blocks, worst, and its block; RTN: mean")]
-    facts += _incidents(report)
+    facts += _places("incidents", report.incidents) + _places("remarks", report.remarks)
     for reason, kept in _grouped(report.kept.items(), lambda item: item[1]).items():
         facts.append(("in 16 bit", f"{_names(name for name, _ in kept)}: {reason}"))
     seconds = sum(report.seconds.values())
@@ -209,13 +209,13 @@ def _errors(linears: Sequence[LinearReport]) -> list[str]:
     ]
 
 
-def _incidents(report: Report) -> list[tuple[str, str]]:
-    """What did not go as asked; what happened to many linears in one line."""
+def _places(label: str, happened: Iterable[Incident]) -> list[tuple[str, str]]:
+    """What went otherwise than asked, or is worth knowing; what happened to many linears in one line."""
     facts = []
-    for what, incidents in _grouped(report.incidents, lambda incident: incident.what).items():
+    for what, incidents in _grouped(happened, lambda incident: incident.what).items():
         places = [incident.where for incident in incidents]
         where = places[0] if len(places) == 1 else f"{len(places)} x {_names(places)}"
-        facts.append(("incidents", f"{where}: {what}"))
+        facts.append((label, f"{where}: {what}"))
     return facts
 
 
@@ -364,7 +364,7 @@ def _names(names: Iterable[str]) -> str:
     """Names by their kind, the first few of them."""
     from llmquant.pipeline.names import kind_of
 
-    kinds = list(dict.fromkeys(map(kind_of, names)))
+    kinds = list(dict.fromkeys(kind_of(name) or name for name in names))
     return ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more" if len(kinds) > 4 else "")
 
 

@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "no seq-len": (nothing, ("--seq-len", "0"), "seq_len 0"),
     "group size that fits nothing": (nothing, ("--group-size", "7"), "is not a multiple of group_size 7"),
     "group size 0": (nothing, ("--group-size", "0"), "group_size 0: must be positive, or -1"),
-    "unknown method": (nothing, ("--method", "magic"), "method 'magic': not one of rtn, gptq"),
+    "unknown method": (nothing, ("--method", "magic"), "method 'magic': not one of rtn, gptq, awq, awq+gptq"),
     "unknown effort": (nothing, ("--effort", "heroic"), "effort 'heroic': not one of fast, default, best"),
     "unknown bits": (nothing, ("--bits", "5"), "bits 5: not one of 2, 3, 4, 8"),
     "unknown format": (nothing, ("--format", "zip"), "format 'zip': not one of gptq"),

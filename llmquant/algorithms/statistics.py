@@ -58,7 +58,8 @@ class InputStatistics:
             self._hessian_KK[:stop, start:stop].addmm_(exact_TK[:, :stop].T, exact_TK[:, start:stop])
         if self._drift_KK is not None:
             assert original_x_TK is not None
-            self._drift_KK += (original_x_TK.to(x_TK.dtype) - x_TK).T @ x_TK
+            # Subtracted before it is rounded: a scaled original is float32.
+            self._drift_KK += (original_x_TK.float() - exact_TK).to(x_TK.dtype).T @ x_TK
         if self._residual_KR is not None:
             assert residual_gap_TR is not None
             self._residual_KR += x_TK.T @ residual_gap_TR.to(x_TK.dtype)

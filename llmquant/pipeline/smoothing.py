@@ -104,9 +104,7 @@ class Smoother:
                         )
                 errors.append(self._block_error(block, calls, outputs, lent))
         if not errors[0] < errors[1]:
-            self.report.remark(
-                prefix, f"scales undone: squared error of the block {errors[0]:.4g} with them, {errors[1]:.4g} without"
-            )
+            self.report.remark(prefix, "scales undone: the block's output error is not lower with them")
             return Folded()
         own = {}
         for name, value in new.items():
