@@ -165,7 +165,9 @@ def w4a16_kernel(
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * K + slot[:, None]
     sums = tl.zeros((BN, BM), tl.float32)
     for tile in tl.range(first, last, num_stages=STAGES):
-        tile_x = tile % T if P > 1 else tile
+        tile_x = tile
+        if P > 1:  # the second plane reads x again; no remainder, which would be a division
+            tile_x = tl.where(tile >= T, tile - T, tile)
         live_x = live_m[None, :]
         if RAGGED_K:
             live_x = live_x & (tile_x * 128 + slot < K)[:, None]

@@ -304,7 +304,11 @@ def print_backends(choices: Mapping[str, Choice]) -> None:
     console.print(table)
     refusals = [(name, f"{backend}: {why}") for name, c in choices.items() for backend, why in c.refusals.items()]
     grouped = _grouped(refusals, lambda item: item[1])
-    _print_facts(console, [("refused", f"{why} ({_names(name for name, _ in same)})") for why, same in grouped.items()])
+    facts = []
+    for why, same in grouped.items():
+        whose = "" if len(same) == len(choices) else f" ({_names(name for name, _ in same)})"
+        facts.append(("refused", f"{why}{whose}"))
+    _print_facts(console, facts)
 
 
 def print_piece(text: str) -> None:
@@ -339,7 +343,7 @@ def _table() -> Table:
 
 
 def _print_facts(console: Console, facts: Iterable[tuple[str, str]]) -> None:
-    grid = Table.grid(padding=(0, 2), pad_edge=True)
+    grid = Table.grid(padding=(0, 2, 0, 1), pad_edge=True)
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     said = None

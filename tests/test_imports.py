@@ -22,8 +22,10 @@ ALLOWED: dict[str, set[str]] = {
         "llmquant.checkpoints",
         "torch",
         "safetensors",
+        "llmquant.memory",
         "transformers",
         "accelerate",
+        "greenlet",
     },
     "llmquant.eval": {"llmquant.errors", "torch", "transformers"},
 }
