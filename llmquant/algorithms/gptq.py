@@ -52,10 +52,25 @@ def column_order(hessian_KK: Tensor, by_activation: bool = True) -> Tensor:
     return torch.argsort(diagonal_K, descending=True, stable=True)
 
 
-def damped(hessian_KK: Tensor, damping: float) -> Tensor:
-    """The Hessian with its diagonal raised by a fraction of its mean; 1 on the diagonal of a dead column."""
+def damping_unit(hessian_KK: Tensor, scale_K: Tensor | None = None) -> Tensor:
+    """What the diagonal is raised by at a damping of 1, float [K]: its mean.
+
+    scale_K: what AWQ divided the inputs by. Scaling levels the diagonal, and the mean with it; so it is the mean of the
+    undivided inputs that counts, divided as they are: the damped problem stays the one it is without scales. Otherwise
+    the targets of `targets.py` fit the noise of the calibration text.
+    """
     diagonal_K = hessian_KK.diagonal()
-    raised_K = torch.where(diagonal_K > 0, diagonal_K + damping * diagonal_K.mean(), torch.ones_like(diagonal_K))
+    if scale_K is None:
+        return diagonal_K.mean().expand_as(diagonal_K)
+    square_K = scale_K.to(diagonal_K.dtype).square()
+    return (diagonal_K * square_K).mean() / square_K
+
+
+def damped(hessian_KK: Tensor, damping: float, scale_K: Tensor | None = None) -> Tensor:
+    """The Hessian with its diagonal raised by a fraction of `damping_unit`; 1 on the diagonal of a dead column."""
+    diagonal_K = hessian_KK.diagonal()
+    raised_K = diagonal_K + damping * damping_unit(hessian_KK, scale_K)
+    raised_K = torch.where(diagonal_K > 0, raised_K, torch.ones_like(diagonal_K))
     damped_KK = hessian_KK.clone()
     damped_KK.diagonal().copy_(raised_K)
     return damped_KK
@@ -66,8 +81,11 @@ def factor_inverse(
     order_K: Tensor,
     ladder: tuple[float, ...] = DAMPING_LADDER,
     dtype: torch.dtype = torch.float32,
+    scale_K: Tensor | None = None,
 ) -> InverseFactor | None:
     """Factor the inverse of a Hessian, float32 [K, K], raising the damping along the ladder until it succeeds.
+
+    scale_K: what AWQ divided the inputs by (`damping_unit`).
 
     A dead column (H_kk = 0: never an input) gets H_kk = 1, so that it is rounded on its own. None when the whole ladder
     fails or the Hessian is not finite.
@@ -76,8 +94,9 @@ def factor_inverse(
         return None
     flipped_K = order_K.flip(0)
     flipped_KK = hessian_KK[flipped_K][:, flipped_K].double()
+    flipped_scale_K = None if scale_K is None else scale_K[flipped_K]
     for damping in ladder:
-        lower_KK, failed = torch.linalg.cholesky_ex(damped(flipped_KK, damping))
+        lower_KK, failed = torch.linalg.cholesky_ex(damped(flipped_KK, damping, flipped_scale_K))
         if failed.item() == 0:
             del flipped_KK
             # H = M M^T with M = flip(L), so U = M^-1 = flip(L^-1).

@@ -29,8 +29,18 @@ PANEL_COLUMNS = 128
 class InputStatistics:
     """Sums over the calibration tokens of one input. Read the properties only after the last `add`."""
 
-    def __init__(self, in_features: int, device: torch.device, *, drift: bool = False, residual_width: int = 0) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device,
+        *,
+        drift: bool = False,
+        residual_width: int = 0,
+        scale_K: Tensor | None = None,
+    ) -> None:
         self.num_tokens = 0
+        self.scale_K = scale_K
+        """What AWQ divided the input by in the quantized network, and not in the original one."""
         self._hessian_KK = torch.zeros(in_features, in_features, device=device)
         self._abs_K = torch.zeros(in_features, device=device)
         self._drift_KK = torch.zeros_like(self._hessian_KK) if drift else None
@@ -58,8 +68,8 @@ class InputStatistics:
             self._hessian_KK[:stop, start:stop].addmm_(exact_TK[:, :stop].T, exact_TK[:, start:stop])
         if self._drift_KK is not None:
             assert original_x_TK is not None
-            # Subtracted before it is rounded: a scaled original is float32.
-            self._drift_KK += (original_x_TK.float() - exact_TK).to(x_TK.dtype).T @ x_TK
+            original_TK = original_x_TK.float() if self.scale_K is None else original_x_TK / self.scale_K
+            self._drift_KK += (original_TK - exact_TK).to(x_TK.dtype).T @ x_TK
         if self._residual_KR is not None:
             assert residual_gap_TR is not None
             self._residual_KR += x_TK.T @ residual_gap_TR.to(x_TK.dtype)

@@ -333,17 +333,14 @@ def gather(
     drift = plan.recipe.input_error_target and all(arrival.original_x_TK is not None for arrival in arrivals)
     gaps = plan.recipe.residual_target and all(arrival.residual_gap_TR is not None for arrival in arrivals)
     width = linear.out_features if gaps and block_plan.stages[number].residual_source is not None else 0
-    statistics = InputStatistics(linear.in_features, plan.skeleton.device, drift=drift, residual_width=width)
+    statistics = InputStatistics(
+        linear.in_features, plan.skeleton.device, drift=drift, residual_width=width, scale_K=scale_K
+    )
     for start in range(0, len(arrivals), SEQUENCES_AT_ONCE):
         several = arrivals[start : start + SEQUENCES_AT_ONCE]
-        original_x_TK = None
-        if drift:
-            original_x_TK = torch.cat([x for arrival in several if (x := arrival.original_x_TK) is not None])
-            if scale_K is not None:
-                original_x_TK = original_x_TK / scale_K
         statistics.add(
             torch.cat([arrival.x_TK for arrival in several]),
-            original_x_TK,
+            torch.cat([x for arrival in several if (x := arrival.original_x_TK) is not None]) if drift else None,
             torch.cat([gap for arrival in several if (gap := arrival.residual_gap_TR) is not None]) if width else None,
         )
     return statistics

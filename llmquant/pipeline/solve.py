@@ -24,7 +24,15 @@ from llmquant.algorithms.affine import (
     to_quantized_weight,
     values_on_grid,
 )
-from llmquant.algorithms.gptq import DAMPING_LADDER, InverseFactor, column_order, damped, factor_inverse, gptq_round
+from llmquant.algorithms.gptq import (
+    DAMPING_LADDER,
+    InverseFactor,
+    column_order,
+    damped,
+    damping_unit,
+    factor_inverse,
+    gptq_round,
+)
 from llmquant.algorithms.refine import descend, refit_scales
 from llmquant.algorithms.statistics import InputStatistics
 from llmquant.algorithms.targets import corrected_target
@@ -73,7 +81,8 @@ def solve_stage(
     hessian_KK = statistics.hessian_KK
     factor = None
     if recipe.compensates:
-        factor = factor_inverse(hessian_KK, column_order(hessian_KK, recipe.activation_order), _ladder(recipe))
+        order_K = column_order(hessian_KK, recipe.activation_order)
+        factor = factor_inverse(hessian_KK, order_K, _ladder(recipe), scale_K=statistics.scale_K)
     incidents: list[str] = []
     if factor is None and recipe.compensates:
         incidents.append("the Hessian could not be factored at any damping: rounded to nearest on searched ranges")
@@ -123,7 +132,7 @@ def _solve(
 ) -> _Result:
     importance_K = None
     if recipe.range_search == "hessian":
-        importance_K = hessian_KK.diagonal() + recipe.damping * hessian_KK.diagonal().mean()
+        importance_K = hessian_KK.diagonal() + recipe.damping * damping_unit(hessian_KK, statistics.scale_K)
     elif recipe.range_search == "mse":
         importance_K = torch.ones_like(hessian_KK.diagonal())
 
@@ -135,7 +144,7 @@ def _solve(
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
-        damped_KK = damped(hessian_KK, factor.damping)
+        damped_KK = damped(hessian_KK, factor.damping, statistics.scale_K)
         for sweep in range(recipe.descent_sweeps):
             if sweep and recipe.refit_scales:
                 grid = refit_scales(target_KN, steps_KN, grid, damped_KK, spec, stored.scale_dtype)
