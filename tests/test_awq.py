@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from llmquant.algorithms.affine import round_to_nearest
 from llmquant.algorithms.awq import Reader, Search, candidate_scales, scaled_error, search_scale
+from llmquant.algorithms.gptq import column_order, factor_inverse
 from llmquant.algorithms.statistics import InputStatistics
+from llmquant.algorithms.targets import corrected_target
 from llmquant.models import folding
 from llmquant.pipeline import smoothing
 from llmquant.pipeline.quantize import quantize
@@ -140,6 +142,24 @@ def test_norms_are_divided_exactly(offset):
     near = exact_R != 1
     assert near.float().mean() > 0.95
     assert torch.allclose(exact_R[near].log(), scale_R[near].log(), atol=0.05)
+
+
+def test_targets_are_those_of_the_undivided_inputs():
+    x_TK, residual_TR = inputs(), torch.randn(200, 24)
+    original_TK = x_TK + 0.1 * torch.randn(200, 48)
+    scale_K = torch.exp(torch.randn(48, generator=torch.Generator().manual_seed(1)))
+    weight_KN = torch.randn(48, 24)
+    targets = []
+    for divisor_K in (None, scale_K):
+        t_K = torch.ones(48) if divisor_K is None else divisor_K
+        moments = InputStatistics(48, x_TK.device, drift=True, residual_width=24, scale_K=divisor_K)
+        moments.add(x_TK / t_K, original_TK, residual_TR)
+        hessian_KK = moments.hessian_KK
+        factor = factor_inverse(hessian_KK, column_order(hessian_KK), (0.05,), torch.float64, divisor_K)
+        scaled_KN = weight_KN * t_K[:, None]
+        targets.append(corrected_target(scaled_KN, factor, moments.drift_KK, moments.residual_KR) / t_K[:, None])
+    assert torch.allclose(targets[0].float(), targets[1].float(), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(targets[0].float(), weight_KN, atol=1e-2)
 
 
 # --- the whole path --------------------------------------------------------------------------------------------------
