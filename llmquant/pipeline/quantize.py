@@ -232,6 +232,9 @@ def walk_and_quantize(
                 on_step(index, total, "reading back", None)
                 stored, note = partial.read_part(part), partial.part_note(part)
                 report.recall(note)
+                if smoother is not None:
+                    with report.timed("folding"):
+                        smoother.learn(walk, index)
                 dense = replacements(plan, linears, unpack_part(plan, linears, stored))
                 for name in note["folded"]:
                     dense[name] = stored[plan.skeleton.names[name]]

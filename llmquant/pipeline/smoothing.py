@@ -88,22 +88,13 @@ class Smoother:
         if not all(torch.isfinite(value).all() for value in new.values()):
             self.report.remark(prefix, "scales undone: a folded parameter does not fit the dtype it is stored in")
             return Folded()
-        with self.report.timed("scale search"):
-            stages = {name: number for number, stage in enumerate(block_plan.stages) for name in stage.linears}
-            errors = []
-            for parameters, divided in ((new, scales), ({name: values[name] for name in new}, {})):
-                lent = dict(parameters)
-                for name, linear in linears.items():
-                    if f"{name}.weight" in lent:
-                        number = stages[name]
-                        importance_K = statistics[number].hessian_KK.diagonal()
-                        if number in divided:
-                            importance_K = importance_K / divided[number].square()
-                        lent[f"{name}.weight"] = self._rounded(
-                            block.get_submodule(name), lent[f"{name}.weight"], linear, importance_K
-                        )
-                errors.append(self._block_error(block, calls, outputs, lent))
-        if not errors[0] < errors[1]:
+        with self.report.timed("scale check"):
+            importances = {number: moments.hessian_KK.diagonal() for number, moments in statistics.items()}
+            plain = self._rounded(block, block_plan, linears, {name: values[name] for name in new}, importances)
+            importances |= {number: importances[number] / scale_K.square() for number, scale_K in scales.items()}
+            scaled = self._rounded(block, block_plan, linears, new, importances)
+            helps = self._error(block, calls, outputs, scaled) < self._error(block, calls, outputs, plain)
+        if not helps:
             self.report.remark(prefix, "scales undone: the block's output error is not lower with them")
             return Folded()
         own = {}
@@ -116,6 +107,15 @@ class Smoother:
             self.plan.skeleton.put(f"{prefix}.{name}", module, leaf, value)
         return Folded(new, own, scales)
 
+    def learn(self, walk: Walk, index: int) -> None:
+        """Find the pairs of a block that all sequences stand in front of, unless such a block was seen before.
+
+        A run that is continued finds them where the one before it did, in blocks that it only passes through.
+        """
+        block, block_plan = self.plan.skeleton.model.get_submodule(self.plan.block_names[index]), walk.plan(index)
+        if _kind(block, block_plan) not in self._found:
+            self._found[_kind(block, block_plan)] = find_folds(Bench(block, block_plan, walk.quantized[0].call))
+
     def _pairs(
         self,
         block: nn.Module,
@@ -126,11 +126,10 @@ class Smoother:
     ) -> list[Fold]:
         """The proven pairs of a block; stages that are left without are listed in the report."""
         bench = Bench(block, block_plan, call)
-        kind = (block_plan, tuple((name, type(module)) for name, module in block.named_modules()))
-        shapes = tuple((name, parameter.shape) for name, parameter in bench.parameters.items())
-        if (kind, shapes) not in self._found:
-            self._found[kind, shapes] = find_folds(bench)
-        found = self._found[kind, shapes]
+        kind = _kind(block, block_plan)
+        if kind not in self._found:
+            self._found[kind] = find_folds(bench)
+        found = self._found[kind]
         proven = prove_folds(
             bench,
             [
@@ -198,16 +197,29 @@ class Smoother:
         """What the written model will hold of a folded parameter; a weight yet to be quantized stays float32."""
         return value if name.removesuffix(".weight") in linears else value.to(self.plan.dtype)
 
-    def _rounded(self, linear: nn.Module, weight: Tensor, plan: LinearPlan, importance_K: Tensor) -> Tensor:
-        """A linear's weight rounded to nearest on searched ranges, laid out as the module wants it."""
-        weight_KN = weight_as_NK(linear, weight).T.contiguous()
-        grid = find_grid(
-            weight_KN, importance_K, plan.grid, self.plan.scale_dtype, self.plan.format.min_zero, CHECK_STEPS
-        )
-        rounded_KN = values_on_grid(round_to_grid(weight_KN, grid, plan.grid), grid, plan.grid)
-        return weight_as_NK(linear, rounded_KN.T).contiguous()
+    def _rounded(
+        self,
+        block: nn.Module,
+        block_plan: BlockPlan,
+        linears: Mapping[str, LinearPlan],
+        parameters: Mapping[str, Tensor],
+        importances: Mapping[int, Tensor],
+    ) -> dict[str, Tensor]:
+        """Parameters of a block with the weights of linears rounded to nearest, on ranges searched by importance_K."""
+        rounded = dict(parameters)
+        scale_dtype, min_zero = self.plan.scale_dtype, self.plan.format.min_zero
+        for number, stage in enumerate(block_plan.stages):
+            for name in stage.linears:
+                key = f"{name}.weight"
+                if name in linears and key in rounded:
+                    linear, spec = block.get_submodule(name), linears[name].grid
+                    weight_KN = weight_as_NK(linear, rounded[key]).T.contiguous()
+                    grid = find_grid(weight_KN, importances[number], spec, scale_dtype, min_zero, CHECK_STEPS)
+                    rounded_KN = values_on_grid(round_to_grid(weight_KN, grid, spec), grid, spec)
+                    rounded[key] = weight_as_NK(linear, rounded_KN.T).contiguous()
+        return rounded
 
-    def _block_error(
+    def _error(
         self,
         block: nn.Module,
         calls: Sequence[tuple[tuple, dict]],
@@ -221,6 +233,12 @@ class Smoother:
             changed = tensors_in(functional_call(block, lent, args, kwargs))[0]
             total += (changed.float() - output.float()).square().sum(dtype=torch.float64).item()
         return total
+
+
+def _kind(block: nn.Module, plan: BlockPlan) -> object:
+    """Equal for blocks that are built and run alike."""
+    modules = tuple((name, type(module)) for name, module in block.named_modules())
+    return plan, modules, tuple((name, parameter.shape) for name, parameter in block.named_parameters())
 
 
 def exact_scale(weight_R: Tensor, scale_R: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
