@@ -1,6 +1,6 @@
 """How the Triton kernel cuts its work, by GPU, shape and rows of x: a measured table, else a rule.
 
-Tables are JSON files, one per GPU: `configs/` beside this file ships those we measured, and `llmquant tune` writes the
+Tables are JSON files, one per GPU: `configs/` beside this file ships those we measured, and `tune.tune` writes the
 user's own to the cache folder, which is read first. Nothing is tuned while a model runs.
 """
 
@@ -131,7 +131,7 @@ def shipped_tables() -> list[dict[str, Any]]:
 
 
 def user_table_path(gpu_name: str) -> Path:
-    """Where `llmquant tune` writes."""
+    """Where `tune.tune` writes."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "llmquant" / f"{_file_stem(gpu_name)}.json"
 
