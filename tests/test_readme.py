@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks() -> list[tuple[int, str, str]]:
-    """(line, language, text) of every fenced block in order; one that follows `<!-- not run: reason -->` is left out."""
+    """(line, language, text) of every fenced block in order, without those after `<!-- not run: reason -->`."""
     pattern = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```(bash|python)\n(.*?)\n```", re.DOTALL)
     return [
         (README[: match.start(3)].count("\n") + 1, match[2], match[3])
