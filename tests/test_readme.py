@@ -16,57 +16,35 @@ from llmquant.cli import app
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[object]:
-    """Fenced blocks of a language, in order; one that follows `<!-- not run: reason -->` is left out."""
-    pattern = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```(\w+)\n(.*?)\n```", re.DOTALL)
+def blocks() -> list[tuple[int, str, str]]:
+    """(line, language, text) of every fenced block in order, without those after `<!-- not run: reason -->`."""
+    pattern = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```(bash|python)\n(.*?)\n```", re.DOTALL)
     return [
-        pytest.param(match[3], id=f"line-{README[: match.start(3)].count(chr(10)) + 1}")
+        (README[: match.start(3)].count("\n") + 1, match[2], match[3])
         for match in pattern.finditer(README)
-        if match[2] == language and not match[1]
+        if not match[1]
     ]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory, smollm2) -> tuple[Path, dict[str, str]]:
-    """One folder for all blocks, so that a later one finds what an earlier one made; `llmquant` is the checkout's."""
-    folder = tmp_path_factory.mktemp("readme")
-    binaries = folder / "bin"
+@pytest.mark.model
+def test_every_command_and_example_runs_in_the_order_it_stands(tmp_path, smollm2):
+    """One test, in one folder: a later block finds what an earlier one made. `llmquant` is the checkout's."""
+    binaries = tmp_path / "bin"
     binaries.mkdir()
     command = binaries / "llmquant"
     command.write_text(f"#!{sys.executable}\nfrom llmquant.cli import main\nmain()\n")
     command.chmod(0o755)
     path = os.pathsep.join([str(binaries), str(Path(sys.executable).parent), os.environ["PATH"]])
-    return folder, os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "MODEL": str(smollm2), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.mark.model
-@pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("block", blocks("bash"))
-def test_readme_command_runs(block, workplace):
-    folder, environment = workplace
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", block],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-
-
-@pytest.mark.model
-@pytest.mark.xdist_group("readme")
-@pytest.mark.parametrize("block", blocks("python"))
-def test_readme_example_runs(block, workplace):
-    folder, environment = workplace
-    code = f"import os\nMODEL = os.environ['MODEL']\n{block}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "MODEL": str(smollm2), "OMP_NUM_THREADS": "1"}
+    assert len(blocks()) > 5
+    for line, language, text in blocks():
+        if language == "bash":
+            arguments = ["bash", "-euo", "pipefail", "-c", text]
+        else:
+            arguments = [sys.executable, "-c", f"import os\nMODEL = os.environ['MODEL']\n{text}"]
+        done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"README line {line}: {done.stderr}"
+        assert done.stdout.strip(), f"README line {line}: prints nothing"
 
 
 def commands() -> dict[str, object]:
