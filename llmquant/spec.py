@@ -85,8 +85,9 @@ class Recipe:
     """How a group's range is chosen: minmax, mse, or hessian (weighted by the diagonal of the Hessian)."""
     activation_order: bool = True
     """Round the columns with the largest inputs first (static groups), not in their own order."""
-    damping: float = 0.01
-    """Added to the diagonal of the Hessian, as a fraction of its mean; raised where the Hessian cannot be factored."""
+    damping: float = 0.2
+    """Added to the diagonal of the Hessian, as a fraction of its mean; raised where the Hessian cannot be factored.
+    It keeps a solution from fitting the calibration text instead of the language."""
     input_error_target: bool = True
     """Round the weight that makes up for the error already in the linear's input, not the original weight."""
     residual_target: bool = True
@@ -103,7 +104,7 @@ class Recipe:
         if self.range_search not in RANGE_SEARCHES:
             raise UserError(f"range_search '{self.range_search}': not one of {', '.join(RANGE_SEARCHES)}")
         if not 0 < self.damping < 1:
-            raise UserError(f"damping {self.damping}: must lie between 0 and 1; 0.01 is the default")
+            raise UserError(f"damping {self.damping}: must lie between 0 and 1; 0.2 is the default")
 
     @property
     def needs_data(self) -> bool:

@@ -28,8 +28,8 @@ from llmquant.spec import QuantSpec
 from llmquant.weight import group_of_column
 
 BLOCK_COLUMNS = 128
-DAMPING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Damping as a fraction of mean(diag H). Quality is flat from 0.001 to 0.05; the rest is for matrices that fail."""
+DAMPING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Damping as a fraction of mean(diag H): where a matrix cannot be factored, the next step is tried."""
 
 
 @dataclass(frozen=True)

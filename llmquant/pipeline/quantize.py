@@ -26,6 +26,7 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.writer import MAX_SHARD_BYTES, PartialCheckpoint, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
+from llmquant.memory import give_back
 from llmquant.models.blocks import BlockPlan, device_of, weight_as_NK, weight_of
 from llmquant.models.walk import Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
@@ -289,6 +290,7 @@ def quantize_block(
         with report.timed("statistics"):
             statistics = gather(plan, arrivals, block_plan, number, linears[names[0]], folded.scales.get(number))
         del arrivals, arrived
+        give_back()
         with report.timed("forward"):
             walk.release_originals()
         on_step(index, total, ", ".join(name.rpartition(".")[2] for name in names), None)
