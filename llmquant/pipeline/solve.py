@@ -11,7 +11,7 @@ Letters: N out_features (of all linears of the stage together), K in_features.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -108,7 +108,6 @@ class _Result:
     error_N: Tensor
     rtn_error_N: Tensor
     output_N: Tensor
-    reverted_N: Tensor = field(repr=False)
 
     def of(self, rows: slice, spec: QuantSpec, stored: Stored, incidents: tuple[str, ...]) -> Solved:
         grid = Grid(self.grid.scale_GN[:, rows], self.grid.zero_GN[:, rows])
@@ -166,7 +165,6 @@ def _solve(
         error_N=torch.where(worse_N, rtn_error_N, error_N),
         rtn_error_N=rtn_error_N,
         output_N=_row_errors(weight_KN, hessian_KK),
-        reverted_N=worse_N,
     )
 
 

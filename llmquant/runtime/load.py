@@ -115,8 +115,3 @@ def add_generation_config(model: Any, path: Path) -> None:
 
     if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-
-
-def is_quantized(path: str | Path) -> bool:
-    """Whether a local checkpoint says that it is quantized."""
-    return CheckpointReader(Path(path)).quantization_config is not None
