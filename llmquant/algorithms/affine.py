@@ -5,7 +5,7 @@ transposed weight, weight_KN, so that the columns a group covers are contiguous 
 
 Range search ("hessian"): for shrink factors p, take the grid of (p * lo, p * hi) and keep, per row and group, the one
 with the least `sum_k H_kk (w_k - scale * (code_k - zero))^2`: the output error that rounding to nearest would cause if
-the input columns were uncorrelated. On SmolLM2-135M at 4 bits this turns a KL of .149 into .105 (with GPTQ after it).
+the input columns were uncorrelated.
 
 The scale is rounded to the dtype it is stored in before any code is computed, so that no later cast moves a weight.
 
