@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llmquant import __version__
 from llmquant.errors import UserError
-from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, QuantSpec, Recipe
+from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, QuantSpec, Recipe
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
 
-DEFAULT = Recipe()
+DEFAULT, DEFAULT_OPTIONS = Recipe(), Options()
 """Where the defaults of `llmquant quantize` come from."""
 
 
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def options(
+def common(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
@@ -101,9 +101,11 @@ def quantize_command(
     calibration: Annotated[
         str, typer.Option(help="wikitext2, c4, ptb, python-docs, or a .txt, .jsonl, .parquet file.")
     ] = "auto",
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.", metavar="N")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens of a window.", metavar="N")] = 512,
-    seed: Annotated[int, typer.Option(help="Of the draw of windows.", metavar="N")] = 0,
+    samples: Annotated[
+        int, typer.Option(help="Windows of calibration text.", metavar="N")
+    ] = DEFAULT_OPTIONS.num_samples,
+    seq_len: Annotated[int, typer.Option(help="Tokens of a window.", metavar="N")] = DEFAULT_OPTIONS.seq_len,
+    seed: Annotated[int, typer.Option(help="Of the draw of windows.", metavar="N")] = DEFAULT_OPTIONS.seed,
     skip: Annotated[
         list[str] | None,
         typer.Option(help="Leave linears in 16 bit: '*.down_proj'. May be repeated.", metavar="PATTERN"),
@@ -128,26 +130,27 @@ def quantize_command(
         console.quiet_libraries()
         from llmquant.pipeline import quantize as pipeline
 
-        request: dict[str, Any] = {
-            "format": format,
-            "dtype": dtype,
-            "calibration": calibration,
-            "num_samples": samples,
-            "seq_len": seq_len,
-            "seed": seed,
-            "device": device,
-            "overwrite": overwrite,
-            "trust_remote_code": trust_remote_code,
-        }
+        options = Options(
+            format=format,
+            dtype=dtype,
+            calibration=calibration,
+            num_samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            device=device,
+            overwrite=overwrite,
+            restart=restart,
+            trust_remote_code=trust_remote_code,
+        )
         if dry_run:
-            plan = pipeline.dry_run(model, out, recipe, **request)
+            plan = pipeline.dry_run(model, out, recipe, options)
             if as_json:
                 print(json.dumps(plan.to_dict()))
             else:
-                console.print_plan(plan, out, calibration, samples, seq_len)
+                console.print_plan(plan, out)
             return
         with console.block_progress(quiet=quiet) as on_step:
-            report = pipeline.quantize(model, out, recipe, **request, restart=restart, on_step=on_step)
+            report = pipeline.quantize(model, out, recipe, options, on_step)
     except KeyboardInterrupt:
         if not out.with_name(out.name + ".partial").exists():
             raise

@@ -219,7 +219,7 @@ def _places(label: str, happened: Iterable[Incident]) -> list[tuple[str, str]]:
     return facts
 
 
-def print_plan(plan: Plan, out: Path, calibration: str, num_samples: int, seq_len: int) -> None:
+def print_plan(plan: Plan, out: Path) -> None:
     """What `llmquant quantize --dry-run` says."""
     from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
     from llmquant.pipeline.plan import disk_bytes, free_bytes
@@ -257,8 +257,11 @@ def print_plan(plan: Plan, out: Path, calibration: str, num_samples: int, seq_le
         ("disk", f"{_size(disk_bytes(plan, out))} needed while it runs, {_size(free_bytes(out))} free"),
     ]
     if plan.recipe.needs_data:
-        source = f"{AUTO_PRESET} from the hub, or {PYTHON_DOCS} offline" if calibration == AUTO else calibration
-        facts.append(("calibration", f"{source}, {num_samples} x {seq_len} tokens"))
+        options = plan.options
+        source = options.calibration
+        if source == AUTO:
+            source = f"{AUTO_PRESET} from the hub, or {PYTHON_DOCS} offline"
+        facts.append(("calibration", f"{source}, {options.num_samples} x {options.seq_len} tokens"))
     facts.append(("dry run", "nothing is written; the same command without --dry-run does it"))
     _print_facts(console, facts)
 

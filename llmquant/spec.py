@@ -1,4 +1,5 @@
-"""What to do with each linear: the grid (`QuantSpec`) and the recipe that assigns grids and methods (`Recipe`).
+"""What to do with each linear: the grid (`QuantSpec`), the recipe that assigns grids and methods (`Recipe`), and
+how a run goes about it (`Options`).
 
 Plain data, without torch: the command line reads the defaults from here before anything heavy is imported.
 """
@@ -125,3 +126,31 @@ class Recipe:
     def needs_original(self) -> bool:
         """Whether the original network has to walk beside the quantized one."""
         return self.compensates and (self.input_error_target or self.residual_target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a run is done: what it reads, what it writes, and where it computes."""
+
+    format: str = "auto"
+    """A name of `FORMATS`, or auto: gptq; compressed-tensors for an asymmetric grid."""
+    dtype: str = "auto"
+    """Of what is not quantized: auto (as it is), float32, bfloat16 or float16."""
+    calibration: str = "auto"
+    """A preset or a text file (`textdata.load_rows`); auto: c4, or python-docs where the hub cannot be reached."""
+    num_samples: int = 128
+    """Windows of calibration text."""
+    seq_len: int = 512
+    """Tokens of a window."""
+    seed: int = 0
+    """Of the draw of windows."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    overwrite: bool = False
+    """Replace OUT, once the new one is complete."""
+    restart: bool = False
+    """Forget what an unfinished run has left."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the checkpoint."""
+    max_shard_bytes: int = 5 * 10**9
+    """Largest size of a written file."""

@@ -21,9 +21,14 @@ from llmquant.pipeline import smoothing
 from llmquant.pipeline.quantize import quantize
 from llmquant.pipeline.smoothing import exact_scale
 from llmquant.runtime.load import load
-from llmquant.spec import QuantSpec, Recipe
+from llmquant.spec import Options, QuantSpec, Recipe
 
-FEW = {"num_samples": 4, "seq_len": 40}
+
+def few(text):
+    """Options of a quick run."""
+    return Options(calibration=text, num_samples=4, seq_len=40)
+
+
 SPEC = QuantSpec(bits=3, group_size=16, symmetric=False)
 OUTLIERS = torch.tensor([3, 17, 40])
 
@@ -215,8 +220,7 @@ def test_every_architecture_keeps_its_function_when_scales_are_folded(
         original,
         tmp_path / "out",
         Recipe(method="awq+gptq", spec=QuantSpec(bits=8, group_size=32)),
-        calibration=text,
-        **FEW,
+        few(text),
     )
     assert not report.incidents
     assert not any("undone" in remark.what for remark in report.remarks)
@@ -235,7 +239,7 @@ def test_awq_leaves_less_error_than_rtn_and_writes_the_folded_norms(tiny_model, 
     errors = {}
     for method in ("rtn", "awq"):
         recipe = Recipe(method=method, spec=QuantSpec(group_size=32), range_search="minmax")
-        quantize(original, tmp_path / method, recipe, calibration=text, **FEW)
+        quantize(original, tmp_path / method, recipe, few(text))
         errors[method] = (logits_of(load(tmp_path / method, device="cpu", backend="torch")) - expected).norm().item()
     assert errors["awq"] < 0.7 * errors["rtn"]
 
@@ -248,7 +252,7 @@ def test_scales_that_make_the_block_worse_are_undone(tiny_model, text, tmp_path,
     )
     original = tiny_model("llama")
     recipe = Recipe(method="awq", spec=QuantSpec(group_size=32))
-    report = quantize(original, tmp_path / "out", recipe, calibration=text, **FEW)
+    report = quantize(original, tmp_path / "out", recipe, few(text))
     assert [remark.where for remark in report.remarks if "undone" in remark.what] == [
         "model.layers.0",
         "model.layers.1",
@@ -262,8 +266,7 @@ def test_inputs_that_cannot_be_scaled_are_listed(tiny_model, text, tmp_path):
         tiny_model("falcon"),
         tmp_path / "out",
         Recipe(method="awq", spec=QuantSpec(group_size=32)),
-        calibration=text,
-        **FEW,
+        few(text),
     )
     assert not report.incidents
     left = [remark.where for remark in report.remarks if "not scaled" in remark.what]
@@ -280,7 +283,7 @@ def test_a_run_with_folds_is_continued_to_the_same_bytes(tiny_model, text, tmp_p
         return folding.find_folds(bench)
 
     monkeypatch.setattr(smoothing, "find_folds", find_folds)
-    whole = quantize(original, tmp_path / "whole", recipe, calibration=text, **FEW)
+    whole = quantize(original, tmp_path / "whole", recipe, few(text))
     before, after = (load_file(path / "model.safetensors") for path in (original, tmp_path / "whole"))
     assert any(not torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
 
@@ -292,8 +295,8 @@ def test_a_run_with_folds_is_continued_to_the_same_bytes(tiny_model, text, tmp_p
             raise Died
 
     with pytest.raises(Died):
-        quantize(original, tmp_path / "out", recipe, calibration=text, **FEW, on_step=die_in_block_two)
-    continued = quantize(original, tmp_path / "out", recipe, calibration=text, **FEW)
+        quantize(original, tmp_path / "out", recipe, few(text), on_step=die_in_block_two)
+    continued = quantize(original, tmp_path / "out", recipe, few(text))
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
     assert continued.linears == whole.linears

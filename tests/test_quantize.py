@@ -21,10 +21,10 @@ from llmquant.pipeline.calibration import calibration_tokens
 from llmquant.pipeline.quantize import quantize
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import load
-from llmquant.spec import QuantSpec, Recipe
+from llmquant.spec import Options, QuantSpec, Recipe
 
 GROUP_32 = QuantSpec(group_size=32)
-FEW = {"calibration": "python-docs", "num_samples": 4, "seq_len": 32}
+FEW = Options(calibration="python-docs", num_samples=4, seq_len=32)
 
 
 def dequantized(original: Path, quantized: Path) -> torch.nn.Module:
@@ -47,7 +47,7 @@ def dequantized(original: Path, quantized: Path) -> torch.nn.Module:
 def test_every_architecture_quantizes_and_runs_as_its_dequantized_self(architecture, tiny_model, tmp_path):
     original = tiny_model(architecture)
     out = tmp_path / "out"
-    report = quantize(original, out, Recipe(spec=GROUP_32), **FEW)
+    report = quantize(original, out, Recipe(spec=GROUP_32), FEW)
     assert not report.incidents, report.incidents
     model = load(out, device="cpu", backend="torch")
     packed = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
@@ -67,7 +67,7 @@ def test_gptq_leaves_less_error_than_rtn(tiny_model, tmp_path):
     errors = {}
     for method in ("rtn", "gptq"):
         recipe = Recipe(method=method, spec=QuantSpec(bits=3, group_size=32))
-        quantize(original, tmp_path / method, recipe, calibration="python-docs", num_samples=32, seq_len=64)
+        quantize(original, tmp_path / method, recipe, Options(calibration="python-docs", num_samples=32, seq_len=64))
         with torch.no_grad():
             logits = load(tmp_path / method, device="cpu", backend="torch")(tokens).logits.float()
         errors[method] = (logits - reference).square().mean().item()
@@ -88,7 +88,7 @@ def test_untouched_tensors_are_those_of_the_checkpoint(tiny_model, tmp_path):
 def test_a_run_that_died_is_continued_to_the_same_bytes(tiny_model, tmp_path):
     original = tiny_model("llama", num_hidden_layers=3)
     recipe = Recipe(spec=GROUP_32)
-    whole = quantize(original, tmp_path / "whole", recipe, **FEW)
+    whole = quantize(original, tmp_path / "whole", recipe, FEW)
 
     class Died(Exception):
         pass
@@ -98,9 +98,9 @@ def test_a_run_that_died_is_continued_to_the_same_bytes(tiny_model, tmp_path):
             raise Died
 
     with pytest.raises(Died):
-        quantize(original, tmp_path / "out", recipe, **FEW, on_step=die_in_block_two)
+        quantize(original, tmp_path / "out", recipe, FEW, on_step=die_in_block_two)
     assert not (tmp_path / "out").exists()
-    continued = quantize(original, tmp_path / "out", recipe, **FEW)
+    continued = quantize(original, tmp_path / "out", recipe, FEW)
     files = sorted(file.name for file in (tmp_path / "whole").iterdir())
     assert files == sorted(file.name for file in (tmp_path / "out").iterdir())
     for name in files:

@@ -16,7 +16,7 @@ from llmquant.models.walk import Walk
 from llmquant.pipeline.calibration import calibration_tokens
 from llmquant.pipeline.quantize import SEQUENCES_AT_ONCE, quantize
 from llmquant.pipeline.solve import Stored, solve_stage
-from llmquant.spec import QuantSpec, Recipe
+from llmquant.spec import Options, QuantSpec, Recipe
 
 SAMPLES, LENGTH = 6, 24
 
@@ -103,8 +103,9 @@ def test_walking_is_the_models_own_forward_pass(architecture, tiny_model):
 def test_one_walk_equals_a_pass_per_stage(tiny_model, tmp_path):
     """The slow form of the main loop: whole models in memory, and two fresh forward passes for every stage."""
     path, spec = tiny_model("llama"), QuantSpec(group_size=32, symmetric=False)
-    recipe, options = Recipe(spec=spec), {"num_samples": SAMPLES, "seq_len": LENGTH}
-    quantize(path, tmp_path / "out", recipe, format="gptq_v2", calibration="python-docs", **options)
+    recipe = Recipe(spec=spec)
+    options = Options(format="gptq_v2", calibration="python-docs", num_samples=SAMPLES, seq_len=LENGTH)
+    quantize(path, tmp_path / "out", recipe, options)
     reader = CheckpointReader(tmp_path / "out")
     walked = {name: read_quantized(reader, packed) for name, packed in validate_quantized(reader).items()}
 

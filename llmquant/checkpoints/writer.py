@@ -34,8 +34,9 @@ from llmquant.checkpoints.journal import JOURNAL_FILE, FileRecord, Journal, Plan
 from llmquant.checkpoints.manifest import MANIFEST_FILE, build_manifest
 from llmquant.checkpoints.reader import INDEX_FILE, SINGLE_FILE, file_sha256, read_tensor, tensor_chunks
 from llmquant.errors import UserError
+from llmquant.spec import Options
 
-MAX_SHARD_BYTES = 5 * 10**9
+MAX_SHARD_BYTES = Options().max_shard_bytes
 LOCK_FILE, PARTS, CHECKPOINT, REPLACED = "lock", "parts", "checkpoint", "replaced"
 
 

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from llmquant.checkpoints.header import TensorInfo
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.checkpoints.writer import MAX_SHARD_BYTES
 from llmquant.errors import UserError
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
-from llmquant.models.blocks import find_blocks, linear_shape, linears_of
+from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of
 from llmquant.models.skeleton import DTYPES, Skeleton, read_config, stored_dtype
 from llmquant.pipeline.names import kind_of
-from llmquant.spec import QuantSpec, Recipe
+from llmquant.spec import Options, QuantSpec, Recipe
 
 AUTO = "auto"
 """The default format: gptq; compressed-tensors for an asymmetric grid, because gptq v1 cannot store zero-point 0."""
@@ -77,9 +76,12 @@ class Plan:
     block_names: tuple[str, ...]
     linears: tuple[LinearPlan, ...]
     """Every linear of the model in order."""
-    num_tokens: int
-    """Calibration tokens, 0 where no data is needed."""
-    seq_len: int
+    options: Options
+
+    @property
+    def num_tokens(self) -> int:
+        """Calibration tokens, 0 where no data is needed."""
+        return self.options.num_samples * self.options.seq_len if self.recipe.needs_data else 0
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -183,18 +185,9 @@ class Plan:
         }
 
 
-def make_plan(
-    path: Path,
-    recipe: Recipe,
-    format_name: str = AUTO,
-    *,
-    dtype: str = "auto",
-    device: torch.device | None = None,
-    num_samples: int = 128,
-    seq_len: int = 512,
-    trust_remote_code: bool = False,
-) -> Plan:
+def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     """Open a checkpoint and settle everything; UserError when the run cannot be done as asked."""
+    format_name, dtype, seq_len = options.format, options.dtype, options.seq_len
     if format_name == AUTO:
         format_name = "gptq" if recipe.spec.symmetric else "compressed-tensors"
     if format_name not in FORMATS:
@@ -205,12 +198,12 @@ def make_plan(
     if reader.quantization_config is not None:
         method = reader.quantization_config.get("quant_method", "unknown")
         raise UserError(f"{path}: already quantized (quant_method '{method}'); give the original checkpoint")
-    config = read_config(path, trust_remote_code)
+    config = read_config(path, options.trust_remote_code)
     model_dtype = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
-    device = device or torch.device("cpu")
+    device = device_of(options.device)
     # float16 matrix products are emulated on processors; float32 gives the same numbers, faster.
     compute = torch.float32 if device.type == "cpu" and model_dtype == torch.float16 else model_dtype
-    skeleton = Skeleton.open(reader, config, device, compute, trust_remote_code)
+    skeleton = Skeleton.open(reader, config, device, compute, options.trust_remote_code)
     if missing := skeleton.missing():
         raise UserError(
             f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such); the checkpoint is incomplete, "
@@ -232,8 +225,7 @@ def make_plan(
         dtype=model_dtype,
         block_names=tuple(block_names),
         linears=linears,
-        num_tokens=num_samples * seq_len if recipe.needs_data else 0,
-        seq_len=seq_len,
+        options=options,
     )
     if not plan.quantized:
         refused = next((linear for linear in linears if linear.reason), None)
@@ -309,17 +301,17 @@ def free_bytes(out: Path) -> int:
     return shutil.disk_usage(_existing_folder(out)).free
 
 
-def disk_bytes(plan: Plan, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+def disk_bytes(plan: Plan, out: Path) -> int:
     """Space that a run still needs: what it writes, once more the shard that is being put together from its parts, less
     what an earlier run has left to continue from."""
     partial = out.with_name(out.name + ".partial")
     there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
-    return max(plan.output_bytes + min(plan.output_bytes, max_shard_bytes) - there, 0)
+    return max(plan.output_bytes + min(plan.output_bytes, plan.options.max_shard_bytes) - there, 0)
 
 
-def check_disk(plan: Plan, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def check_disk(plan: Plan, out: Path) -> None:
     """UserError when the disk that will hold OUT is too small for it."""
-    free, needed = free_bytes(out), disk_bytes(plan, out, max_shard_bytes)
+    free, needed = free_bytes(out), disk_bytes(plan, out)
     if needed > free:
         raise UserError(
             f"{out}: needs {needed / 1e9:.1f} GB while it is written, and {_existing_folder(out)} has "

@@ -23,11 +23,11 @@ from llmquant import __version__
 from llmquant.algorithms.statistics import InputStatistics
 from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, read_quantized
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.checkpoints.writer import MAX_SHARD_BYTES, PartialCheckpoint, check_out
+from llmquant.checkpoints.writer import PartialCheckpoint, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.models.blocks import BlockPlan, device_of, weight_as_NK, weight_of
+from llmquant.models.blocks import BlockPlan, weight_as_NK, weight_of
 from llmquant.models.walk import Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.parts import (
@@ -40,11 +40,11 @@ from llmquant.pipeline.parts import (
     unpack_part,
     write_outside,
 )
-from llmquant.pipeline.plan import AUTO, DamagedWeights, LinearPlan, Plan, check_disk, make_plan, read_finite
+from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk, make_plan, read_finite
 from llmquant.pipeline.report import Report, ReportBuilder
 from llmquant.pipeline.smoothing import Folded, Smoother
 from llmquant.pipeline.solve import Solved, Stored, solve_stage, solve_without_data
-from llmquant.spec import Recipe
+from llmquant.spec import Options, Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
 """(blocks finished, blocks in all, what is being done, relative error of the last solved linears)."""
@@ -57,53 +57,28 @@ def quantize(
     model: str | Path,
     out: str | Path,
     recipe: Recipe | None = None,
-    *,
-    format: str = AUTO,
-    dtype: str = "auto",
-    calibration: str = "auto",
-    num_samples: int = 128,
-    seq_len: int = 512,
-    seed: int = 0,
-    device: str = "auto",
-    overwrite: bool = False,
-    restart: bool = False,
-    trust_remote_code: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    options: Options | None = None,
     on_step: OnStep | None = None,
 ) -> Report:
-    """Quantize a checkpoint into the folder OUT, which does not exist until it is complete.
+    """Quantize a checkpoint (a local folder or hub id) into the folder OUT, which does not exist until it is complete.
 
-    model: local folder or hub id. format: a name of `FORMATS`, or "auto": gptq, or compressed-tensors when the grid is
-    asymmetric. calibration: a preset or a text file (`textdata.load_rows`), or "auto".
     Raises UserError for whatever the user can mend; a run that was begun is then continued by the same call.
     """
-    out, step = Path(out), on_step or (lambda *_: None)
-    plan = prepare(
-        model,
-        out,
-        recipe or Recipe(),
-        format=format,
-        dtype=dtype,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        device=device,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        max_shard_bytes=max_shard_bytes,
-    )
+    out, options, step = Path(out), options or Options(), on_step or (lambda *_: None)
+    plan = prepare(model, out, recipe or Recipe(), options)
     total = len(plan.block_names)
     builder = ReportBuilder(plan)
     tokens = None
     if plan.recipe.needs_data:
         step(0, total, "calibration text", None)
         with builder.timed("calibration text"):
-            tokens = calibration_tokens(load_tokenizer(plan.path), calibration, num_samples, seq_len, seed)
+            tokens = draw_tokens(plan)
         builder.calibration(tokens)
         check_tokens(plan, tokens)
     step(0, total, "hashing the checkpoint", None)
     with builder.timed("hashing"):
-        request = describe_request(plan, tokens, max_shard_bytes)
-    with PartialCheckpoint.open(out, request, restart=restart, overwrite=overwrite) as partial:
+        request = describe_request(plan, tokens)
+    with PartialCheckpoint.open(out, request, restart=options.restart, overwrite=options.overwrite) as partial:
         if not partial.is_finishing:
             for part in partial.discarded:
                 builder.incident(part, "damaged since it was written: made again")
@@ -124,7 +99,7 @@ def quantize(
                     ["outside", *part_names(plan)],
                     extra_files(plan),
                     manifest={"request": request},
-                    max_shard_bytes=max_shard_bytes,
+                    max_shard_bytes=options.max_shard_bytes,
                 )
         else:
             for part in part_names(plan):
@@ -151,72 +126,28 @@ def verify_codes(out: Path, plan: Plan, report: ReportBuilder) -> None:
             )
 
 
-def prepare(
-    model: str | Path,
-    out: Path,
-    recipe: Recipe,
-    *,
-    format: str,
-    dtype: str,
-    num_samples: int,
-    seq_len: int,
-    device: str,
-    overwrite: bool,
-    trust_remote_code: bool,
-    max_shard_bytes: int,
-) -> Plan:
+def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
-    plan = make_plan(
-        resolve_model(str(model)),
-        recipe,
-        format,
-        dtype=dtype,
-        device=device_of(device),
-        num_samples=num_samples,
-        seq_len=seq_len,
-        trust_remote_code=trust_remote_code,
-    )
+    plan = make_plan(resolve_model(str(model)), recipe, options)
     quantization_config(plan)
-    check_out(out, overwrite)
-    check_disk(plan, out, max_shard_bytes)
+    check_out(out, options.overwrite)
+    check_disk(plan, out)
     return plan
 
 
-def dry_run(
-    model: str | Path,
-    out: str | Path,
-    recipe: Recipe | None = None,
-    *,
-    format: str = AUTO,
-    dtype: str = "auto",
-    calibration: str = "auto",
-    num_samples: int = 128,
-    seq_len: int = 512,
-    seed: int = 0,
-    device: str = "auto",
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Plan:
+def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, options: Options | None = None) -> Plan:
     """What `quantize` would do; refuses what it would refuse. Reads no weight, and no text that would be fetched."""
-    plan = prepare(
-        model,
-        Path(out),
-        recipe or Recipe(),
-        format=format,
-        dtype=dtype,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        device=device,
-        overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
-        max_shard_bytes=max_shard_bytes,
-    )
-    if plan.recipe.needs_data:
-        tokenizer = load_tokenizer(plan.path)
-        if is_local(calibration):
-            check_tokens(plan, calibration_tokens(tokenizer, calibration, num_samples, seq_len, seed))
+    plan = prepare(model, Path(out), recipe or Recipe(), options or Options())
+    if plan.recipe.needs_data and is_local(plan.options.calibration):
+        check_tokens(plan, draw_tokens(plan))
     return plan
+
+
+def draw_tokens(plan: Plan) -> CalibrationTokens:
+    """The calibration tokens of a run."""
+    options = plan.options
+    tokenizer = load_tokenizer(plan.path)
+    return calibration_tokens(tokenizer, options.calibration, options.num_samples, options.seq_len, options.seed)
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -389,7 +320,7 @@ def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:
         )
 
 
-def describe_request(plan: Plan, tokens: CalibrationTokens | None, max_shard_bytes: int) -> dict[str, Any]:
+def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, Any]:
     """Everything the result depends on: it identifies a run that is continued, and is kept in OUT's manifest."""
     request: dict[str, Any] = {
         "llmquant": __version__,
@@ -398,7 +329,7 @@ def describe_request(plan: Plan, tokens: CalibrationTokens | None, max_shard_byt
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": plan.skeleton.device.type,
         "recipe": asdict(plan.recipe),
-        "max_shard_bytes": max_shard_bytes,
+        "max_shard_bytes": plan.options.max_shard_bytes,
         "model": plan.reader.file_hashes(),
     }
     if tokens is not None:
