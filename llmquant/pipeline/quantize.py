@@ -11,7 +11,7 @@ through, which restores the activations bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -74,6 +74,7 @@ def quantize(
         step(0, total, "calibration text", None)
         with builder.timed("calibration text"):
             tokens = draw_tokens(plan)
+            give_back()
         builder.calibration(tokens)
         check_tokens(plan, tokens)
     step(0, total, "hashing the checkpoint", None)
@@ -206,30 +207,23 @@ def quantize_block(
     if smoother is not None:
         on_step(index, total, "scales", None)
         folded = smoother.smooth(walk, index, block_plan, linears)
-    left_over = set(linears) - {name for stage in block_plan.stages for name in stage.linears}
     solved: dict[str, Solved] = {}
-    stages = walk.stages(index, block_plan, folded.own)
-    while True:
-        on_step(index, total, "forward", None)
-        with report.timed("forward"):
-            arrived = next(stages, None)
-        if arrived is None:
-            break
-        number, arrivals = arrived
+    for number, arrivals in walk.stages(index, block_plan, folded.own):
         names = [name for name in block_plan.stages[number].linears if name in linears]
         if not names:
             continue
-        with report.timed("statistics"):
-            first = plan.skeleton.model.get_submodule(linears[names[0]].name)
-            writes = plan.recipe.needs_original and block_plan.stages[number].residual_source is not None
-            statistics = InputStatistics(
-                linears[names[0]].in_features,
-                plan.skeleton.device,
-                writer_NK=weight_of(first) if writes else None,
-                scale_K=folded.scales.get(number),
-            )
-            gather(plan.recipe, arrivals, statistics)
-        del arrivals, arrived
+        on_step(index, total, "forward", None)
+        first = plan.skeleton.model.get_submodule(linears[names[0]].name)
+        writes = plan.recipe.needs_original and block_plan.stages[number].residual_source is not None
+        statistics = InputStatistics(
+            linears[names[0]].in_features,
+            plan.skeleton.device,
+            writer_NK=weight_of(first) if writes else None,
+            scale_K=folded.scales.get(number),
+        )
+        gather(plan.recipe, arrivals, statistics, report)
+        if statistics.num_tokens == 0:
+            continue
         give_back()
         on_step(index, total, ", ".join(name.rpartition(".")[2] for name in names), None)
         with report.timed("solving"):
@@ -247,7 +241,7 @@ def quantize_block(
         solved |= results
         put_back(plan, linears, results)
         on_step(index, total, "", sum(result.error for result in results.values()) / len(results))
-    for name in sorted(left_over):
+    for name in sorted(set(linears) - set(solved)):
         linear = plan.skeleton.model.get_submodule(linears[name].name)
         solved[name] = solve_without_data(weight_of(linear), linears[name].grid, stored_numbers(plan))
         why = "is called more than once per forward pass" if name in block_plan.repeated else "saw no calibration token"
@@ -261,18 +255,22 @@ def quantize_block(
     return solved, kept
 
 
-def gather(recipe: Recipe, arrivals: Iterable[Arrival], statistics: InputStatistics) -> None:
-    """Count one stage's input over all sequences, a few at a time."""
-    arrivals = iter(arrivals)
-    while several := list(islice(arrivals, SEQUENCES_AT_ONCE)):
-        fields = zip(*(_counted(recipe, arrival) for arrival in several), strict=True)
-        xs, originals, gaps = ([part for part in field if part is not None] for field in fields)
-        if len(originals) in (0, len(xs)) and len(gaps) in (0, len(xs)):
-            statistics.add(torch.cat(xs), *(torch.cat(parts) if parts else None for parts in (originals, gaps)))
-        else:  # where the two networks part, some sequences have no counterpart
-            for arrival in several:
-                statistics.add(*_counted(recipe, arrival))
-        del xs, originals, gaps, several
+def gather(recipe: Recipe, arrivals: Iterator[Arrival], statistics: InputStatistics, report: ReportBuilder) -> None:
+    """Count one stage's input over all sequences, a few at a time; each is led there when it is asked for."""
+    while True:
+        with report.timed("forward"):
+            several = list(islice(arrivals, SEQUENCES_AT_ONCE))
+        if not several:
+            return
+        with report.timed("statistics"):
+            fields = zip(*(_counted(recipe, arrival) for arrival in several), strict=True)
+            xs, originals, gaps = ([part for part in field if part is not None] for field in fields)
+            if len(originals) in (0, len(xs)) and len(gaps) in (0, len(xs)):
+                statistics.add(torch.cat(xs), *(torch.cat(parts) if parts else None for parts in (originals, gaps)))
+            else:  # where the two networks part, some sequences have no counterpart
+                for arrival in several:
+                    statistics.add(*_counted(recipe, arrival))
+            del xs, originals, gaps, several
 
 
 def _counted(recipe: Recipe, arrival: Arrival) -> tuple[Tensor, Tensor | None, Tensor | None]:
