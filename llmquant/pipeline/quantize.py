@@ -240,6 +240,7 @@ def quantize_block(
             report.linear(linears[name], result)
         solved |= results
         put_back(plan, linears, results)
+        give_back()
         on_step(index, total, "", sum(result.error for result in results.values()) / len(results))
     for name in sorted(set(linears) - set(solved)):
         linear = plan.skeleton.model.get_submodule(linears[name].name)

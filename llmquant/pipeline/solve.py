@@ -131,7 +131,8 @@ def _solve(
 ) -> _Result:
     importance_K = None
     if recipe.range_search == "hessian":
-        importance_K = hessian_KK.diagonal() + recipe.damping * damping_unit(hessian_KK, statistics.scale_K)
+        diagonal_K = hessian_KK.diagonal()
+        importance_K = diagonal_K + recipe.damping * damping_unit(diagonal_K, statistics.scale_K)
     elif recipe.range_search == "mse":
         importance_K = torch.ones_like(hessian_KK.diagonal())
 
@@ -141,8 +142,8 @@ def _solve(
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
-        damped_KK = damped(hessian_KK, factor.damping, statistics.scale_K)
         for sweep in range(recipe.descent_sweeps):
+            damped_KK = damped(hessian_KK, factor.damping, statistics.scale_K)
             if sweep and recipe.refit_scales:
                 grid = refit_scales(target_KN, steps_KN, grid, damped_KK, spec, stored.scale_dtype)
             steps_KN = descend(target_KN, steps_KN, grid, damped_KK, spec)
