@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from llmquant.errors import UserError
     from llmquant.pipeline.quantize import quantize
     from llmquant.runtime.load import load
-    from llmquant.spec import Options, QuantSpec, Recipe
+    from llmquant.spec import Options, Override, QuantSpec, Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Options", "QuantSpec", "Recipe", "UserError", "__version__", "load", "quantize"]
+__all__ = ["Options", "Override", "QuantSpec", "Recipe", "UserError", "__version__", "load", "quantize"]
 
 _HOMES = {
     "quantize": "llmquant.pipeline.quantize",
     "load": "llmquant.runtime.load",
     "Recipe": "llmquant.spec",
     "Options": "llmquant.spec",
+    "Override": "llmquant.spec",
     "QuantSpec": "llmquant.spec",
     "UserError": "llmquant.errors",
 }

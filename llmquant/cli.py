@@ -15,7 +15,7 @@ import typer
 
 from llmquant import __version__
 from llmquant.errors import UserError
-from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, QuantSpec, Recipe
+from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -110,6 +110,14 @@ def quantize_command(
         list[str] | None,
         typer.Option(help="Leave linears in 16 bit: '*.down_proj'. May be repeated.", metavar="PATTERN"),
     ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another grid for some linears: '*.down_proj:bits=8,group_size=64,asym', or 'PATTERN:skip'. May be "
+            "repeated; the last word counts.",
+            metavar="PATTERN:CHANGES",
+        ),
+    ] = None,
     device: Device = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything fell back.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
@@ -123,7 +131,8 @@ def quantize_command(
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
     if effort not in EFFORTS:
         raise UserError(f"effort '{effort}': not one of {', '.join(EFFORTS)}; use --effort default")
-    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()), **EFFORTS[effort])
+    overrides = tuple(Override.parse(text) for text in override or ())
+    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()), overrides=overrides, **EFFORTS[effort])
     from llmquant import console
 
     try:

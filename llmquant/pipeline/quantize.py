@@ -27,23 +27,26 @@ from llmquant.checkpoints.writer import PartialCheckpoint, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.models.blocks import BlockPlan, weight_as_NK, weight_of
+from llmquant.models.blocks import BlockPlan, weight_of
 from llmquant.models.walk import Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.parts import (
+    OUTSIDE,
     extra_files,
     pack_part,
     part_names,
     put_back,
     quantization_config,
     replacements,
+    round_alone,
+    stored_numbers,
     unpack_part,
     write_outside,
 )
-from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk, make_plan, read_finite
+from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk, make_plan
 from llmquant.pipeline.report import Report, ReportBuilder
 from llmquant.pipeline.smoothing import Folded, Smoother
-from llmquant.pipeline.solve import Solved, Stored, solve_stage, solve_without_data
+from llmquant.pipeline.solve import Solved, solve_stage, solve_without_data
 from llmquant.spec import Options, Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
@@ -96,13 +99,13 @@ def quantize(
             step(total, total, "finishing", None)
             with builder.timed("finishing"):
                 partial.finish(
-                    ["outside", *part_names(plan)],
+                    [OUTSIDE, *part_names(plan)],
                     extra_files(plan),
                     manifest={"request": request},
                     max_shard_bytes=options.max_shard_bytes,
                 )
         else:
-            for part in part_names(plan):
+            for part in (OUTSIDE, *part_names(plan)):
                 builder.recall(partial.part_note(part))
             partial.complete()
     step(total, total, "verifying", None)
@@ -295,18 +298,11 @@ def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: Report
         solved = {}
         for name, linear in linears.items():
             with report.timed("solving"):
-                weight = read_finite(plan, f"{linear.source}.weight")
-                weight_NK = weight_as_NK(plan.skeleton.model.get_submodule(linear.name), weight)
-                solved[name] = solve_without_data(weight_NK, linear.grid, stored_numbers(plan))
+                solved[name] = round_alone(plan, linear)
             report.linear(linear, solved[name])
         with report.timed("writing"):
             partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
     on_step(total, total, "done", None)
-
-
-def stored_numbers(plan: Plan) -> Stored:
-    """How the format of a run wants its numbers."""
-    return Stored(plan.scale_dtype, plan.format.min_zero)
 
 
 def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:
