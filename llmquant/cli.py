@@ -118,6 +118,16 @@ def quantize_command(
             metavar="PATTERN:CHANGES",
         ),
     ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Refuse what this engine would not load: vllm, sglang, transformers. May be repeated.",
+            metavar="ENGINE",
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="GPUs over which the targets will split the model.", metavar="N")
+    ] = DEFAULT_OPTIONS.tensor_parallel,
     device: Device = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything fell back.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
@@ -147,6 +157,8 @@ def quantize_command(
             seq_len=seq_len,
             seed=seed,
             device=device,
+            targets=tuple(target or ()),
+            tensor_parallel=tensor_parallel,
             overwrite=overwrite,
             restart=restart,
             trust_remote_code=trust_remote_code,

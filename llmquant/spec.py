@@ -232,6 +232,10 @@ class Options:
     """Of the draw of windows."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    targets: tuple[str, ...] = ()
+    """Engines that are to load the result (`pipeline.targets.TARGETS`); what one of them would not is refused."""
+    tensor_parallel: int = 1
+    """GPUs over which those engines will split the model."""
     overwrite: bool = False
     """Replace OUT, once the new one is complete."""
     restart: bool = False

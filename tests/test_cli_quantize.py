@@ -45,10 +45,11 @@ def small(tiny_model, tmp_path_factory) -> Path:
 
 def test_defaults_of_the_command_are_those_of_the_options():
     parameters = signatures.signature(cli.quantize_command).parameters
-    names = {"num_samples": "samples"}
+    names = {"num_samples": "samples", "targets": "target"}
     for field in fields(llmquant.Options):
         if field.name != "max_shard_bytes":  # only from Python
-            assert parameters[names.get(field.name, field.name)].default == field.default, field.name
+            default = parameters[names.get(field.name, field.name)].default
+            assert (() if default is None else default) == field.default, field.name
 
 
 def test_quantize_reports_what_the_function_reports(tiny_model, tmp_path, monkeypatch, capsys):

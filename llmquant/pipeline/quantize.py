@@ -47,6 +47,7 @@ from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk,
 from llmquant.pipeline.report import Report, ReportBuilder
 from llmquant.pipeline.smoothing import Folded, Smoother
 from llmquant.pipeline.solve import Solved, solve_stage, solve_without_data
+from llmquant.pipeline.targets import check_targets
 from llmquant.spec import Options, Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
@@ -132,6 +133,7 @@ def verify_codes(out: Path, plan: Plan, report: ReportBuilder) -> None:
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
     plan = make_plan(resolve_model(str(model)), recipe, options)
+    check_targets(plan)
     quantization_config(plan)
     check_out(out, options.overwrite)
     check_disk(plan, out)
