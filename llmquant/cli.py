@@ -186,6 +186,46 @@ def quantize_command(
         raise typer.Exit(1)
 
 
+@app.command("convert")
+def convert_command(
+    model: Annotated[str, typer.Argument(help="Quantized checkpoint, of any tool: a folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    format: Annotated[
+        str, typer.Option(help="gptq, gptq_v2, awq, compressed-tensors, or dense: plain weights.", show_default=False)
+    ],
+    dtype: Annotated[str, typer.Option(help="Of dense weights: auto (config.json's), float32, bfloat16, float16.")] = (
+        "auto"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left.")] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantized MODEL in another format, without a new rounding, or refuse and say what would be lost."""
+    from llmquant import console
+    from llmquant.console_convert import print_converted
+
+    console.quiet_libraries()
+    from llmquant.pipeline.convert import convert
+
+    with console.progress(quiet=quiet) as on_step:
+        converted = convert(
+            model,
+            out,
+            format,
+            dtype=dtype,
+            overwrite=overwrite,
+            restart=restart,
+            trust_remote_code=trust_remote_code,
+            on_step=on_step,
+        )
+    if as_json:
+        print(json.dumps(converted.to_dict()))
+    else:
+        print_converted(converted)
+
+
 @app.command("generate")
 def generate_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, quantized or not.")],

@@ -112,7 +112,10 @@ def test_one_grid_per_fused_set_is_enough(plan_of):
 def test_sizes_that_no_kernel_takes_are_refused(tiny_model, tmp_path):
     narrow = tiny_model("llama")  # hidden 64, feed-forward 96
     for options, message in (
-        (Options(targets=("sglang",)), r"needs in_features a multiple of 128 in 4-bit gptq, and it is 64; use --skip"),
+        (
+            Options(targets=("sglang",)),
+            "needs in_features a multiple of 128 in 4-bit gptq, and it is 64; use --format compressed-tensors, or --sk",
+        ),
         (Options(targets=("vllm",), format="compressed-tensors"), "dtype float32: .* use --dtype bfloat16"),
     ):
         with pytest.raises(UserError, match=message):

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.checkpoints.manifest import MANIFEST_FILE
+from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream
 from llmquant.models.blocks import weight_as_NK
 from llmquant.models.skeleton import DTYPES
@@ -24,6 +26,8 @@ from llmquant.pipeline.solve import Solved, Stored, solve_without_data
 # Files beside the weights that belong to the model: tokenizer, generation settings, licence; code only if it is used.
 KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+# What else says how weights are stored: ours, and AutoGPTQ's, AutoAWQ's and AutoRound's.
+STORAGE_FILES = (MANIFEST_FILE, "quantize_config.json", "quant_config.json", "quantization_config.json")
 OUTSIDE = "outside"
 """The part of what belongs to no block."""
 
@@ -146,15 +150,21 @@ def stored_numbers(plan: Plan) -> Stored:
     return Stored(plan.scale_dtype, plan.format.min_zero)
 
 
+def files_beside(reader: CheckpointReader) -> dict[str, bytes]:
+    """The files of a checkpoint that belong to the model and say nothing about how its weights are stored."""
+    files = {}
+    for file in sorted(reader.path.iterdir()):
+        kept = file.suffix in KEPT_SUFFIXES or file.name in KEPT_NAMES
+        if kept and file.is_file() and not file.name.endswith(".index.json") and file.name not in STORAGE_FILES:
+            files[file.name] = file.read_bytes()
+    if reader.config.get("auto_map"):
+        files |= {file.name: file.read_bytes() for file in sorted(reader.path.glob("*.py"))}
+    return files
+
+
 def extra_files(plan: Plan) -> dict[str, bytes]:
     """Everything of OUT that is not weights."""
-    files = {}
-    for file in sorted(plan.path.iterdir()):
-        kept = file.suffix in KEPT_SUFFIXES or file.name in KEPT_NAMES
-        if kept and file.is_file() and not file.name.endswith(".index.json"):
-            files[file.name] = file.read_bytes()
-    if plan.reader.config.get("auto_map"):
-        files |= {file.name: file.read_bytes() for file in sorted(plan.path.glob("*.py"))}
+    files = files_beside(plan.reader)
     quantization = quantization_config(plan)
     config = plan.reader.config | {"quantization_config": quantization}
     for key in ("dtype", "torch_dtype"):

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from llmquant import __version__
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, read_quantized
-from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.quantized import check_digests
 from llmquant.checkpoints.writer import PartialCheckpoint, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
@@ -117,17 +116,8 @@ def quantize(
 
 def verify_codes(out: Path, plan: Plan, report: ReportBuilder) -> None:
     """Reopen OUT as any reader would and compare every packed linear with what was solved; UserError if one differs."""
-    reader = CheckpointReader(out)
-    parsed = parsed_quantization(reader)
-    packed = {} if parsed is None else find_quantized_modules(reader, parsed)
     solved = {linear.name: linear.digest for linear in report.linears}
-    for linear in plan.quantized:
-        found = packed.get(linear.source)
-        if found is None or read_quantized(reader, found).digest() != solved[linear.name]:
-            raise UserError(
-                f"{out}: '{linear.source}' does not come back from the disk as it was solved; "
-                "do not use this checkpoint, check the disk, and quantize again with --overwrite"
-            )
+    check_digests(out, {linear.source: solved[linear.name] for linear in plan.quantized})
 
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:

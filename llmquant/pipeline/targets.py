@@ -152,8 +152,15 @@ def _refusals(plan: Plan, target: Target) -> Iterator[tuple[str, str]]:
         yield "dtype float32", "computes in 16 bit and would round the scales once more; use --dtype bfloat16"
     outputs, outside = _outputs(plan, target), plan.outside
     for linear in plan.quantized:
-        if reason := _grid_refusal(rules, linear, plan.format.name, linear.name in outside, outputs[linear.name]):
-            yield linear.name, reason
+        refusals = {
+            name: _grid_refusal(each, linear, name, linear.name in outside, outputs[linear.name])
+            for name, each in target.formats.items()
+        }
+        if refusal := refusals[plan.format.name]:
+            rule, remedy = refusal
+            # compressed-tensors holds every grid, so it is what to try where its rules have nothing against the linear.
+            other = "--format compressed-tensors, or " if refusals["compressed-tensors"] is None else ""
+            yield linear.name, f"{rule}; use {other}{remedy}"
     if rules.one_grid:
         yield from _exceptions(plan)
     if target.fuses:
@@ -170,18 +177,19 @@ def _outputs(plan: Plan, target: Target) -> dict[str, int]:
     return outputs
 
 
-def _grid_refusal(rules: FormatRules, linear: LinearPlan, format: str, is_head: bool, outputs: int) -> str | None:
-    """outputs: N, together with the linears it is fused with."""
+def _grid_refusal(
+    rules: FormatRules, linear: LinearPlan, format: str, is_head: bool, outputs: int
+) -> tuple[str, str] | None:
+    """The rule that a linear breaks in a format, and the remedy. outputs: N, together with what it is fused with."""
     spec, skip = linear.grid, f"--skip '*{linear.kind}'"
     if is_head and not rules.quantized_head:
-        return f"loads no quantized head in {format}; leave it out of --override, or add --skip '{linear.name}'"
+        return f"loads no quantized head in {format}", f"--skip '{linear.name}'"
     if (spec.bits, spec.symmetric) not in rules.grids:
         known = ", ".join(f"{bits}-bit {'sym' if symmetric else 'asym'}" for bits, symmetric in rules.grids)
-        remedy = "--format compressed-tensors" if (spec.bits, format) == (4, "gptq") else "--bits 4 --sym"
-        return f"loads {format} with {known}, and this is {spec.describe()}; use {remedy}, or {skip}"
+        return f"loads {format} with {known}, and this is {spec.describe()}", f"--bits 4 --sym, or {skip}"
     if rules.group_sizes is not None and spec.group_size not in rules.group_sizes:
         sizes = ", ".join(map(str, rules.group_sizes))
-        return f"has kernels for group sizes {sizes}, and this is {spec.describe()}; use --group-size 64, or {skip}"
+        return f"has kernels for group sizes {sizes}, and this is {spec.describe()}", f"--group-size 64, or {skip}"
     for name, size, multiple in zip(
         ("out_features", "in_features"),
         (outputs, linear.in_features),
@@ -189,7 +197,7 @@ def _grid_refusal(rules: FormatRules, linear: LinearPlan, format: str, is_head: 
         strict=True,
     ):
         if size % multiple:
-            return f"needs {name} a multiple of {multiple} in {spec.bits}-bit {format}, and it is {size}; use {skip}"
+            return f"needs {name} a multiple of {multiple} in {spec.bits}-bit {format}, and it is {size}", skip
     return None
 
 
