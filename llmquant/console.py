@@ -123,7 +123,7 @@ def block_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int, str, 
             yield on_step
 
 
-PHASES = ("calibration text", "hashing the checkpoint", "finishing", "verifying")
+PHASES = ("calibration text", "hashing the checkpoint", "sensitivity", "finishing", "verifying")
 """What a quantization does before and after the blocks."""
 
 
@@ -188,6 +188,10 @@ def print_report(report: Report, model: str) -> None:
         ("time", f"{_clock(seconds)}: {steps}"),
         ("peak memory", memory),
     ]
+    if report.allocation:
+        from llmquant.console_budget import allocation_facts
+
+        facts += allocation_facts(report.allocation)
     if report.calibration:
         used = report.calibration
         facts.append(("calibration", f"{used['source']}, {used['num_samples']} x {used['seq_len']} tokens"))
@@ -258,6 +262,10 @@ def print_plan(plan: Plan, out: Path) -> None:
         ("peak memory", f"about {_size(plan.peak_bytes)}"),
         ("disk", f"{_size(disk_bytes(plan, out))} needed while it runs, {_size(free_bytes(out))} free"),
     ]
+    if plan.recipe.has_budget:
+        facts.append(
+            ("budget", "grids above keep it as if all weights were equally sensitive; the run measures, then chooses")
+        )
     if plan.recipe.needs_data:
         options = plan.options
         source = options.calibration

@@ -68,6 +68,8 @@ class Report:
     """Largest resident memory of the process."""
     peak_device_bytes: int
     """Largest memory allocated on the GPU; 0 without one."""
+    allocation: dict[str, Any] | None = None
+    """How grids were chosen to a budget, and the trade-off they were chosen from (`budget.choose`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -84,6 +86,7 @@ class ReportBuilder:
     remarks: list[Incident] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     _calibration: CalibrationTokens | None = None
+    _allocation: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.plan.skeleton.device.type == "cuda":
@@ -111,6 +114,10 @@ class ReportBuilder:
         self._calibration = tokens
         for incident in tokens.incidents:
             self.incident("calibration", incident)
+
+    def settle(self, plan: Plan, allocation: dict[str, Any]) -> None:
+        """Take over the plan whose grids were chosen to a budget, and how."""
+        self.plan, self._allocation = plan, allocation
 
     def incident(self, where: str, what: str) -> None:
         """Note something that did not go as asked."""
@@ -175,6 +182,7 @@ class ReportBuilder:
             seconds=self.seconds,
             peak_bytes=peak_resident_bytes(),
             peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            allocation=self._allocation,
         )
 
 
