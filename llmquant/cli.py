@@ -15,7 +15,7 @@ import typer
 
 from llmquant import __version__
 from llmquant.errors import UserError
-from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, QuantSpec, Recipe
+from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -110,6 +110,24 @@ def quantize_command(
         list[str] | None,
         typer.Option(help="Leave linears in 16 bit: '*.down_proj'. May be repeated.", metavar="PATTERN"),
     ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another grid for some linears: '*.down_proj:bits=8,group_size=64,asym', or 'PATTERN:skip'. May be "
+            "repeated; the last word counts.",
+            metavar="PATTERN:CHANGES",
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Refuse what this engine would not load: vllm, sglang, transformers. May be repeated.",
+            metavar="ENGINE",
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="GPUs over which the targets will split the model.", metavar="N")
+    ] = DEFAULT_OPTIONS.tensor_parallel,
     device: Device = "auto",
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything fell back.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
@@ -123,7 +141,8 @@ def quantize_command(
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
     if effort not in EFFORTS:
         raise UserError(f"effort '{effort}': not one of {', '.join(EFFORTS)}; use --effort default")
-    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()), **EFFORTS[effort])
+    overrides = tuple(Override.parse(text) for text in override or ())
+    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()), overrides=overrides, **EFFORTS[effort])
     from llmquant import console
 
     try:
@@ -138,6 +157,8 @@ def quantize_command(
             seq_len=seq_len,
             seed=seed,
             device=device,
+            targets=tuple(target or ()),
+            tensor_parallel=tensor_parallel,
             overwrite=overwrite,
             restart=restart,
             trust_remote_code=trust_remote_code,
@@ -163,6 +184,46 @@ def quantize_command(
     if strict and report.incidents:
         print(f"llmquant: --strict: {len(report.incidents)} incidents", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command("convert")
+def convert_command(
+    model: Annotated[str, typer.Argument(help="Quantized checkpoint, of any tool: a folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    format: Annotated[
+        str, typer.Option(help="gptq, gptq_v2, awq, compressed-tensors, or dense: plain weights.", show_default=False)
+    ],
+    dtype: Annotated[str, typer.Option(help="Of dense weights: auto (config.json's), float32, bfloat16, float16.")] = (
+        "auto"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left.")] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantized MODEL in another format, without a new rounding, or refuse and say what would be lost."""
+    from llmquant import console
+    from llmquant.console_convert import print_converted
+
+    console.quiet_libraries()
+    from llmquant.pipeline.convert import convert
+
+    with console.progress(quiet=quiet) as on_step:
+        converted = convert(
+            model,
+            out,
+            format,
+            dtype=dtype,
+            overwrite=overwrite,
+            restart=restart,
+            trust_remote_code=trust_remote_code,
+            on_step=on_step,
+        )
+    if as_json:
+        print(json.dumps(converted.to_dict()))
+    else:
+        print_converted(converted)
 
 
 @app.command("generate")

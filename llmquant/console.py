@@ -226,6 +226,7 @@ def print_plan(plan: Plan, out: Path) -> None:
     """What `llmquant quantize --dry-run` says."""
     from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
     from llmquant.pipeline.plan import disk_bytes, free_bytes
+    from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
     from llmquant.textdata import PYTHON_DOCS
 
     def row(linear: LinearPlan) -> tuple[str, str, str]:
@@ -265,6 +266,9 @@ def print_plan(plan: Plan, out: Path) -> None:
         if source == AUTO:
             source = f"{AUTO_PRESET} from the hub, or {PYTHON_DOCS} offline"
         facts.append(("calibration", f"{source}, {options.num_samples} x {options.seq_len} tokens"))
+    for name in plan.options.targets:
+        facts.append(("target", f"{TARGETS[name].name} loads it, by its rules of {RULES_DATE}"))
+    facts += [("target", needed) for needed in needs_of(plan)]
     facts.append(("dry run", "nothing is written; the same command without --dry-run does it"))
     _print_facts(console, facts)
 

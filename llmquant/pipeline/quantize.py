@@ -22,29 +22,32 @@ from torch import Tensor
 
 from llmquant import __version__
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, read_quantized
-from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.quantized import check_digests
 from llmquant.checkpoints.writer import PartialCheckpoint, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.models.blocks import weight_as_NK, weight_of
+from llmquant.models.blocks import weight_of
 from llmquant.models.walk import Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.parts import (
+    OUTSIDE,
     extra_files,
     pack_part,
     part_names,
     put_back,
     quantization_config,
     replacements,
+    round_alone,
+    stored_numbers,
     unpack_part,
     write_outside,
 )
-from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk, make_plan, read_finite
+from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk, make_plan
 from llmquant.pipeline.report import Report, ReportBuilder
 from llmquant.pipeline.smoothing import Folded, Smoother
-from llmquant.pipeline.solve import Solved, Stored, solve_stage, solve_without_data
+from llmquant.pipeline.solve import Solved, solve_stage, solve_without_data
+from llmquant.pipeline.targets import check_targets
 from llmquant.spec import Options, Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
@@ -98,13 +101,13 @@ def quantize(
             step(total, total, "finishing", None)
             with builder.timed("finishing"):
                 partial.finish(
-                    ["outside", *part_names(plan)],
+                    [OUTSIDE, *part_names(plan)],
                     extra_files(plan),
                     manifest={"request": request},
                     max_shard_bytes=options.max_shard_bytes,
                 )
         else:
-            for part in part_names(plan):
+            for part in (OUTSIDE, *part_names(plan)):
                 builder.recall(partial.part_note(part))
             partial.complete()
     step(total, total, "verifying", None)
@@ -115,22 +118,14 @@ def quantize(
 
 def verify_codes(out: Path, plan: Plan, report: ReportBuilder) -> None:
     """Reopen OUT as any reader would and compare every packed linear with what was solved; UserError if one differs."""
-    reader = CheckpointReader(out)
-    parsed = parsed_quantization(reader)
-    packed = {} if parsed is None else find_quantized_modules(reader, parsed)
     solved = {linear.name: linear.digest for linear in report.linears}
-    for linear in plan.quantized:
-        found = packed.get(linear.source)
-        if found is None or read_quantized(reader, found).digest() != solved[linear.name]:
-            raise UserError(
-                f"{out}: '{linear.source}' does not come back from the disk as it was solved; "
-                "do not use this checkpoint, check the disk, and quantize again with --overwrite"
-            )
+    check_digests(out, {linear.source: solved[linear.name] for linear in plan.quantized})
 
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
     plan = make_plan(resolve_model(str(model)), recipe, options)
+    check_targets(plan)
     quantization_config(plan)
     check_out(out, options.overwrite)
     check_disk(plan, out)
@@ -292,18 +287,11 @@ def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: Report
         solved = {}
         for name, linear in linears.items():
             with report.timed("solving"):
-                weight = read_finite(plan, f"{linear.source}.weight")
-                weight_NK = weight_as_NK(plan.skeleton.model.get_submodule(linear.name), weight)
-                solved[name] = solve_without_data(weight_NK, linear.grid, stored_numbers(plan))
+                solved[name] = round_alone(plan, linear)
             report.linear(linear, solved[name])
         with report.timed("writing"):
             partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
     on_step(total, total, "done", None)
-
-
-def stored_numbers(plan: Plan) -> Stored:
-    """How the format of a run wants its numbers."""
-    return Stored(plan.scale_dtype, plan.format.min_zero)
 
 
 def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:
