@@ -6,6 +6,8 @@ What a user can cause (`UserError`) is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -360,43 +362,78 @@ def verify_command(
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, quantized or not.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Checkpoint folders or hub ids, quantized or not.", metavar="MODEL...")
+    ],
     against: Annotated[
         str | None,
         typer.Option(help="The original: adds KL divergence and top-1 agreement with it.", show_default=False),
     ] = None,
     dataset: Annotated[
-        str, typer.Option(help="wikitext2, c4, ptb, python-docs, or a .txt, .jsonl, .parquet file.")
-    ] = "wikitext2",
+        str | None,
+        typer.Option(
+            help="wikitext2 (default), c4, ptb, python-docs, or a .txt, .jsonl, .parquet file.", show_default=False
+        ),
+    ] = None,
     join: Annotated[
         str, typer.Option(help="Between rows: rows (a blank line), text (nothing), auto (the source's own rule).")
     ] = "auto",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Rows are conversations: put their messages into the chat template.")
+    ] = False,
     seq_len: Annotated[
         int | None,
         typer.Option(help="Tokens of a window; by default 2048, or the model's context.", show_default=False),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens between windows' beginnings; by default they do not overlap.", metavar="N", show_default=False
+        ),
+    ] = None,
     windows: Annotated[
         int | None, typer.Option(help="Use only the first N windows.", metavar="N", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, or questions, that run side by side.", metavar="N")] = 1,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness: arc_easy,hellaswag.", metavar="NAMES", show_default=False),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder with .yaml files of further tasks.", show_default=False)
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Ask only the first N questions of a task.", metavar="N", show_default=False)
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity of MODEL, and with --against how far it is from the original."""
-    from llmquant import console
+    """Perplexity of models, how far they are from the original (--against), and their scores in --tasks."""
+    if tasks is None and (task_folder is not None or examples is not None):
+        raise UserError("eval: --task-folder and --examples go with --tasks; name the tasks")
+    from llmquant import console, console_evaluation
 
     console.quiet_libraries()
     from llmquant.pipeline.evaluate import evaluate
 
-    with console.progress(quiet=quiet) as on_step:
+    # The bars of lm-evaluation-harness write to stderr, and have no switch.
+    silence = contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext()
+    with console.progress(quiet=quiet) as on_step, silence:
         result = evaluate(
-            model,
+            models,
             against,
             dataset=dataset,
             join=join,
+            chat=chat,
             seq_len=seq_len,
+            stride=stride,
             num_windows=windows,
+            batch_size=batch_size,
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else (),
+            task_folder=task_folder,
+            num_examples=examples,
             device=device,
             dtype=dtype,
             on_step=on_step,
@@ -404,7 +441,7 @@ def eval_command(
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
-        console.print_evaluation(result)
+        console_evaluation.print_evaluation(result)
 
 
 if __name__ == "__main__":

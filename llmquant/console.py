@@ -18,9 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from llmquant.eval.perplexity import Perplexity
     from llmquant.kernels.dispatch import Choice
-    from llmquant.pipeline.evaluate import Evaluation
     from llmquant.pipeline.inspect import Contents
     from llmquant.pipeline.plan import LinearPlan, Plan
     from llmquant.pipeline.report import Incident, LinearReport, Report
@@ -399,32 +397,3 @@ def _clock(seconds: float) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
-def print_evaluation(result: Evaluation) -> None:
-    """The table of `llmquant eval`, and below it what was measured."""
-    compared = result.divergence
-    table = _table()
-    table.add_column("model", overflow="fold")
-    for heading in ("perplexity", "KL mean", "median", "99 %", "top-1") if compared else ("perplexity",):
-        table.add_column(heading, justify="right", no_wrap=True)
-    if compared and result.against:
-        table.add_row(result.against, _plus_minus(compared.reference))
-        kl = (f"{value:.4f}" for value in (compared.kl_mean, compared.kl_median, compared.kl_p99))
-        table.add_row(result.model, _plus_minus(compared.model), *kl, f"{compared.top1_agreement:.1%}")
-    else:
-        table.add_row(result.model, _plus_minus(result.perplexity))
-    console = Console()
-    console.print(table)
-    measured = result.perplexity
-    console.print(
-        f"{result.dataset}: {measured.num_windows} windows of {measured.seq_len} tokens, "
-        f"{result.dtype} on {result.device}" + ("; KL in nats per token" if compared else ""),
-        style="dim",
-        highlight=False,
-    )
-
-
-def _plus_minus(measured: Perplexity) -> str:
-    error = "" if measured.standard_error is None else f" ± {measured.standard_error:.2f}"
-    return f"{measured.perplexity:.2f}{error}"
