@@ -23,8 +23,8 @@ code = 16 * high + low, in twice the slots.
 Prepared tensors, in order; S slots and B = S/block blocks along K (`layout.arrange_slots`), P planes (2 for 8 bits,
 else 1), N16 = N rounded up to 16; those that are not needed are empty:
 packed uint8 [N16, P*S/2]; scale_offset bfloat16 [P*B, N16, 2]; rows uint8 [N*B, row bytes]; scale float32 [N*B, 1],
-empty where the rows hold it; dense bfloat16 [N, S], opaque where oneDNN packed it; column int64 [S], empty where columns
-keep their place.
+empty where the rows hold it; dense bfloat16 [N, S], opaque where oneDNN packed it; column int64 [S], empty where
+columns keep their place.
 """
 
 from __future__ import annotations
@@ -193,9 +193,9 @@ def _multiply_packed(
 
 def _rows(codes_NS: Tensor, scale_NB: Tensor, zero_NB: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """rows uint8 [N*B, bytes] and scale [N*B, 1]. A row is the codes of a block, then its scale and its offset
-    -zero * scale. 4 bits: the even code in the low half of a byte, scale and offset in float16; 8 bits: a byte per code,
-    scale and offset in float32. Where float16 would round one of the two, all rows hold 1 and -zero instead, and the
-    scale stands beside them, for another pass over the weights."""
+    -zero * scale. 4 bits: the even code in the low half of a byte, scale and offset in float16; 8 bits: a byte per
+    code, scale and offset in float32. Where float16 would round one of the two, all rows hold 1 and -zero instead, and
+    the scale stands beside them, for another pass over the weights."""
     scale, zero = scale_NB.reshape(-1), zero_NB.reshape(-1).float()
     pair = torch.stack([scale, -zero * scale], dim=1)
     narrow = (torch.float16,) if bits != 8 else (torch.float16, torch.bfloat16)
