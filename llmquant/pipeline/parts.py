@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream
 from llmquant.models.blocks import weight_as_NK
 from llmquant.models.skeleton import DTYPES
@@ -114,7 +115,8 @@ def extra_files(plan: Plan) -> dict[str, bytes]:
     files = {}
     for file in sorted(plan.path.iterdir()):
         kept = file.suffix in KEPT_SUFFIXES or file.name in KEPT_NAMES
-        if kept and file.is_file() and not file.name.endswith(".index.json"):
+        own = file.name.endswith(".index.json") or file.name in (MANIFEST_FILE, *REPORT_FILES)
+        if kept and file.is_file() and not own:
             files[file.name] = file.read_bytes()
     if plan.reader.config.get("auto_map"):
         files |= {file.name: file.read_bytes() for file in sorted(plan.path.glob("*.py"))}
