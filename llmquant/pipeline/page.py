@@ -42,8 +42,8 @@ class Kind:
     figure: str
     """Errors over depth."""
     shades: tuple[tuple[str, float, float], ...]
-    """For each block (where it is, its RTN error, 0 … 1 for how strongly it is drawn: the square root of its share of the
-    largest)."""
+    """For each block: where it is, its RTN error, and how strongly it is drawn, 0 … 1 (the square root of the error's
+    share of the largest one)."""
 
 
 @dataclass(frozen=True, kw_only=True)

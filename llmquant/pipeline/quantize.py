@@ -12,8 +12,9 @@ through, which restores the activations bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from llmquant.checkpoints.writer import PartialCheckpoint, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.models.blocks import BlockPlan, weight_as_NK, weight_of
+from llmquant.models.blocks import weight_as_NK, weight_of
 from llmquant.models.walk import Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.page import write_page
@@ -87,6 +88,7 @@ def quantize(
         step(0, total, "calibration text", None)
         with builder.timed("calibration text"):
             tokens = draw_tokens(plan)
+            give_back()
         builder.calibration(tokens)
         check_tokens(plan, tokens.tokens_SL)
     step(0, total, "hashing the checkpoint", None)
@@ -236,25 +238,24 @@ def quantize_block(
     if smoother is not None:
         on_step(index, total, "scales", None)
         folded = smoother.smooth(walk, index, block_plan, linears)
-    left_over = set(linears) - {name for stage in block_plan.stages for name in stage.linears}
     solved: dict[str, Solved] = {}
-    stages = walk.stages(index, block_plan, folded.own)
-    while True:
-        on_step(index, total, "forward", None)
-        with report.timed("forward"):
-            arrived = next(stages, None)
-        if arrived is None:
-            break
-        number, arrivals = arrived
+    for number, arrivals in walk.stages(index, block_plan, folded.own):
         names = [name for name in block_plan.stages[number].linears if name in linears]
         if not names:
             continue
-        with report.timed("statistics"):
-            statistics = gather(plan, arrivals, block_plan, number, linears[names[0]], folded.scales.get(number))
-        del arrivals, arrived
+        on_step(index, total, "forward", None)
+        first = plan.skeleton.model.get_submodule(linears[names[0]].name)
+        writes = plan.recipe.needs_original and block_plan.stages[number].residual_source is not None
+        statistics = InputStatistics(
+            linears[names[0]].in_features,
+            plan.skeleton.device,
+            writer_NK=weight_of(first) if writes else None,
+            scale_K=folded.scales.get(number),
+        )
+        gather(plan.recipe, arrivals, statistics, report)
+        if statistics.num_tokens == 0:
+            continue
         give_back()
-        with report.timed("forward"):
-            walk.release_originals()
         on_step(index, total, ", ".join(name.rpartition(".")[2] for name in names), None)
         with report.timed("solving"):
             block = plan.skeleton.model.get_submodule(plan.block_names[index])
@@ -272,7 +273,7 @@ def quantize_block(
         solved |= results
         put_back(plan, linears, results)
         on_step(index, total, "", sum(result.error for result in results.values()) / len(results))
-    for name in sorted(left_over):
+    for name in sorted(set(linears) - set(solved)):
         linear = plan.skeleton.model.get_submodule(linears[name].name)
         solved[name] = solve_without_data(weight_of(linear), linears[name].grid, stored_numbers(plan))
         why = "is called more than once per forward pass" if name in block_plan.repeated else "saw no calibration token"
@@ -286,33 +287,28 @@ def quantize_block(
     return solved, kept
 
 
-def gather(
-    plan: Plan,
-    arrivals: Iterable[Arrival],
-    block_plan: BlockPlan,
-    number: int,
-    linear: LinearPlan,
-    scale_K: Tensor | None,
-) -> InputStatistics:
-    """The statistics of one stage's input over all sequences.
+def gather(recipe: Recipe, arrivals: Iterator[Arrival], statistics: InputStatistics, report: ReportBuilder) -> None:
+    """Count one stage's input over all sequences, a few at a time; each is led there when it is asked for."""
+    while True:
+        with report.timed("forward"):
+            several = list(islice(arrivals, SEQUENCES_AT_ONCE))
+        if not several:
+            return
+        with report.timed("statistics"):
+            fields = zip(*(_counted(recipe, arrival) for arrival in several), strict=True)
+            xs, originals, gaps = ([part for part in field if part is not None] for field in fields)
+            if len(originals) in (0, len(xs)) and len(gaps) in (0, len(xs)):
+                statistics.add(torch.cat(xs), *(torch.cat(parts) if parts else None for parts in (originals, gaps)))
+            else:  # where the two networks part, some sequences have no counterpart
+                for arrival in several:
+                    statistics.add(*_counted(recipe, arrival))
+            del xs, originals, gaps, several
 
-    scale_K: what the input is divided by in the quantized network, and not in the original one.
-    """
-    arrivals = list(arrivals)
-    drift = plan.recipe.input_error_target and all(arrival.original_x_TK is not None for arrival in arrivals)
-    gaps = plan.recipe.residual_target and all(arrival.residual_gap_TR is not None for arrival in arrivals)
-    width = linear.out_features if gaps and block_plan.stages[number].residual_source is not None else 0
-    statistics = InputStatistics(
-        linear.in_features, plan.skeleton.device, drift=drift, residual_width=width, scale_K=scale_K
-    )
-    for start in range(0, len(arrivals), SEQUENCES_AT_ONCE):
-        several = arrivals[start : start + SEQUENCES_AT_ONCE]
-        statistics.add(
-            torch.cat([arrival.x_TK for arrival in several]),
-            torch.cat([x for arrival in several if (x := arrival.original_x_TK) is not None]) if drift else None,
-            torch.cat([gap for arrival in several if (gap := arrival.residual_gap_TR) is not None]) if width else None,
-        )
-    return statistics
+
+def _counted(recipe: Recipe, arrival: Arrival) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a recipe wants to know of a sequence."""
+    original_x_TK = arrival.original_x_TK if recipe.input_error_target else None
+    return arrival.x_TK, original_x_TK, arrival.residual_gap_TR if recipe.residual_target else None
 
 
 def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep) -> None:
