@@ -242,5 +242,7 @@ class Options:
     """Forget what an unfinished run has left."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the checkpoint."""
+    verify: bool = True
+    """Compare the finished model with the original on held-out text, and let both continue a few prompts."""
     max_shard_bytes: int = 5 * 10**9
     """Largest size of a written file."""
