@@ -29,7 +29,7 @@ from llmquant.checkpoints.quantized import QuantizedModule, find_quantized_modul
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.hub import resolve_model
-from llmquant.models.skeleton import name_translator, read_config
+from llmquant.models.skeleton import check_size, name_translator, read_config
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import linear_for
 
@@ -47,6 +47,7 @@ def transformers_config(path: str | Path, *, backend: str = "auto", trust_remote
         raise UserError(f"{reader.path}: not quantized; transformers opens it without a config of ours")
     register()
     config = read_config(reader.path, trust_remote_code)
+    check_size(config, reader)
     config.quantization_config = {"quant_method": METHOD, "backend": backend}
     return config
 
