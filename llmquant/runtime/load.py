@@ -6,16 +6,22 @@ go one by one from the shards to the device, so the peak is the quantized model 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from llmquant.checkpoints.quantized import parsed_quantization, read_quantized, validate_quantized
+from llmquant.checkpoints.quantized import (
+    QuantizedModule,
+    parsed_quantization,
+    read_quantized,
+    validate_quantized,
+)
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.hub import resolve_model
-from llmquant.models.blocks import device_of, linear_shape, linears_of
+from llmquant.models.blocks import device_of, is_linear, linear_shape
 from llmquant.models.skeleton import DTYPES, Skeleton, name_translator, read_config, stored_dtype
 from llmquant.runtime.linear import QuantizedLinear
 
@@ -58,19 +64,9 @@ def replace_linears(skeleton: Skeleton, backend: str) -> None:
     """Put a QuantizedLinear where a packed linear is on disk; UserError where model and checkpoint disagree."""
     reader, model = skeleton.reader, skeleton.model
     stored = validate_quantized(reader)
-    translate, linears = name_translator(model), linears_of(model)
+    translate = name_translator(model)
     for source, packed in stored.items():
-        name = (translate(f"{source}.weight") or source).removesuffix(".weight")
-        if name not in linears:
-            raise UserError(
-                f"{reader.path}: packed linear '{source}' is no linear of the model that config.json describes"
-            )
-        linear = model.get_submodule(name)
-        if linear_shape(linear) != (packed.out_features, packed.in_features):
-            raise UserError(
-                f"{reader.path}: '{source}' is packed as {[packed.out_features, packed.in_features]}, config.json "
-                f"makes it {list(linear_shape(linear))}; the checkpoint and its config do not belong together"
-            )
+        name, linear = linear_for(model, translate, reader, packed)
         bias = None
         if linear.bias is not None:
             bias = reader.read(f"{source}.bias")
@@ -79,6 +75,30 @@ def replace_linears(skeleton: Skeleton, backend: str) -> None:
         )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, replacement.eval())
+
+
+def linear_for(
+    model: Any, translate: Callable[[str], str | None], reader: CheckpointReader, packed: QuantizedModule
+) -> tuple[str, nn.Module]:
+    """Name and module of the linear that a packed one belongs to; UserError where model and checkpoint disagree.
+
+    translate: `name_translator(model)`.
+    """
+    name = (translate(f"{packed.name}.weight") or packed.name).removesuffix(".weight")
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if linear is None or not is_linear(linear):
+        raise UserError(
+            f"{reader.path}: packed linear '{packed.name}' is no linear of the model that config.json describes"
+        )
+    if linear_shape(linear) != (packed.out_features, packed.in_features):
+        raise UserError(
+            f"{reader.path}: '{packed.name}' is packed as {[packed.out_features, packed.in_features]}, config.json "
+            f"makes it {list(linear_shape(linear))}; the checkpoint and its config do not belong together"
+        )
+    return name, linear
 
 
 def fill(skeleton: Skeleton) -> None:
