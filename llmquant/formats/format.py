@@ -121,12 +121,17 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: TensorShapes, scale_s
             )
 
 
-def check_scales(scales: Tensor, suffix: str) -> None:
-    """UserError unless every scale is finite and positive."""
-    for wrong, name in ((~torch.isfinite(scales), "NaN or inf"), (scales <= 0, "zero or negative")):
+def check_scales(scale_NG: Tensor, zero_NG: Tensor, spec: QuantSpec, suffix: str) -> None:
+    """UserError unless every scale is finite and positive. One below zero may stand beside the middle zero-point.
+
+    AutoRound writes those: it turns a symmetric group around where its largest weight is positive, since codes reach
+    one step further down than up.
+    """
+    negative = (scale_NG < 0) & (zero_NG != spec.mid_code)
+    for wrong, name in ((~torch.isfinite(scale_NG), "NaN or inf"), (negative | (scale_NG == 0), "zero or negative")):
         if count := int(wrong.sum()):
             raise UserError(
-                f"{suffix}: {count} of {scales.numel()} scales are {name}; scales must be finite and positive"
+                f"{suffix}: {count} of {scale_NG.numel()} scales are {name}; scales must be finite and positive"
             )
 
 
