@@ -23,9 +23,7 @@ from llmquant.words import size as _size
 from llmquant.words import spent as _seconds
 
 if TYPE_CHECKING:
-    from llmquant.eval.perplexity import Perplexity
     from llmquant.kernels.dispatch import Choice
-    from llmquant.pipeline.evaluate import Evaluation
     from llmquant.pipeline.inspect import Contents
     from llmquant.pipeline.plan import LinearPlan, Plan
     from llmquant.pipeline.report import Incident, LinearReport, Report
@@ -247,6 +245,7 @@ def print_plan(plan: Plan, out: Path) -> None:
     """What `llmquant quantize --dry-run` says."""
     from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
     from llmquant.pipeline.plan import disk_bytes, free_bytes
+    from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
     from llmquant.textdata import PYTHON_DOCS
 
     def row(linear: LinearPlan) -> tuple[str, str, str]:
@@ -286,6 +285,9 @@ def print_plan(plan: Plan, out: Path) -> None:
         if source == AUTO:
             source = f"{AUTO_PRESET} from the hub, or {PYTHON_DOCS} offline"
         facts.append(("calibration", f"{source}, {options.num_samples} x {options.seq_len} tokens"))
+    for name in plan.options.targets:
+        facts.append(("target", f"{TARGETS[name].name} loads it, by its rules of {RULES_DATE}"))
+    facts += [("target", needed) for needed in needs_of(plan)]
     facts.append(("dry run", "nothing is written; the same command without --dry-run does it"))
     _print_facts(console, facts)
 
@@ -393,32 +395,3 @@ def _names(names: Iterable[str]) -> str:
 
     kinds = list(dict.fromkeys(kind_of(name) or name for name in names))
     return ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more" if len(kinds) > 4 else "")
-
-
-def print_evaluation(result: Evaluation) -> None:
-    """The table of `llmquant eval`, and below it what was measured."""
-    compared = result.divergence
-    table = _table()
-    table.add_column("model", overflow="fold")
-    for heading in ("perplexity", "KL mean", "median", "99 %", "top-1") if compared else ("perplexity",):
-        table.add_column(heading, justify="right", no_wrap=True)
-    if compared and result.against:
-        table.add_row(result.against, _plus_minus(compared.reference))
-        kl = (f"{value:.4f}" for value in (compared.kl_mean, compared.kl_median, compared.kl_p99))
-        table.add_row(result.model, _plus_minus(compared.model), *kl, f"{compared.top1_agreement:.1%}")
-    else:
-        table.add_row(result.model, _plus_minus(result.perplexity))
-    console = Console()
-    console.print(table)
-    measured = result.perplexity
-    console.print(
-        f"{result.dataset}: {measured.num_windows} windows of {measured.seq_len} tokens, "
-        f"{result.dtype} on {result.device}" + ("; KL in nats per token" if compared else ""),
-        style="dim",
-        highlight=False,
-    )
-
-
-def _plus_minus(measured: Perplexity) -> str:
-    error = "" if measured.standard_error is None else f" ± {measured.standard_error:.2f}"
-    return f"{measured.perplexity:.2f}{error}"

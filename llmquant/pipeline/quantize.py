@@ -28,33 +28,29 @@ from llmquant.checkpoints.writer import PartialCheckpoint, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.models.blocks import weight_as_NK, weight_of
+from llmquant.models.blocks import weight_of
 from llmquant.models.walk import Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.page import write_page
 from llmquant.pipeline.parts import (
+    OUTSIDE,
     extra_files,
     pack_part,
     part_names,
     put_back,
     quantization_config,
     replacements,
+    round_alone,
+    stored_numbers,
     unpack_part,
     write_outside,
 )
-from llmquant.pipeline.plan import (
-    DamagedWeights,
-    LinearPlan,
-    Plan,
-    check_disk,
-    check_tokens,
-    make_plan,
-    read_finite,
-)
+from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk, check_tokens, make_plan
 from llmquant.pipeline.report import Report, ReportBuilder, input_peaks, read_report
 from llmquant.pipeline.samples import samples
 from llmquant.pipeline.smoothing import Folded, Smoother
-from llmquant.pipeline.solve import Solved, Stored, solve_stage, solve_without_data
+from llmquant.pipeline.solve import Solved, solve_stage, solve_without_data
+from llmquant.pipeline.targets import check_targets
 from llmquant.pipeline.verify import Verification, held_out, verify_codes, verify_text
 from llmquant.spec import Options, Recipe
 
@@ -110,12 +106,12 @@ def quantize(
                 partial.discard()
                 raise
         else:
-            for part in part_names(plan):
+            for part in (OUTSIDE, *part_names(plan)):
                 builder.recall(partial.part_note(part))
         step(total, total, "finishing", None)
         with builder.timed("finishing"):
             folder = partial.assemble(
-                ["outside", *part_names(plan)],
+                [OUTSIDE, *part_names(plan)],
                 extra_files(plan),
                 manifest={"request": request},
                 max_shard_bytes=options.max_shard_bytes,
@@ -161,6 +157,7 @@ def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
     plan = make_plan(resolve_model(str(model)), recipe, options)
+    check_targets(plan)
     quantization_config(plan)
     check_out(out, options.overwrite)
     check_disk(plan, out)
@@ -271,6 +268,7 @@ def quantize_block(
             report.linear(linears[name], result, peaks)
         solved |= results
         put_back(plan, linears, results)
+        give_back()
         on_step(index, total, "", sum(result.error for result in results.values()) / len(results))
     for name in sorted(set(linears) - set(solved)):
         linear = plan.skeleton.model.get_submodule(linears[name].name)
@@ -322,18 +320,11 @@ def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: Report
         solved = {}
         for name, linear in linears.items():
             with report.timed("solving"):
-                weight = read_finite(plan, f"{linear.source}.weight")
-                weight_NK = weight_as_NK(plan.skeleton.model.get_submodule(linear.name), weight)
-                solved[name] = solve_without_data(weight_NK, linear.grid, stored_numbers(plan))
+                solved[name] = round_alone(plan, linear)
             report.linear(linear, solved[name])
         with report.timed("writing"):
             partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
     on_step(total, total, "done", None)
-
-
-def stored_numbers(plan: Plan) -> Stored:
-    """How the format of a run wants its numbers."""
-    return Stored(plan.scale_dtype, plan.format.min_zero)
 
 
 def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, Any]:

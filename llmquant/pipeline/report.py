@@ -188,7 +188,7 @@ class ReportBuilder:
         for linear in self.plan.linears:
             if linear.spec is not None and linear.reason:
                 self.incident(linear.name, linear.reason)
-            elif linear.spec is None and linear.name.startswith(inside) and not linear.reason.startswith("--skip"):
+            elif linear.spec is None and linear.name.startswith(inside) and not linear.reason.startswith("--"):
                 self.incident(linear.name, f"left in 16 bit: {linear.reason}")
 
     @contextmanager

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from llmquant.checkpoints.quantized import (
     QuantizedModule,
+    check_digests,
     find_quantized_modules,
     parsed_quantization,
     read_quantized,
@@ -93,15 +94,7 @@ def verify_codes(folder: Path, plan: Plan, digests: dict[str, str]) -> None:
 
     digests: of the solved weights, by name in the model. UserError if one differs.
     """
-    reader = CheckpointReader(folder)
-    packed = _packed(reader)
-    for linear in plan.quantized:
-        found = packed.get(linear.source)
-        if found is None or read_quantized(reader, found).digest() != digests[linear.name]:
-            raise UserError(
-                f"{folder}: '{linear.source}' does not come back from the disk as it was solved; "
-                "do not use this checkpoint, check the disk, and quantize again with --restart"
-            )
+    check_digests(folder, {linear.source: digests[linear.name] for linear in plan.quantized})
 
 
 def held_out(plan: Plan, tokens: CalibrationTokens | None) -> HeldOut:
