@@ -48,11 +48,12 @@ def main() -> None:
     except Interrupted as stop:
         print(f"llmquant: {stop}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except SystemExit as stop:
-        # typer turns Ctrl-C into this code, without a word.
-        if stop.code == INTERRUPTED:
-            print("llmquant: interrupted", file=sys.stderr)
-        raise
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # typer turns Ctrl-C into this code, without a word; before its command has begun, it lets it through.
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
+        print("llmquant: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 @app.callback(invoke_without_command=True)

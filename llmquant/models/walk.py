@@ -62,6 +62,8 @@ class Sequence(greenlet):
 class Arrival:
     """One sequence in front of a stage."""
 
+    sample: int
+    """Which sequence it is."""
     x_TK: Tensor
     """Its input in the quantized network."""
     original_x_TK: Tensor | None
@@ -217,7 +219,7 @@ class Walk:
 
     def _arrivals(self, number: int, source: str | None) -> Iterator[Arrival]:
         originals: list[Sequence | None] = list(self.original) or [None] * len(self.quantized)
-        for sequence, original in zip(self.quantized, originals, strict=True):
+        for sample, (sequence, original) in enumerate(zip(self.quantized, originals, strict=True)):
             if sequence.x is None or sequence.stage != number:
                 continue
             x_TK = sequence.x.flatten(0, -2)
@@ -229,7 +231,7 @@ class Walk:
                     here, there = sequence.streams[source], original.streams[source]
                     if here.shape == there.shape and here.shape[:-1] == sequence.x.shape[:-1]:
                         gap_TR = (there - here).flatten(0, -2)
-            yield Arrival(x_TK, original_x_TK, gap_TR)
+            yield Arrival(sample, x_TK, original_x_TK, gap_TR)
 
     def _at_stage(self, number: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

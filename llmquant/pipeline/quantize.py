@@ -220,6 +220,8 @@ def quantize_block(
             continue
         with report.timed("statistics"):
             statistics = gather(plan, arrivals, block_plan, number, linears[names[0]], folded.scales.get(number))
+            if not torch.isfinite(statistics.mean_abs_K).all():
+                refuse_overflow(plan, arrivals, index, names[0])
         del arrivals, arrived
         give_back()
         with report.timed("forward"):
@@ -283,6 +285,21 @@ def gather(
     return statistics
 
 
+def refuse_overflow(plan: Plan, arrivals: Iterable[Arrival], index: int, name: str) -> None:
+    """UserError where the input of a stage is not finite: it names the first sample in which that is so.
+
+    Inputs that are finite and only too large to be squared pass; their Hessian is dealt with when it is solved.
+    """
+    for arrival in arrivals:
+        for x_TK, network in ((arrival.x_TK, "quantized"), (arrival.original_x_TK, "original")):
+            if x_TK is not None and not torch.isfinite(x_TK).all():
+                raise UserError(
+                    f"{plan.path}: block {index}: NaN or inf in the input of '{name}' of the {network} network, in "
+                    f"calibration sample {arrival.sample}; the network overflows in {_name(plan.skeleton.dtype)}, or "
+                    "its weights are damaged: try --dtype bfloat16 or float32, with --restart"
+                )
+
+
 def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep) -> None:
     """Round every linear on its own: no forward pass, one block of weights at a time."""
     total = len(plan.block_names)
@@ -320,13 +337,17 @@ def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:
         )
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, Any]:
     """Everything the result depends on: it identifies a run that is continued, and is kept in OUT's manifest."""
     request: dict[str, Any] = {
         "llmquant": __version__,
         "torch": torch.__version__,
         "format": plan.format.name,
-        "dtype": str(plan.dtype).removeprefix("torch."),
+        "dtype": _name(plan.dtype),
         "device": plan.skeleton.device.type,
         "recipe": asdict(plan.recipe),
         "max_shard_bytes": plan.options.max_shard_bytes,
