@@ -191,16 +191,31 @@ def test_column_that_is_never_an_input_is_rounded_on_its_own():
 
 @pytest.mark.parametrize("features", [24, PANEL_COLUMNS + 40])
 def test_statistics_are_the_moments_of_all_tokens(features):
-    x, original, gap = random(90, features), random(90, features, seed=1), random(90, 6, seed=2)
-    statistics = InputStatistics(features, torch.device("cpu"), drift=True, residual_width=6)
+    x, original, weight = random(90, features), random(90, features, seed=1), random(features, 6, seed=2)
+    statistics = InputStatistics(features, torch.device("cpu"))
     for rows in (slice(0, 50), slice(50, 90)):
-        statistics.add(x[rows], original[rows], gap[rows])
+        statistics.add(x[rows], original[rows])
     assert statistics.num_tokens == 90
     assert torch.allclose(statistics.hessian_KK, x.T @ x / 90, atol=1e-5)
     assert torch.equal(statistics.hessian_KK, statistics.hessian_KK.T)
-    assert torch.allclose(statistics.drift_KK, (original - x).T @ x / 90, atol=1e-5)
-    assert torch.allclose(statistics.residual_KR, x.T @ gap / 90, atol=1e-5)
+    assert torch.allclose(statistics.moment_KN(weight), x.T @ ((original - x) @ weight) / 90, rtol=1e-4, atol=1e-4)
     assert torch.allclose(statistics.mean_abs_K, x.abs().mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("with_original, with_gap", [(True, True), (True, False), (False, True)])
+def test_moment_of_a_writer_to_the_residual_stream_counts_both_gaps(with_original, with_gap):
+    x, original, gap, weight = random(90, 24), random(90, 24, seed=1), random(90, 6, seed=2), random(24, 6, seed=3)
+    statistics = InputStatistics(24, torch.device("cpu"), writer_NK=weight.T)
+    for rows in (slice(0, 50), slice(50, 90)):
+        statistics.add(x[rows], original[rows] if with_original else None, gap[rows] if with_gap else None)
+    missing = (original - x) @ weight * with_original + gap * with_gap
+    assert torch.allclose(statistics.moment_KN(weight), x.T @ missing / 90, rtol=1e-4, atol=1e-4)
+
+
+def test_without_the_original_network_there_is_no_moment():
+    statistics = InputStatistics(24, torch.device("cpu"))
+    statistics.add(random(90, 24))
+    assert statistics.moment_KN(random(24, 6)) is None
 
 
 def test_float16_inputs_do_not_overflow_the_hessian():
@@ -215,7 +230,7 @@ def test_corrected_target_is_the_least_squares_weight():
     gap = random(400, 5, seed=8).double()
     hessian = x.T @ x / 400
     factor = factor_inverse(hessian, column_order(hessian), ladder=(1e-12,))
-    target = corrected_target(weight, factor, (original - x).T @ x / 400, x.T @ gap / 400)
+    target = corrected_target(weight, factor, x.T @ ((original - x) @ weight + gap) / 400)
     expected = torch.linalg.lstsq(x, original @ weight + gap).solution
     assert torch.allclose(target, expected, atol=1e-6)
 

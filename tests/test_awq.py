@@ -157,12 +157,12 @@ def test_targets_are_those_of_the_undivided_inputs():
     targets = []
     for divisor_K in (None, scale_K):
         t_K = torch.ones(48) if divisor_K is None else divisor_K
-        moments = InputStatistics(48, x_TK.device, drift=True, residual_width=24, scale_K=divisor_K)
+        scaled_KN = weight_KN * t_K[:, None]
+        moments = InputStatistics(48, x_TK.device, writer_NK=scaled_KN.T, scale_K=divisor_K)
         moments.add(x_TK / t_K, original_TK, residual_TR)
         hessian_KK = moments.hessian_KK
         factor = factor_inverse(hessian_KK, column_order(hessian_KK), (0.05,), torch.float64, divisor_K)
-        scaled_KN = weight_KN * t_K[:, None]
-        targets.append(corrected_target(scaled_KN, factor, moments.drift_KK, moments.residual_KR) / t_K[:, None])
+        targets.append(corrected_target(scaled_KN, factor, moments.moment_KN(scaled_KN)) / t_K[:, None])
     assert torch.allclose(targets[0].float(), targets[1].float(), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(targets[0].float(), weight_KN, atol=1e-2)
 

@@ -137,12 +137,12 @@ def test_one_walk_equals_a_pass_per_stage(tiny_model, tmp_path):
             if source is not None:
                 watched.append(f"{block}.{source}".rstrip("."))
             here, there = inputs(quantized, watched), inputs(original, watched)
-            width = here[1].shape[1] if source is not None else 0
-            statistics = InputStatistics(here[0].shape[1], torch.device("cpu"), drift=True, residual_width=width)
+            writer = quantized.get_submodule(watched[0]).weight.detach() if source is not None else None
+            statistics = InputStatistics(here[0].shape[1], torch.device("cpu"), writer_NK=writer)
             piece = SEQUENCES_AT_ONCE * LENGTH
             for start in range(0, SAMPLES * LENGTH, piece):
                 rows = slice(start, start + piece)
-                gap = (there[1] - here[1])[rows] if width else None
+                gap = (there[1] - here[1])[rows] if source is not None else None
                 statistics.add(here[0][rows], there[0][rows], gap)
             weights = {name: quantized.get_submodule(f"{block}.{name}").weight.detach() for name in linears}
             solved = solve_stage(weights, dict.fromkeys(weights, spec), statistics, recipe, Stored(torch.float16))

@@ -10,34 +10,19 @@ GPTAQ and QEP), and so is the part of the error already in the residual stream t
 Rounding W* with the same Hessian minimises the error of the output that the next layer reads, at no cost when the model
 runs. It is a fit to the calibration tokens, so the damping decides what it is worth (CONTRIBUTING.md has the figures).
 
-Letters: N out_features, K in_features (N is the width of the residual stream where its term is given).
+Letters: N out_features, K in_features.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from llmquant.algorithms.gptq import InverseFactor, solve_with_hessian
 
 
-def corrected_target(
-    weight_KN: Tensor, factor: InverseFactor, drift_KK: Tensor | None, residual_KN: Tensor | None
-) -> Tensor:
+def corrected_target(weight_KN: Tensor, factor: InverseFactor, moment_KN: Tensor) -> Tensor:
     """The weight to round instead of weight_KN, float32 [K, N].
 
-    drift_KK: mean of (x_fp - x) x^T. residual_KN: mean of x (h_fp - h)^T. Either may be None.
+    moment_KN: mean of X^T (dX W^T + dh) (`InputStatistics.moment_KN`).
     """
-    moment_KN = None
-    if drift_KK is not None:
-        moment_KN = drift_KK.T @ weight_KN
-    if residual_KN is not None:
-        moment_KN = residual_KN if moment_KN is None else moment_KN + residual_KN
-    if moment_KN is None:
-        return weight_KN
     return weight_KN + solve_with_hessian(factor, moment_KN)
-
-
-def output_error(error_KN: Tensor, hessian_KK: Tensor) -> Tensor:
-    """tr(E H E^T): the mean squared output error over the calibration tokens, summed over outputs, float64 scalar."""
-    return (error_KN * (hessian_KK @ error_KN)).sum(dtype=torch.float64)

@@ -6,8 +6,10 @@ masks, position embeddings, per-layer arguments and whatever else happens betwee
 one pass is enough: when all sequences wait in front of a linear, its input statistics are complete, it is quantized,
 and they go on from there with its new weight. Only one greenlet runs at a time, always in the same order.
 
-Each sequence can walk twice, in lockstep: as `quantized`, through the blocks as they are stored, and as `original`,
-through the weights of the checkpoint. The originals pass each linear before its weight is replaced.
+Each sequence can walk twice: as `quantized`, through the blocks as they are stored, and as `original`, through the
+weights of the checkpoint. An original lags behind: it comes to a stage when its input there is asked for, and leaves
+the block right after the last one, so that few of them hold the wide input of an MLP's last linear at a time. The
+weights it still needs are lent to the block while it runs.
 
 Letters: S sequences, L tokens of a sequence, T tokens, K in_features.
 """
@@ -84,8 +86,8 @@ class Walk:
         self.quantized = [self._start(tokens_L) for tokens_L in tokens_SL]
         self.original = [self._start(tokens_L) for tokens_L in tokens_SL] if with_original else []
         self._handles: list[Any] = []
-        self._own: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-        self._pending: list[Sequence] = []
+        self._own: dict[str, nn.Parameter] = {}
+        """Parameters that the originals walk through, by name within the block, where it holds others by now."""
         self._outside = self._hook_outside()
         for index, block in enumerate(self._blocks):
             self._handles.append(block.register_forward_pre_hook(self._at_door(index), with_kwargs=True))
@@ -155,18 +157,15 @@ class Walk:
 
     def stages(
         self, index: int, plan: BlockPlan, own: Mapping[str, nn.Parameter] | None = None
-    ) -> Iterator[tuple[int, list[Arrival]]]:
+    ) -> Iterator[tuple[int, Iterator[Arrival]]]:
         """Lead all sequences through a block; yields (stage index, arrivals) each time one's input is complete.
 
         own: parameters of the checkpoint by name within the block, where the block now holds others: the original
-        network walks through these. Before asking for the next stage, the caller calls `release_originals` and then
-        replaces this one's weights.
+        network walks through these. The caller goes through the arrivals, keeping few of them, then replaces the
+        weights of the stage's linears, then asks for the next stage.
         """
         block = self._blocks[index]
-        self._own = []
-        for name, parameter in (own or {}).items():
-            owner, _, leaf = name.rpartition(".")
-            self._own.append((block.get_submodule(owner)._parameters, leaf, parameter))
+        self._own = dict(own or {})
         handles = []
         for number, stage in enumerate(plan.stages):
             for name in stage.linears:
@@ -180,35 +179,44 @@ class Walk:
         try:
             for sequence in (*self.original, *self.quantized):
                 sequence.streams = {"": tensor} if (tensor := first_tensor(*sequence.call)) is not None else {}
-            with self._own_parameters():
-                self._advance(self.original)
             self._advance(self.quantized)
             while waiting := [sequence for sequence in self.quantized if sequence.x is not None]:
                 number = min(sequence.stage for sequence in waiting)
-                self._pending = [s for s in self.original if s.x is not None and s.stage == number]
-                yield number, list(self._arrivals(number, plan.stages[number].residual_source))
-                self.release_originals()
+                # The weights that the caller is about to replace.
+                replaced = {
+                    f"{name}.weight": weight
+                    for name in (plan.stages[number].linears if self.original else ())
+                    if isinstance(weight := block.get_submodule(name).weight, nn.Parameter)
+                }
+                yield number, self._arrivals(index, number, plan)
+                self._own = replaced | self._own
                 self._advance([sequence for sequence in waiting if sequence.stage == number])
+            for sequence in self.original:
+                self._lead(sequence, index, len(plan.stages))
+            self._own = {}
         finally:
             for handle in handles:
                 handle.remove()
 
-    def release_originals(self) -> None:
-        """Let the original network's sequences pass the stage, which still has its original weights."""
-        with self._own_parameters():
-            self._advance(self._pending)
-        self._pending = []
+    def _lead(self, original: Sequence, index: int, number: int) -> None:
+        """Lead one of the original network's sequences to a stage of a block, unless it is there or farther."""
+        with self._own_parameters(self._blocks[index]):
+            while original.block == index and original.stage < number:
+                original.go_on()
 
     @contextmanager
-    def _own_parameters(self) -> Iterator[None]:
+    def _own_parameters(self, block: nn.Module) -> Iterator[None]:
         """Lend the block the parameters that the original network walks through."""
-        present = [parameters[leaf] for parameters, leaf, _ in self._own]
-        for parameters, leaf, own in self._own:
+        present = []
+        for name, own in self._own.items():
+            owner, _, leaf = name.rpartition(".")
+            parameters = block.get_submodule(owner)._parameters
+            present.append((parameters, leaf, parameters[leaf]))
             parameters[leaf] = own
         try:
             yield
         finally:
-            for (parameters, leaf, _), parameter in zip(self._own, present, strict=True):
+            for parameters, leaf, parameter in present:
                 parameters[leaf] = parameter
 
     def _advance(self, sequences: list[Sequence]) -> None:
@@ -217,9 +225,14 @@ class Walk:
                 give_back()
             sequence.go_on()
 
-    def _arrivals(self, number: int, source: str | None) -> Iterator[Arrival]:
+    def _arrivals(self, index: int, number: int, plan: BlockPlan) -> Iterator[Arrival]:
+        source, is_last = plan.stages[number].residual_source, number == len(plan.stages) - 1
         originals: list[Sequence | None] = list(self.original) or [None] * len(self.quantized)
         for sample, (sequence, original) in enumerate(zip(self.quantized, originals, strict=True)):
+            if original is not None:
+                if sample % SEQUENCES_BETWEEN_TRIMS == 0:
+                    give_back()
+                self._lead(original, index, number)
             if sequence.x is None or sequence.stage != number:
                 continue
             x_TK = sequence.x.flatten(0, -2)
@@ -232,6 +245,9 @@ class Walk:
                     if here.shape == there.shape and here.shape[:-1] == sequence.x.shape[:-1]:
                         gap_TR = (there - here).flatten(0, -2)
             yield Arrival(sample, x_TK, original_x_TK, gap_TR)
+            del x_TK, original_x_TK, gap_TR
+            if original is not None and is_last:
+                self._lead(original, index, len(plan.stages))
 
     def _at_stage(self, number: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

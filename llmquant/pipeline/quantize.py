@@ -11,8 +11,9 @@ through, which restores the activations bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from llmquant.checkpoints.writer import PartialCheckpoint, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.models.blocks import BlockPlan, weight_as_NK, weight_of
+from llmquant.models.blocks import weight_as_NK, weight_of
 from llmquant.models.walk import Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.parts import (
@@ -219,13 +220,17 @@ def quantize_block(
         if not names:
             continue
         with report.timed("statistics"):
-            statistics = gather(plan, arrivals, block_plan, number, linears[names[0]], folded.scales.get(number))
-            if not torch.isfinite(statistics.mean_abs_K).all():
-                refuse_overflow(plan, arrivals, index, names[0])
+            first = plan.skeleton.model.get_submodule(linears[names[0]].name)
+            writes = plan.recipe.needs_original and block_plan.stages[number].residual_source is not None
+            statistics = InputStatistics(
+                linears[names[0]].in_features,
+                plan.skeleton.device,
+                writer_NK=weight_of(first) if writes else None,
+                scale_K=folded.scales.get(number),
+            )
+            gather(plan.recipe, finite(plan, arrivals, index, names[0]), statistics)
         del arrivals, arrived
         give_back()
-        with report.timed("forward"):
-            walk.release_originals()
         on_step(index, total, ", ".join(name.rpartition(".")[2] for name in names), None)
         with report.timed("solving"):
             block = plan.skeleton.model.get_submodule(plan.block_names[index])
@@ -256,48 +261,44 @@ def quantize_block(
     return solved, kept
 
 
-def gather(
-    plan: Plan,
-    arrivals: Iterable[Arrival],
-    block_plan: BlockPlan,
-    number: int,
-    linear: LinearPlan,
-    scale_K: Tensor | None,
-) -> InputStatistics:
-    """The statistics of one stage's input over all sequences.
-
-    scale_K: what the input is divided by in the quantized network, and not in the original one.
-    """
-    arrivals = list(arrivals)
-    drift = plan.recipe.input_error_target and all(arrival.original_x_TK is not None for arrival in arrivals)
-    gaps = plan.recipe.residual_target and all(arrival.residual_gap_TR is not None for arrival in arrivals)
-    width = linear.out_features if gaps and block_plan.stages[number].residual_source is not None else 0
-    statistics = InputStatistics(
-        linear.in_features, plan.skeleton.device, drift=drift, residual_width=width, scale_K=scale_K
-    )
-    for start in range(0, len(arrivals), SEQUENCES_AT_ONCE):
-        several = arrivals[start : start + SEQUENCES_AT_ONCE]
-        statistics.add(
-            torch.cat([arrival.x_TK for arrival in several]),
-            torch.cat([x for arrival in several if (x := arrival.original_x_TK) is not None]) if drift else None,
-            torch.cat([gap for arrival in several if (gap := arrival.residual_gap_TR) is not None]) if width else None,
-        )
-    return statistics
+def gather(recipe: Recipe, arrivals: Iterable[Arrival], statistics: InputStatistics) -> None:
+    """Count one stage's input over all sequences, a few at a time."""
+    arrivals = iter(arrivals)
+    while several := list(islice(arrivals, SEQUENCES_AT_ONCE)):
+        fields = zip(*(_counted(recipe, arrival) for arrival in several), strict=True)
+        xs, originals, gaps = ([part for part in field if part is not None] for field in fields)
+        if len(originals) in (0, len(xs)) and len(gaps) in (0, len(xs)):
+            statistics.add(torch.cat(xs), *(torch.cat(parts) if parts else None for parts in (originals, gaps)))
+        else:  # where the two networks part, some sequences have no counterpart
+            for arrival in several:
+                statistics.add(*_counted(recipe, arrival))
+        del xs, originals, gaps, several
 
 
-def refuse_overflow(plan: Plan, arrivals: Iterable[Arrival], index: int, name: str) -> None:
-    """UserError where the input of a stage is not finite: it names the first sample in which that is so.
+def _counted(recipe: Recipe, arrival: Arrival) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a recipe wants to know of a sequence."""
+    original_x_TK = arrival.original_x_TK if recipe.input_error_target else None
+    return arrival.x_TK, original_x_TK, arrival.residual_gap_TR if recipe.residual_target else None
+
+
+def finite(plan: Plan, arrivals: Iterable[Arrival], index: int, name: str) -> Iterator[Arrival]:
+    """The same arrivals; UserError at the first whose input is not finite.
 
     Inputs that are finite and only too large to be squared pass; their Hessian is dealt with when it is solved.
     """
     for arrival in arrivals:
         for x_TK, network in ((arrival.x_TK, "quantized"), (arrival.original_x_TK, "original")):
-            if x_TK is not None and not torch.isfinite(x_TK).all():
+            if x_TK is not None and not torch.isfinite(torch.stack(torch.aminmax(x_TK))).all():
+                for tensor in plan.tensors_of_block(index):
+                    read_finite(plan, tensor)
+                dtype = str(plan.skeleton.dtype).removeprefix("torch.")
                 raise UserError(
                     f"{plan.path}: block {index}: NaN or inf in the input of '{name}' of the {network} network, in "
-                    f"calibration sample {arrival.sample}; the network overflows in {_name(plan.skeleton.dtype)}, or "
-                    "its weights are damaged: try --dtype bfloat16 or float32, with --restart"
+                    f"calibration sample {arrival.sample}; the network overflows in {dtype} on this text: "
+                    "try --dtype bfloat16 or float32, with --restart"
                 )
+        yield arrival
+        del arrival, x_TK
 
 
 def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep) -> None:
@@ -337,17 +338,13 @@ def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:
         )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, Any]:
     """Everything the result depends on: it identifies a run that is continued, and is kept in OUT's manifest."""
     request: dict[str, Any] = {
         "llmquant": __version__,
         "torch": torch.__version__,
         "format": plan.format.name,
-        "dtype": _name(plan.dtype),
+        "dtype": str(plan.dtype).removeprefix("torch."),
         "device": plan.skeleton.device.type,
         "recipe": asdict(plan.recipe),
         "max_shard_bytes": plan.options.max_shard_bytes,

@@ -34,7 +34,7 @@ from llmquant.algorithms.gptq import (
     gptq_round,
 )
 from llmquant.algorithms.refine import descend, refit_scales
-from llmquant.algorithms.statistics import InputStatistics
+from llmquant.algorithms.statistics import InputStatistics, output_errors
 from llmquant.algorithms.targets import corrected_target
 from llmquant.spec import QuantSpec, Recipe
 from llmquant.weight import QuantizedWeight
@@ -142,10 +142,8 @@ def _solve(
         importance_K = torch.ones_like(hessian_KK.diagonal())
 
     target_KN = weight_KN
-    if factor is not None:
-        residual_KN = statistics.residual_KR if recipe.residual_target else None
-        drift_KK = statistics.drift_KK if recipe.input_error_target else None
-        target_KN = corrected_target(weight_KN, factor, drift_KK, residual_KN)
+    if factor is not None and (moment_KN := statistics.moment_KN(weight_KN)) is not None:
+        target_KN = corrected_target(weight_KN, factor, moment_KN)
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
@@ -156,11 +154,11 @@ def _solve(
             steps_KN = descend(target_KN, steps_KN, grid, damped_KK, spec)
     else:
         steps_KN = round_to_grid(target_KN, grid, spec)
-    error_N = _row_errors(values_on_grid(steps_KN, grid, spec) - target_KN, hessian_KK)
+    error_N = output_errors(values_on_grid(steps_KN, grid, spec) - target_KN, hessian_KK)
 
     rtn_grid = find_grid(weight_KN, None, spec, stored.scale_dtype, stored.min_zero)
     rtn_steps_KN = round_to_grid(weight_KN, rtn_grid, spec)
-    rtn_error_N = _row_errors(values_on_grid(rtn_steps_KN, rtn_grid, spec) - target_KN, hessian_KK)
+    rtn_error_N = output_errors(values_on_grid(rtn_steps_KN, rtn_grid, spec) - target_KN, hessian_KK)
     worse_N = rtn_error_N < error_N
     return _Result(
         steps_KN=torch.where(worse_N, rtn_steps_KN, steps_KN),
@@ -170,13 +168,8 @@ def _solve(
         ),
         error_N=torch.where(worse_N, rtn_error_N, error_N),
         rtn_error_N=rtn_error_N,
-        output_N=_row_errors(weight_KN, hessian_KK),
+        output_N=output_errors(weight_KN, hessian_KK),
     )
-
-
-def _row_errors(error_KN: Tensor, hessian_KK: Tensor) -> Tensor:
-    """Mean squared output error of each output over the calibration tokens, float32 [N]: diag(E^T H E)."""
-    return (error_KN * (hessian_KK @ error_KN)).sum(0)
 
 
 def _ladder(recipe: Recipe) -> tuple[float, ...]:
