@@ -253,7 +253,7 @@ def print_plan(plan: Plan, out: Path) -> None:
         ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),
         ("size", f"{_size(plan.reader.total_bytes)} -> {_size(plan.output_bytes)}"),
-        ("peak memory", f"about {_size(plan.peak_bytes)}"),
+        ("peak memory", f"about {_size(plan.footprint.peak_bytes)}"),
         ("disk", f"{_size(disk_bytes(plan, out))} needed while it runs, {_size(free_bytes(out))} free"),
     ]
     if plan.recipe.needs_data:

@@ -152,5 +152,8 @@ class Options:
     """Forget what an unfinished run has left."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the checkpoint."""
+    max_memory_bytes: int | None = None
+    """Most memory that the run may take (of the GPU, where it computes there). Activations that do not fit go to the
+    disk; None lets them all stay."""
     max_shard_bytes: int = 5 * 10**9
     """Largest size of a written file."""

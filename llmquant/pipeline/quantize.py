@@ -29,6 +29,7 @@ from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
 from llmquant.models.blocks import weight_as_NK, weight_of
+from llmquant.models.spill import Spill
 from llmquant.models.walk import Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.parts import (
@@ -41,7 +42,15 @@ from llmquant.pipeline.parts import (
     unpack_part,
     write_outside,
 )
-from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk, make_plan, read_finite
+from llmquant.pipeline.plan import (
+    DamagedWeights,
+    LinearPlan,
+    Plan,
+    all_finite,
+    check_disk,
+    make_plan,
+    read_finite,
+)
 from llmquant.pipeline.report import Report, ReportBuilder
 from llmquant.pipeline.smoothing import Folded, Smoother
 from llmquant.pipeline.solve import Solved, Stored, solve_stage, solve_without_data
@@ -160,7 +169,11 @@ def walk_and_quantize(
     """Quantize block after block on what the network makes of the calibration tokens."""
     total = len(plan.block_names)
     smoother = Smoother(plan, report) if plan.recipe.smooths else None
-    with Walk(plan.skeleton, tokens.tokens_SL, with_original=plan.recipe.needs_original) as walk:
+    budget_bytes, spill = plan.footprint.budget_bytes, None
+    if budget_bytes is not None:
+        report.remark("activations", "kept on the disk as far as they do not fit in memory (--max-memory)")
+        spill = Spill(partial.scratch, budget_bytes)
+    with Walk(plan.skeleton, tokens.tokens_SL, with_original=plan.recipe.needs_original, spill=spill) as walk:
         for index, part in enumerate(part_names(plan)):
             linears = plan.linears_of_block(index)
             with report.timed("forward"):
@@ -238,7 +251,7 @@ def quantize_block(
             for name in names:
                 linear = block.get_submodule(name)
                 weights[name] = weight_of(linear)
-                if not torch.isfinite(weights[name]).all():
+                if not all_finite(weights[name]):
                     raise DamagedWeights(plan.path, f"{linears[name].source}.weight")
             specs = {name: linears[name].grid for name in names}
             results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
@@ -288,7 +301,7 @@ def finite(plan: Plan, arrivals: Iterable[Arrival], index: int, name: str) -> It
     """
     for arrival in arrivals:
         for x_TK, network in ((arrival.x_TK, "quantized"), (arrival.original_x_TK, "original")):
-            if x_TK is not None and not torch.isfinite(torch.stack(torch.aminmax(x_TK))).all():
+            if x_TK is not None and not all_finite(x_TK):
                 for tensor in plan.tensors_of_block(index):
                     read_finite(plan, tensor)
                 dtype = str(plan.skeleton.dtype).removeprefix("torch.")
