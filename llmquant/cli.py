@@ -6,6 +6,8 @@ What a user can cause (`UserError`) is one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ import typer
 
 from llmquant import __version__
 from llmquant.errors import UserError
-from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, QuantSpec, Recipe
+from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe, parse_size
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -111,7 +113,34 @@ def quantize_command(
         list[str] | None,
         typer.Option(help="Leave linears in 16 bit: '*.down_proj'. May be repeated.", metavar="PATTERN"),
     ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another grid for some linears: '*.down_proj:bits=8,group_size=64,asym', or 'PATTERN:skip'. May be "
+            "repeated; the last word counts.",
+            metavar="PATTERN:CHANGES",
+        ),
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Refuse what this engine would not load: vllm, sglang, transformers. May be repeated.",
+            metavar="ENGINE",
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="GPUs over which the targets will split the model.", metavar="N")
+    ] = DEFAULT_OPTIONS.tensor_parallel,
     device: Device = "auto",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory to take (of the GPU with --device cuda): 3GB, 800MiB. Activations that do not fit go to "
+            "the disk.",
+            metavar="SIZE",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything fell back.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left.")] = False,
@@ -124,7 +153,8 @@ def quantize_command(
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
     if effort not in EFFORTS:
         raise UserError(f"effort '{effort}': not one of {', '.join(EFFORTS)}; use --effort default")
-    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()), **EFFORTS[effort])
+    overrides = tuple(Override.parse(text) for text in override or ())
+    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()), overrides=overrides, **EFFORTS[effort])
     from llmquant import console
 
     try:
@@ -139,6 +169,9 @@ def quantize_command(
             seq_len=seq_len,
             seed=seed,
             device=device,
+            max_memory_bytes=None if max_memory is None else parse_size(max_memory, "max_memory"),
+            targets=tuple(target or ()),
+            tensor_parallel=tensor_parallel,
             overwrite=overwrite,
             restart=restart,
             trust_remote_code=trust_remote_code,
@@ -164,6 +197,46 @@ def quantize_command(
     if strict and report.incidents:
         print(f"llmquant: --strict: {len(report.incidents)} incidents", file=sys.stderr)
         raise typer.Exit(1)
+
+
+@app.command("convert")
+def convert_command(
+    model: Annotated[str, typer.Argument(help="Quantized checkpoint, of any tool: a folder or hub id.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    format: Annotated[
+        str, typer.Option(help="gptq, gptq_v2, awq, compressed-tensors, or dense: plain weights.", show_default=False)
+    ],
+    dtype: Annotated[str, typer.Option(help="Of dense weights: auto (config.json's), float32, bfloat16, float16.")] = (
+        "auto"
+    ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left.")] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantized MODEL in another format, without a new rounding, or refuse and say what would be lost."""
+    from llmquant import console
+    from llmquant.console_convert import print_converted
+
+    console.quiet_libraries()
+    from llmquant.pipeline.convert import convert
+
+    with console.progress(quiet=quiet) as on_step:
+        converted = convert(
+            model,
+            out,
+            format,
+            dtype=dtype,
+            overwrite=overwrite,
+            restart=restart,
+            trust_remote_code=trust_remote_code,
+            on_step=on_step,
+        )
+    if as_json:
+        print(json.dumps(converted.to_dict()))
+    else:
+        print_converted(converted)
 
 
 @app.command("generate")
@@ -300,43 +373,78 @@ def verify_command(
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, quantized or not.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Checkpoint folders or hub ids, quantized or not.", metavar="MODEL...")
+    ],
     against: Annotated[
         str | None,
         typer.Option(help="The original: adds KL divergence and top-1 agreement with it.", show_default=False),
     ] = None,
     dataset: Annotated[
-        str, typer.Option(help="wikitext2, c4, ptb, python-docs, or a .txt, .jsonl, .parquet file.")
-    ] = "wikitext2",
+        str | None,
+        typer.Option(
+            help="wikitext2 (default), c4, ptb, python-docs, or a .txt, .jsonl, .parquet file.", show_default=False
+        ),
+    ] = None,
     join: Annotated[
         str, typer.Option(help="Between rows: rows (a blank line), text (nothing), auto (the source's own rule).")
     ] = "auto",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Rows are conversations: put their messages into the chat template.")
+    ] = False,
     seq_len: Annotated[
         int | None,
         typer.Option(help="Tokens of a window; by default 2048, or the model's context.", show_default=False),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens between windows' beginnings; by default they do not overlap.", metavar="N", show_default=False
+        ),
+    ] = None,
     windows: Annotated[
         int | None, typer.Option(help="Use only the first N windows.", metavar="N", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, or questions, that run side by side.", metavar="N")] = 1,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness: arc_easy,hellaswag.", metavar="NAMES", show_default=False),
+    ] = None,
+    task_folder: Annotated[
+        Path | None, typer.Option(help="Folder with .yaml files of further tasks.", show_default=False)
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="Ask only the first N questions of a task.", metavar="N", show_default=False)
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity of MODEL, and with --against how far it is from the original."""
-    from llmquant import console
+    """Perplexity of models, how far they are from the original (--against), and their scores in --tasks."""
+    if tasks is None and (task_folder is not None or examples is not None):
+        raise UserError("eval: --task-folder and --examples go with --tasks; name the tasks")
+    from llmquant import console, console_evaluation
 
     console.quiet_libraries()
     from llmquant.pipeline.evaluate import evaluate
 
-    with console.progress(quiet=quiet) as on_step:
+    # The bars of lm-evaluation-harness write to stderr, and have no switch.
+    silence = contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext()
+    with console.progress(quiet=quiet) as on_step, silence:
         result = evaluate(
-            model,
+            models,
             against,
             dataset=dataset,
             join=join,
+            chat=chat,
             seq_len=seq_len,
+            stride=stride,
             num_windows=windows,
+            batch_size=batch_size,
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else (),
+            task_folder=task_folder,
+            num_examples=examples,
             device=device,
             dtype=dtype,
             on_step=on_step,
@@ -344,7 +452,7 @@ def eval_command(
     if as_json:
         print(json.dumps(result.to_dict()))
     else:
-        console.print_evaluation(result)
+        console_evaluation.print_evaluation(result)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,9 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from llmquant.eval.perplexity import Perplexity
     from llmquant.kernels.dispatch import Choice
-    from llmquant.pipeline.evaluate import Evaluation
     from llmquant.pipeline.inspect import Contents
     from llmquant.pipeline.plan import LinearPlan, Plan
     from llmquant.pipeline.report import Incident, LinearReport, Report
@@ -30,13 +29,15 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and advice of the libraries underneath off the screen: their errors are still raised."""
-    import datasets
+    """Keep the progress bars and advice of the libraries underneath off the screen: their errors are still raised.
+
+    `datasets` looks at its variable when it is imported, which a run on a local text never does: it takes 130 MiB.
+    """
     import transformers
 
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 @contextmanager
@@ -219,10 +220,19 @@ def _places(label: str, happened: Iterable[Incident]) -> list[tuple[str, str]]:
     return facts
 
 
+def _predicted_memory(plan: Plan) -> str:
+    from llmquant.pipeline.footprint import footprint_of
+
+    footprint = footprint_of(plan)
+    spilled = f", {_size(footprint.spilled_bytes)} of activations on the disk" if footprint.spilled_bytes else ""
+    return f"about {_size(footprint.peak_bytes)}{spilled}"
+
+
 def print_plan(plan: Plan, out: Path) -> None:
     """What `llmquant quantize --dry-run` says."""
     from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
     from llmquant.pipeline.plan import disk_bytes, free_bytes
+    from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
     from llmquant.textdata import PYTHON_DOCS
 
     def row(linear: LinearPlan) -> tuple[str, str, str]:
@@ -253,7 +263,7 @@ def print_plan(plan: Plan, out: Path) -> None:
         ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),
         ("size", f"{_size(plan.reader.total_bytes)} -> {_size(plan.output_bytes)}"),
-        ("peak memory", f"about {_size(plan.footprint.peak_bytes)}"),
+        ("peak memory", _predicted_memory(plan)),
         ("disk", f"{_size(disk_bytes(plan, out))} needed while it runs, {_size(free_bytes(out))} free"),
     ]
     if plan.recipe.needs_data:
@@ -262,6 +272,9 @@ def print_plan(plan: Plan, out: Path) -> None:
         if source == AUTO:
             source = f"{AUTO_PRESET} from the hub, or {PYTHON_DOCS} offline"
         facts.append(("calibration", f"{source}, {options.num_samples} x {options.seq_len} tokens"))
+    for name in plan.options.targets:
+        facts.append(("target", f"{TARGETS[name].name} loads it, by its rules of {RULES_DATE}"))
+    facts += [("target", needed) for needed in needs_of(plan)]
     facts.append(("dry run", "nothing is written; the same command without --dry-run does it"))
     _print_facts(console, facts)
 
@@ -392,32 +405,3 @@ def _clock(seconds: float) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
-def print_evaluation(result: Evaluation) -> None:
-    """The table of `llmquant eval`, and below it what was measured."""
-    compared = result.divergence
-    table = _table()
-    table.add_column("model", overflow="fold")
-    for heading in ("perplexity", "KL mean", "median", "99 %", "top-1") if compared else ("perplexity",):
-        table.add_column(heading, justify="right", no_wrap=True)
-    if compared and result.against:
-        table.add_row(result.against, _plus_minus(compared.reference))
-        kl = (f"{value:.4f}" for value in (compared.kl_mean, compared.kl_median, compared.kl_p99))
-        table.add_row(result.model, _plus_minus(compared.model), *kl, f"{compared.top1_agreement:.1%}")
-    else:
-        table.add_row(result.model, _plus_minus(result.perplexity))
-    console = Console()
-    console.print(table)
-    measured = result.perplexity
-    console.print(
-        f"{result.dataset}: {measured.num_windows} windows of {measured.seq_len} tokens, "
-        f"{result.dtype} on {result.device}" + ("; KL in nats per token" if compared else ""),
-        style="dim",
-        highlight=False,
-    )
-
-
-def _plus_minus(measured: Perplexity) -> str:
-    error = "" if measured.standard_error is None else f" ± {measured.standard_error:.2f}"
-    return f"{measured.perplexity:.2f}{error}"

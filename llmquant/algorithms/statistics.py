@@ -72,8 +72,8 @@ class InputStatistics:
             self._hessian_KK[:stop, start:stop].addmm_(exact_TK[:, :stop].T, exact_TK[:, start:stop])
         drift_TK = None
         if original_x_TK is not None:
-            original_TK = original_x_TK.float() if self.scale_K is None else original_x_TK / self.scale_K
-            drift_TK = (original_TK - exact_TK).to(x_TK.dtype)
+            original_TK = original_x_TK.to(x_TK.dtype) if self.scale_K is None else original_x_TK / self.scale_K
+            drift_TK = (original_TK - x_TK).to(x_TK.dtype)
         if self._writer_NK is not None:
             gap_TN = None if residual_gap_TN is None else residual_gap_TN.to(x_TK.dtype)
             if drift_TK is not None:
@@ -90,8 +90,8 @@ class InputStatistics:
     @property
     def hessian_KK(self) -> Tensor:
         """Mean second moment of the input, float32 [K, K], symmetric."""
-        upper_KK = self._hessian_KK.triu()
-        return (upper_KK + upper_KK.triu(1).T) / max(self.num_tokens, 1)
+        hessian_KK = self._hessian_KK.triu()
+        return hessian_KK.add_(hessian_KK.triu(1).T).div_(max(self.num_tokens, 1))
 
     @property
     def mean_abs_K(self) -> Tensor:

@@ -13,7 +13,6 @@ that stay: the reverse would put everything out just before it is wanted.
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -157,7 +156,7 @@ class Spill(TorchDispatchMode):
 
     def _forget(self, file: _File) -> None:
         del self._files[file.storage._cdata], file.owner.files[file.storage._cdata]
-        os.unlink(file.path)
+        file.path.unlink()
 
 
 def _alive(tensors: list[weakref.ref[Tensor]]) -> list[weakref.ref[Tensor]]:

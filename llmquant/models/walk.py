@@ -7,9 +7,9 @@ one pass is enough: when all sequences wait in front of a linear, its input stat
 and they go on from there with its new weight. Only one greenlet runs at a time, always in the same order.
 
 Each sequence can walk twice: as `quantized`, through the blocks as they are stored, and as `original`, through the
-weights of the checkpoint. An original lags behind: it comes to a stage when its input there is asked for, and leaves
-the block right after the last one, so that few of them hold the wide input of an MLP's last linear at a time. The
-weights it still needs are lent to the block while it runs.
+weights of the checkpoint. The two come to a stage one sequence after the other, when it is asked for. An original goes
+on at once from a linear that writes to the residual stream, and waits in front of the others: so, of what a sublayer
+holds on its way, there is little at a time. The weights that it still needs are lent to the block while it runs.
 
 Letters: S sequences, L tokens of a sequence, T tokens, K in_features.
 """
@@ -30,6 +30,8 @@ from llmquant.models.skeleton import Skeleton
 from llmquant.models.spill import Kept, Spill
 
 SEQUENCES_BETWEEN_TRIMS = 8
+SEQUENCES_AT_ONCE = 4
+"""Arrivals that the caller of `Walk.stages` keeps at a time, to add up their statistics together."""
 END = -1
 """`Sequence.block` of a sequence that has left the last block."""
 
@@ -37,8 +39,9 @@ END = -1
 class Sequence(greenlet):
     """One sequence on its way through the network."""
 
-    def __init__(self, run: Callable[[], Any]) -> None:
+    def __init__(self, run: Callable[[], Any], is_original: bool) -> None:
         super().__init__(run)
+        self.is_original = is_original
         self.block: int | None = None
         """Index of the block it is in or waits in front of; END behind the last one; None before the first."""
         self.call: tuple[tuple, dict] = ((), {})
@@ -89,8 +92,8 @@ class Walk:
         self._blocks = [skeleton.model.get_submodule(name) for name in self.block_names]
         # The network without its head: nothing behind the last block is run.
         self._network = skeleton.model.base_model
-        self.quantized = [self._start(tokens_L) for tokens_L in tokens_SL]
-        self.original = [self._start(tokens_L) for tokens_L in tokens_SL] if with_original else []
+        self.quantized = [self._start(tokens_L, False) for tokens_L in tokens_SL]
+        self.original = [self._start(tokens_L, True) for tokens_L in tokens_SL] if with_original else []
         self._handles: list[Any] = []
         self._own: dict[str, nn.Parameter] = {}
         """Parameters that the originals walk through, by name within the block, where it holds others by now."""
@@ -99,9 +102,9 @@ class Walk:
             self._handles.append(block.register_forward_pre_hook(self._at_door(index), with_kwargs=True))
         self._handles.append(self._blocks[-1].register_forward_hook(self._behind_last))
 
-    def _start(self, tokens_L: Tensor) -> Sequence:
+    def _start(self, tokens_L: Tensor, is_original: bool) -> Sequence:
         tokens = tokens_L[None].to(self.skeleton.device)
-        return Sequence(lambda: self._network(input_ids=tokens, use_cache=False))
+        return Sequence(lambda: self._network(input_ids=tokens, use_cache=False), is_original)
 
     def __enter__(self) -> Walk:
         return self
@@ -173,11 +176,12 @@ class Walk:
     def stages(
         self, index: int, plan: BlockPlan, own: Mapping[str, nn.Parameter] | None = None
     ) -> Iterator[tuple[int, Iterator[Arrival]]]:
-        """Lead all sequences through a block; yields (stage index, arrivals) each time one's input is complete.
+        """Lead all sequences through a block, stage by stage: yields (stage index, arrivals).
 
         own: parameters of the checkpoint by name within the block, where the block now holds others: the original
-        network walks through these. The caller goes through the arrivals, keeping few of them, then replaces the
-        weights of the stage's linears, then asks for the next stage.
+        network walks through these. The caller goes through the arrivals, keeping few of them (they come as they
+        are asked for, and there is none where no sequence comes by), then replaces the weights of the stage's linears,
+        then asks for the next stage.
         """
         block = self._blocks[index]
         self._own = dict(own or {})
@@ -194,30 +198,29 @@ class Walk:
         try:
             for sequence in (*self.original, *self.quantized):
                 sequence.streams = {"": tensor} if (tensor := first_tensor(*sequence.call)) is not None else {}
-            self._advance(self.quantized)
-            while waiting := [sequence for sequence in self.quantized if sequence.x is not None]:
-                number = min(sequence.stage for sequence in waiting)
+            for number, stage in enumerate(plan.stages):
                 # The weights that the caller is about to replace.
                 replaced = {
                     f"{name}.weight": weight
-                    for name in (plan.stages[number].linears if self.original else ())
+                    for name in (stage.linears if self.original else ())
                     if isinstance(weight := block.get_submodule(name).weight, nn.Parameter)
                 }
                 yield number, self._arrivals(index, number, plan)
                 self._own = replaced | self._own
-                self._advance([sequence for sequence in waiting if sequence.stage == number])
-            for sequence in self.original:
+            for count, sequence in enumerate((*self.quantized, *self.original)):
+                if count % SEQUENCES_BETWEEN_TRIMS == 0:
+                    give_back()
                 self._lead(sequence, index, len(plan.stages))
             self._own = {}
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _lead(self, original: Sequence, index: int, number: int) -> None:
-        """Lead one of the original network's sequences to a stage of a block, unless it is there or farther."""
-        with self._own_parameters(self._blocks[index]):
-            while original.block == index and original.stage < number:
-                self._go_on(original)
+    def _lead(self, sequence: Sequence, index: int, number: int) -> None:
+        """Lead a sequence to a stage of a block, or out of it, unless it is there or farther."""
+        with self._own_parameters(self._blocks[index]) if sequence.is_original else nullcontext():
+            while sequence.block == index and sequence.stage < number:
+                self._go_on(sequence)
 
     @contextmanager
     def _own_parameters(self, block: nn.Module) -> Iterator[None]:
@@ -251,12 +254,14 @@ class Walk:
         return nullcontext() if self._spill is None else self._spill.running(sequence.kept if sequence else None)
 
     def _arrivals(self, index: int, number: int, plan: BlockPlan) -> Iterator[Arrival]:
-        source, is_last = plan.stages[number].residual_source, number == len(plan.stages) - 1
+        source = plan.stages[number].residual_source
+        goes_on = source is not None or number == len(plan.stages) - 1
         originals: list[Sequence | None] = list(self.original) or [None] * len(self.quantized)
         for sample, (sequence, original) in enumerate(zip(self.quantized, originals, strict=True)):
+            if sample % SEQUENCES_BETWEEN_TRIMS == 0:
+                give_back()
+            self._lead(sequence, index, number)
             if original is not None:
-                if sample % SEQUENCES_BETWEEN_TRIMS == 0:
-                    give_back()
                 self._lead(original, index, number)
             if sequence.x is None or sequence.stage != number:
                 continue
@@ -268,8 +273,8 @@ class Walk:
                     self._spill.settle(original.kept)
             yield arrival
             del arrival
-            if original is not None and is_last:
-                self._lead(original, index, len(plan.stages))
+            if original is not None and goes_on:
+                self._lead(original, index, number + 1)
 
     def _arrival(self, sample: int, sequence: Sequence, original: Sequence | None, source: str | None) -> Arrival:
         # What goes to the disk is emptied in place: a copy remains.

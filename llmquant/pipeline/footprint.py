@@ -17,23 +17,20 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import psutil
-
 from llmquant.errors import UserError
-from llmquant.models.walk import SEQUENCES_BETWEEN_TRIMS
+from llmquant.memory import peak_resident_bytes, resident_bytes
+from llmquant.models.walk import SEQUENCES_AT_ONCE, SEQUENCES_BETWEEN_TRIMS
 
 if TYPE_CHECKING:
     from llmquant.pipeline.plan import LinearPlan, Plan
 
 LIBRARY_BYTES = 45 * 2**20
 """Pages of torch's libraries that come in with the first products and factorizations, measured."""
-SEQUENCES_AT_ONCE = 4
-"""Sequences whose statistics are added together."""
 RTN_BYTES = 18
 """Of a weight while it is rounded to nearest: its float32 copy, steps, their codes and temporaries."""
-FACTOR_BYTES, SOLVE_BYTES = 44, 20
+FACTOR_BYTES, SOLVE_BYTES = 34, 16
 """Of an element of the Hessian: while its inverse is factored in float64, and afterwards."""
-TARGET_BYTES = 52
+TARGET_BYTES = 44
 """Of a weight while it is solved: target, grid search, steps, errors, each in float32, for GPTQ and for RTN."""
 PACKING_BYTES = 12
 """Of a weight of the linear that is being packed into words."""
@@ -85,7 +82,6 @@ class Footprint:
 def footprint_of(plan: Plan) -> Footprint:
     """The memory of a run, from the shapes of its model and the process as it is now."""
     on_device = plan.skeleton.device.type != "cpu"
-    process = psutil.Process().memory_info()
     blocks = range(len(plan.block_names))
     outside = max((math.prod(info.shape) for info in plan.tensors_outside().values()), default=0)
     if plan.recipe.needs_data:
@@ -97,10 +93,10 @@ def footprint_of(plan: Plan) -> Footprint:
         work = max(_rounding_bytes(plan, index) for index in blocks)
         activations = 0
     return Footprint(
-        runtime_bytes=0 if on_device else process.rss + LIBRARY_BYTES,
+        runtime_bytes=0 if on_device else resident_bytes() + LIBRARY_BYTES,
         work_bytes=work,
         activation_bytes=activations,
-        past_bytes=0 if on_device else getattr(process, "peak_wset", 0),
+        past_bytes=0 if on_device else peak_resident_bytes(),
         limit_bytes=plan.options.max_memory_bytes,
     )
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
 from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of
 from llmquant.models.skeleton import DTYPES, Skeleton, read_config, stored_dtype
-from llmquant.pipeline.footprint import Footprint, footprint_of
+from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.names import kind_of
 from llmquant.spec import Options, QuantSpec, Recipe
 
@@ -93,6 +93,12 @@ class Plan:
         """The linears that get a grid."""
         return [linear for linear in self.linears if linear.spec is not None]
 
+    @property
+    def outside(self) -> dict[str, LinearPlan]:
+        """The quantized linears that belong to no block, by full name: the head, where an override asks for it."""
+        blocks = tuple(f"{name}." for name in self.block_names)
+        return {linear.name: linear for linear in self.quantized if not linear.name.startswith(blocks)}
+
     def linears_of_block(self, index: int) -> dict[str, LinearPlan]:
         """The quantized linears of one block by their name within it."""
         prefix = self.block_names[index] + "."
@@ -105,7 +111,8 @@ class Plan:
         return {name: info for name, info in self.reader.tensors.items() if name in wanted}
 
     def tensors_outside(self) -> dict[str, TensorInfo]:
-        """The checkpoint's tensors that belong to no block: they are copied as they are."""
+        """The checkpoint's tensors that belong to no block: they are copied as they are, unless an override quantizes
+        one."""
         inside = {name for index in range(len(self.block_names)) for name in self.tensors_of_block(index)}
         return {name: info for name, info in self.reader.tensors.items() if name not in inside}
 
@@ -131,11 +138,6 @@ class Plan:
         shapes = self.format.tensor_shapes(linear.grid, linear.out_features, linear.in_features, self.scale_dtype)
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
 
-    @cached_property
-    def footprint(self) -> Footprint:
-        """The memory that the run takes, as it is seen from the moment this is first asked for."""
-        return footprint_of(self)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         linears = [
@@ -150,6 +152,7 @@ class Plan:
             }
             for linear in self.linears
         ]
+        footprint = footprint_of(self)
         return {
             "model": str(self.path),
             "recipe": asdict(self.recipe),
@@ -161,8 +164,8 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "original_bytes": self.reader.total_bytes,
             "output_bytes": self.output_bytes,
-            "peak_bytes": self.footprint.peak_bytes,
-            "spilled_bytes": self.footprint.spilled_bytes,
+            "peak_bytes": footprint.peak_bytes,
+            "spilled_bytes": footprint.spilled_bytes,
         }
 
 
@@ -170,7 +173,7 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     """Open a checkpoint and settle everything; UserError when the run cannot be done as asked."""
     format_name, dtype, seq_len = options.format, options.dtype, options.seq_len
     if format_name == AUTO:
-        format_name = "gptq" if recipe.spec.symmetric else "compressed-tensors"
+        format_name = "gptq" if recipe.is_symmetric else "compressed-tensors"
     if format_name not in FORMATS:
         raise UserError(f"format '{format_name}': not one of {', '.join(FORMATS)}; use --format gptq")
     if dtype != "auto" and dtype not in DTYPES:
@@ -218,24 +221,41 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
 def _plan_linears(
     skeleton: Skeleton, block_names: list[str], recipe: Recipe, format: Format, scale_dtype: torch.dtype
 ) -> Iterator[LinearPlan]:
-    unmatched = set(recipe.skip)
+    unmatched, unheard = set(recipe.skip), set(recipe.overrides)
+    uses = Counter(skeleton.names.values())
+    blocks = tuple(f"{name}." for name in block_names)
     for name, linear in linears_of(skeleton.model).items():
         out_features, in_features = linear_shape(linear)
         source = skeleton.names[f"{name}.weight"].removesuffix(".weight")
         spec: QuantSpec | None = None
         patterns = [pattern for pattern in recipe.skip if fnmatchcase(name, pattern)]
         unmatched -= set(patterns)
+        overrides = recipe.overrides_of(name)
+        unheard -= set(overrides)
+        wanted = recipe.spec_of(name)
         if patterns:
             reason = f"--skip '{patterns[0]}'"
-        elif not any(name.startswith(f"{block}.") for block in block_names):
+        elif wanted is None:
+            reason = str(overrides[-1])
+        elif not name.startswith(blocks) and not overrides:
             reason = "outside the decoder blocks"
         else:
-            spec, reason = _fit(recipe.spec, format, out_features, in_features, scale_dtype)
+            if uses[f"{source}.weight"] > 1:
+                reason = f"shares its weight '{source}.weight' with another module, which needs it in 16 bit"
+            else:
+                spec, reason = _fit(wanted, format, out_features, in_features, scale_dtype)
+            if spec is None and overrides:
+                raise UserError(f"{name}: {overrides[-1]}: {reason} (--skip '{name}' leaves it in 16 bit)")
         yield LinearPlan(name, source, out_features, in_features, spec, reason)
     if unmatched:
         raise UserError(
             f"skip pattern '{min(unmatched)}': matches no linear; patterns are matched against full names, "
             "such as '*.down_proj'"
+        )
+    if unheard:
+        raise UserError(
+            f"override pattern '{min(override.pattern for override in unheard)}': matches no linear; patterns are "
+            "matched against full names, such as '*.down_proj'"
         )
 
 
@@ -248,7 +268,7 @@ def _fit(
         return spec, ""
     wanted = spec.group_size if spec.group_size != -1 else in_features
     for group_size in STANDARD_GROUPS:
-        smaller = QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
+        smaller = replace(spec, group_size=group_size)
         fits = group_size < wanted and in_features % group_size == 0
         if fits and format.refuses(smaller, out_features, in_features, scale_dtype) is None:
             return smaller, f"group size {spec.group_size} -> {group_size}, because in_features is {in_features}"
@@ -297,8 +317,8 @@ def disk_bytes(plan: Plan, out: Path) -> int:
     activations that do not fit in memory, less what an earlier run has left to continue from."""
     partial = out.with_name(out.name + ".partial")
     there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
-    written = plan.output_bytes + min(plan.output_bytes, plan.options.max_shard_bytes) + plan.footprint.spilled_bytes
-    return max(written - there, 0)
+    shard = min(plan.output_bytes, plan.options.max_shard_bytes)
+    return max(plan.output_bytes + shard + footprint_of(plan).spilled_bytes - there, 0)
 
 
 def check_disk(plan: Plan, out: Path) -> None:

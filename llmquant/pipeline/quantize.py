@@ -22,45 +22,38 @@ from torch import Tensor
 
 from llmquant import __version__
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, read_quantized
-from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.quantized import check_digests
 from llmquant.checkpoints.writer import PartialCheckpoint, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.models.blocks import weight_as_NK, weight_of
+from llmquant.models.blocks import weight_of
 from llmquant.models.spill import Spill
-from llmquant.models.walk import Arrival, Walk
+from llmquant.models.walk import SEQUENCES_AT_ONCE, Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
+from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.parts import (
+    OUTSIDE,
     extra_files,
     pack_part,
     part_names,
     put_back,
     quantization_config,
     replacements,
+    round_alone,
+    stored_numbers,
     unpack_part,
     write_outside,
 )
-from llmquant.pipeline.plan import (
-    DamagedWeights,
-    LinearPlan,
-    Plan,
-    all_finite,
-    check_disk,
-    make_plan,
-    read_finite,
-)
+from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, all_finite, check_disk, make_plan, read_finite
 from llmquant.pipeline.report import Report, ReportBuilder
 from llmquant.pipeline.smoothing import Folded, Smoother
-from llmquant.pipeline.solve import Solved, Stored, solve_stage, solve_without_data
+from llmquant.pipeline.solve import Solved, solve_stage, solve_without_data
+from llmquant.pipeline.targets import check_targets
 from llmquant.spec import Options, Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
 """(blocks finished, blocks in all, what is being done, relative error of the last solved linears)."""
-
-SEQUENCES_AT_ONCE = 4
-"""Sequences whose statistics are added together."""
 
 
 def quantize(
@@ -83,6 +76,7 @@ def quantize(
         step(0, total, "calibration text", None)
         with builder.timed("calibration text"):
             tokens = draw_tokens(plan)
+            give_back()
         builder.calibration(tokens)
         check_tokens(plan, tokens)
     step(0, total, "hashing the checkpoint", None)
@@ -106,13 +100,13 @@ def quantize(
             step(total, total, "finishing", None)
             with builder.timed("finishing"):
                 partial.finish(
-                    ["outside", *part_names(plan)],
+                    [OUTSIDE, *part_names(plan)],
                     extra_files(plan),
                     manifest={"request": request},
                     max_shard_bytes=options.max_shard_bytes,
                 )
         else:
-            for part in part_names(plan):
+            for part in (OUTSIDE, *part_names(plan)):
                 builder.recall(partial.part_note(part))
             partial.complete()
     step(total, total, "verifying", None)
@@ -123,24 +117,17 @@ def quantize(
 
 def verify_codes(out: Path, plan: Plan, report: ReportBuilder) -> None:
     """Reopen OUT as any reader would and compare every packed linear with what was solved; UserError if one differs."""
-    reader = CheckpointReader(out)
-    parsed = parsed_quantization(reader)
-    packed = {} if parsed is None else find_quantized_modules(reader, parsed)
     solved = {linear.name: linear.digest for linear in report.linears}
-    for linear in plan.quantized:
-        found = packed.get(linear.source)
-        if found is None or read_quantized(reader, found).digest() != solved[linear.name]:
-            raise UserError(
-                f"{out}: '{linear.source}' does not come back from the disk as it was solved; "
-                "do not use this checkpoint, check the disk, and quantize again with --overwrite"
-            )
+    check_digests(out, {linear.source: solved[linear.name] for linear in plan.quantized})
 
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
     plan = make_plan(resolve_model(str(model)), recipe, options)
+    check_targets(plan)
     quantization_config(plan)
     check_out(out, options.overwrite)
+    footprint_of(plan).check()
     check_disk(plan, out)
     return plan
 
@@ -169,7 +156,7 @@ def walk_and_quantize(
     """Quantize block after block on what the network makes of the calibration tokens."""
     total = len(plan.block_names)
     smoother = Smoother(plan, report) if plan.recipe.smooths else None
-    budget_bytes, spill = plan.footprint.budget_bytes, None
+    budget_bytes, spill = footprint_of(plan).budget_bytes, None
     if budget_bytes is not None:
         report.remark("activations", "kept on the disk as far as they do not fit in memory (--max-memory)")
         spill = Spill(partial.scratch, budget_bytes)
@@ -219,30 +206,23 @@ def quantize_block(
     if smoother is not None:
         on_step(index, total, "scales", None)
         folded = smoother.smooth(walk, index, block_plan, linears)
-    left_over = set(linears) - {name for stage in block_plan.stages for name in stage.linears}
     solved: dict[str, Solved] = {}
-    stages = walk.stages(index, block_plan, folded.own)
-    while True:
-        on_step(index, total, "forward", None)
-        with report.timed("forward"):
-            arrived = next(stages, None)
-        if arrived is None:
-            break
-        number, arrivals = arrived
+    for number, arrivals in walk.stages(index, block_plan, folded.own):
         names = [name for name in block_plan.stages[number].linears if name in linears]
         if not names:
             continue
-        with report.timed("statistics"):
-            first = plan.skeleton.model.get_submodule(linears[names[0]].name)
-            writes = plan.recipe.needs_original and block_plan.stages[number].residual_source is not None
-            statistics = InputStatistics(
-                linears[names[0]].in_features,
-                plan.skeleton.device,
-                writer_NK=weight_of(first) if writes else None,
-                scale_K=folded.scales.get(number),
-            )
-            gather(plan.recipe, finite(plan, arrivals, index, names[0]), statistics)
-        del arrivals, arrived
+        on_step(index, total, "forward", None)
+        first = plan.skeleton.model.get_submodule(linears[names[0]].name)
+        writes = plan.recipe.needs_original and block_plan.stages[number].residual_source is not None
+        statistics = InputStatistics(
+            linears[names[0]].in_features,
+            plan.skeleton.device,
+            writer_NK=weight_of(first) if writes else None,
+            scale_K=folded.scales.get(number),
+        )
+        gather(plan.recipe, finite(plan, arrivals, index, names[0]), statistics, report)
+        if statistics.num_tokens == 0:
+            continue
         give_back()
         on_step(index, total, ", ".join(name.rpartition(".")[2] for name in names), None)
         with report.timed("solving"):
@@ -259,8 +239,9 @@ def quantize_block(
             report.linear(linears[name], result)
         solved |= results
         put_back(plan, linears, results)
+        give_back()
         on_step(index, total, "", sum(result.error for result in results.values()) / len(results))
-    for name in sorted(left_over):
+    for name in sorted(set(linears) - set(solved)):
         linear = plan.skeleton.model.get_submodule(linears[name].name)
         solved[name] = solve_without_data(weight_of(linear), linears[name].grid, stored_numbers(plan))
         why = "is called more than once per forward pass" if name in block_plan.repeated else "saw no calibration token"
@@ -274,18 +255,22 @@ def quantize_block(
     return solved, kept
 
 
-def gather(recipe: Recipe, arrivals: Iterable[Arrival], statistics: InputStatistics) -> None:
-    """Count one stage's input over all sequences, a few at a time."""
-    arrivals = iter(arrivals)
-    while several := list(islice(arrivals, SEQUENCES_AT_ONCE)):
-        fields = zip(*(_counted(recipe, arrival) for arrival in several), strict=True)
-        xs, originals, gaps = ([part for part in field if part is not None] for field in fields)
-        if len(originals) in (0, len(xs)) and len(gaps) in (0, len(xs)):
-            statistics.add(torch.cat(xs), *(torch.cat(parts) if parts else None for parts in (originals, gaps)))
-        else:  # where the two networks part, some sequences have no counterpart
-            for arrival in several:
-                statistics.add(*_counted(recipe, arrival))
-        del xs, originals, gaps, several
+def gather(recipe: Recipe, arrivals: Iterator[Arrival], statistics: InputStatistics, report: ReportBuilder) -> None:
+    """Count one stage's input over all sequences, a few at a time; each is led there when it is asked for."""
+    while True:
+        with report.timed("forward"):
+            several = list(islice(arrivals, SEQUENCES_AT_ONCE))
+        if not several:
+            return
+        with report.timed("statistics"):
+            fields = zip(*(_counted(recipe, arrival) for arrival in several), strict=True)
+            xs, originals, gaps = ([part for part in field if part is not None] for field in fields)
+            if len(originals) in (0, len(xs)) and len(gaps) in (0, len(xs)):
+                statistics.add(torch.cat(xs), *(torch.cat(parts) if parts else None for parts in (originals, gaps)))
+            else:  # where the two networks part, some sequences have no counterpart
+                for arrival in several:
+                    statistics.add(*_counted(recipe, arrival))
+            del xs, originals, gaps, several
 
 
 def _counted(recipe: Recipe, arrival: Arrival) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -326,18 +311,11 @@ def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: Report
         solved = {}
         for name, linear in linears.items():
             with report.timed("solving"):
-                weight = read_finite(plan, f"{linear.source}.weight")
-                weight_NK = weight_as_NK(plan.skeleton.model.get_submodule(linear.name), weight)
-                solved[name] = solve_without_data(weight_NK, linear.grid, stored_numbers(plan))
+                solved[name] = round_alone(plan, linear)
             report.linear(linear, solved[name])
         with report.timed("writing"):
             partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
     on_step(total, total, "done", None)
-
-
-def stored_numbers(plan: Plan) -> Stored:
-    """How the format of a run wants its numbers."""
-    return Stored(plan.scale_dtype, plan.format.min_zero)
 
 
 def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:

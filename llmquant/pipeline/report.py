@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmquant.memory import peak_resident_bytes
 from llmquant.pipeline.plan import LinearPlan, Plan
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class ReportBuilder:
         for linear in self.plan.linears:
             if linear.spec is not None and linear.reason:
                 self.incident(linear.name, linear.reason)
-            elif linear.spec is None and linear.name.startswith(inside) and not linear.reason.startswith("--skip"):
+            elif linear.spec is None and linear.name.startswith(inside) and not linear.reason.startswith("--"):
                 self.incident(linear.name, f"left in 16 bit: {linear.reason}")
 
     @contextmanager
@@ -176,9 +175,3 @@ class ReportBuilder:
             peak_bytes=peak_resident_bytes(),
             peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
         )
-
-
-def peak_resident_bytes() -> int:
-    """The largest resident memory this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

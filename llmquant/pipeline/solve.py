@@ -62,11 +62,25 @@ class Stored:
     min_zero: int = 0
 
 
+ROWS_AT_ONCE = 16384
+"""Rows that are rounded together without data: more than any linear of a block has, a part of a vocabulary."""
+
+
 def solve_without_data(weight_NK: Tensor, spec: QuantSpec, stored: Stored) -> Solved:
     """Plain RTN; its error is that of the weight itself."""
-    quantized = round_to_nearest(weight_NK, spec, stored.scale_dtype, stored.min_zero)
-    weight_NK = weight_NK.float()
-    error = ((quantized.dequantize() - weight_NK).square().sum() / weight_NK.square().sum().clamp(min=1e-30)).item()
+    pieces, lost, whole = [], 0.0, 0.0
+    for some_NK in weight_NK.split(ROWS_AT_ONCE):
+        piece = round_to_nearest(some_NK, spec, stored.scale_dtype, stored.min_zero)
+        lost += (piece.dequantize() - some_NK.float()).square().sum().item()
+        whole += some_NK.float().square().sum().item()
+        pieces.append(piece)
+    quantized = QuantizedWeight(
+        codes_NK=torch.cat([piece.codes_NK for piece in pieces]),
+        scale_NG=torch.cat([piece.scale_NG for piece in pieces]),
+        zero_NG=torch.cat([piece.zero_NG for piece in pieces]),
+        spec=spec,
+    )
+    error = lost / max(whole, 1e-30)
     return Solved(quantized, error, error)
 
 
@@ -137,7 +151,8 @@ def _solve(
 ) -> _Result:
     importance_K = None
     if recipe.range_search == "hessian":
-        importance_K = hessian_KK.diagonal() + recipe.damping * damping_unit(hessian_KK, statistics.scale_K)
+        diagonal_K = hessian_KK.diagonal()
+        importance_K = diagonal_K + recipe.damping * damping_unit(diagonal_K, statistics.scale_K)
     elif recipe.range_search == "mse":
         importance_K = torch.ones_like(hessian_KK.diagonal())
 
@@ -147,8 +162,8 @@ def _solve(
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
-        damped_KK = damped(hessian_KK, factor.damping, statistics.scale_K)
         for sweep in range(recipe.descent_sweeps):
+            damped_KK = damped(hessian_KK, factor.damping, statistics.scale_K)
             if sweep and recipe.refit_scales:
                 grid = refit_scales(target_KN, steps_KN, grid, damped_KK, spec, stored.scale_dtype)
             steps_KN = descend(target_KN, steps_KN, grid, damped_KK, spec)

@@ -53,6 +53,15 @@ class QuantizedLinear(nn.Module):
         for i, tensor in enumerate(prepared):
             self.register_buffer(f"prepared_{i}", tensor, persistent=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles. What oneDNN packed can be neither: it travels as a plain tensor."""
+        plain = tuple(tensor.to_dense() if tensor.is_mkldnn else tensor for tensor in self.prepared)
+        return self.__dict__ | {"prepared": plain, "_buffers": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold(BACKENDS[self.backend_name].settle(self.prepared))
+
     @property
     def device(self) -> torch.device:
         return self.prepared[0].device
