@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import resource
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -36,6 +34,7 @@ from llmquant.checkpoints.durable import write_atomically
 from llmquant.checkpoints.header import parse_json
 from llmquant.checkpoints.manifest import REPORT_JSON, read_manifest
 from llmquant.errors import UserError
+from llmquant.memory import peak_resident_bytes
 from llmquant.pipeline.histograms import NUM_LINEARS, Histogram, histograms
 from llmquant.pipeline.plan import LinearPlan, Plan
 from llmquant.pipeline.samples import Sample
@@ -343,9 +342,3 @@ def processor_name() -> str:
     name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def peak_resident_bytes() -> int:
-    """The largest resident memory this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
