@@ -18,7 +18,7 @@ import typer
 
 from llmquant import __version__
 from llmquant.errors import UserError
-from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe
+from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe, parse_size
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -51,11 +51,12 @@ def main() -> None:
     except Interrupted as stop:
         print(f"llmquant: {stop}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except SystemExit as stop:
-        # typer turns Ctrl-C into this code, without a word.
-        if stop.code == INTERRUPTED:
-            print("llmquant: interrupted", file=sys.stderr)
-        raise
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # typer turns Ctrl-C into this code, without a word; before its command has begun, it lets it through.
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
+        print("llmquant: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 @app.callback(invoke_without_command=True)
@@ -135,6 +136,15 @@ def quantize_command(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare the result with MODEL on held-out text.")
     ] = DEFAULT_OPTIONS.verify,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory to take (of the GPU with --device cuda): 3GB, 800MiB. Activations that do not fit go to "
+            "the disk.",
+            metavar="SIZE",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything fell back.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left.")] = False,
@@ -163,6 +173,7 @@ def quantize_command(
             seq_len=seq_len,
             seed=seed,
             device=device,
+            max_memory_bytes=None if max_memory is None else parse_size(max_memory, "max_memory"),
             targets=tuple(target or ()),
             tensor_parallel=tensor_parallel,
             overwrite=overwrite,
@@ -367,6 +378,23 @@ def verify_command(
             print(f"{out}: {len(manifest['files'])} files, all as they were written")
     if problems:
         raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    out: Annotated[Path, typer.Argument(help="A folder that llmquant quantize wrote.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Where the page goes; by default report.html in OUT.", show_default=False)
+    ] = None,
+) -> None:
+    """Make the page of a quantization again, from the quantize_report.json in OUT."""
+    from llmquant.checkpoints.manifest import REPORT_HTML
+    from llmquant.pipeline.page import write_page
+    from llmquant.pipeline.report import read_report
+
+    file = output or out / REPORT_HTML
+    write_page(read_report(out), file)
+    print(file)
 
 
 @app.command("eval")

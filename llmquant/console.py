@@ -241,6 +241,14 @@ def _places(label: str, happened: Iterable[Incident]) -> list[tuple[str, str]]:
     return facts
 
 
+def _predicted_memory(plan: Plan) -> str:
+    from llmquant.pipeline.footprint import footprint_of
+
+    footprint = footprint_of(plan)
+    spilled = f", {_size(footprint.spilled_bytes)} of activations on the disk" if footprint.spilled_bytes else ""
+    return f"about {_size(footprint.peak_bytes)}{spilled}"
+
+
 def print_plan(plan: Plan, out: Path) -> None:
     """What `llmquant quantize --dry-run` says."""
     from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
@@ -276,7 +284,7 @@ def print_plan(plan: Plan, out: Path) -> None:
         ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),
         ("size", f"{_size(plan.reader.total_bytes)} -> {_size(plan.output_bytes)}"),
-        ("peak memory", f"about {_size(plan.peak_bytes)}"),
+        ("peak memory", _predicted_memory(plan)),
         ("disk", f"{_size(disk_bytes(plan, out))} needed while it runs, {_size(free_bytes(out))} free"),
     ]
     if plan.recipe.needs_data:

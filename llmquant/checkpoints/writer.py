@@ -5,6 +5,7 @@ While it is made it is a folder `<out>.partial` beside OUT:
     journal.json     what was asked, and which files are complete
     lock             held by the one run that writes here; the system frees it when that run dies
     parts/           one safetensors file per part (the tensors of one decoder block, say)
+    scratch/         what a run has put aside for itself; nothing that a later one could use
     checkpoint/      what OUT will be, filled by `finish`
     replaced/        the old OUT, between the last two renames of a run with overwrite
 
@@ -37,7 +38,7 @@ from llmquant.errors import UserError
 from llmquant.spec import Options
 
 MAX_SHARD_BYTES = Options().max_shard_bytes
-LOCK_FILE, PARTS, CHECKPOINT, REPLACED = "lock", "parts", "checkpoint", "replaced"
+LOCK_FILE, PARTS, SCRATCH, CHECKPOINT, REPLACED = "lock", "parts", "scratch", "checkpoint", "replaced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +126,11 @@ class PartialCheckpoint:
         _remove_contents(self.folder)
         _remove_if_empty(self.folder)
         self.close()
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what only this run needs; it may be made. It goes when the run ends, or when the next begins."""
+        return self.folder / SCRATCH
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -356,7 +362,7 @@ class PartialCheckpoint:
         if self.discarded:
             journal.save()
         with disk_errors(self.folder):
-            for name in (CHECKPOINT, REPLACED):
+            for name in (SCRATCH, CHECKPOINT, REPLACED):
                 if (self.folder / name).exists():
                     shutil.rmtree(self.folder / name)
             known = {self._part_file(part) for part in journal.parts}
@@ -445,7 +451,7 @@ def _restore_replaced(out: Path, folder: Path) -> None:
 def _remove_contents(folder: Path) -> None:
     """Removes everything of ours but the lock; the journal last, because it tells that the rest is ours."""
     with disk_errors(folder):
-        for name in (PARTS, CHECKPOINT, REPLACED):
+        for name in (PARTS, SCRATCH, CHECKPOINT, REPLACED):
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
         for name in (JOURNAL_FILE + TEMPORARY_SUFFIX, JOURNAL_FILE):

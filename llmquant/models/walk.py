@@ -17,7 +17,7 @@ Letters: S sequences, L tokens of a sequence, T tokens, K in_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,11 @@ from torch import Tensor, nn
 from llmquant.memory import give_back
 from llmquant.models.blocks import BlockPlan, find_blocks, first_tensor, watch
 from llmquant.models.skeleton import Skeleton
+from llmquant.models.spill import Kept, Spill
 
 SEQUENCES_BETWEEN_TRIMS = 8
+SEQUENCES_AT_ONCE = 4
+"""Arrivals that the caller of `Walk.stages` keeps at a time, to add up their statistics together."""
 END = -1
 """`Sequence.block` of a sequence that has left the last block."""
 
@@ -49,6 +52,7 @@ class Sequence(greenlet):
         """The input of the stage it waits in front of; None when it does not wait in front of one."""
         self.streams: dict[str, Tensor] = {}
         """Inputs of modules that are sources of a residual stream, by module name within the block."""
+        self.kept = Kept()
 
     def go_on(self) -> None:
         """Run until the next pause."""
@@ -65,6 +69,8 @@ class Sequence(greenlet):
 class Arrival:
     """One sequence in front of a stage."""
 
+    sample: int
+    """Which sequence it is."""
     x_TK: Tensor
     """Its input in the quantized network."""
     original_x_TK: Tensor | None
@@ -76,11 +82,21 @@ class Arrival:
 class Walk:
     """A set of sequences in front of the network; call `enter`, then `stages`, block after block.
 
-    to_the_end: behind the last block, `outcome` lets a sequence go on through the head.
+    to_the_end: behind the last block, `outcome` lets a sequence go on through the head. spill: where activations go
+    that do not fit in memory.
     """
 
-    def __init__(self, skeleton: Skeleton, tokens_SL: Tensor, *, with_original: bool, to_the_end: bool = False) -> None:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens_SL: Tensor,
+        *,
+        with_original: bool,
+        to_the_end: bool = False,
+        spill: Spill | None = None,
+    ) -> None:
         self.skeleton = skeleton
+        self._spill = spill
         _, self.block_names = find_blocks(skeleton.model)
         self._blocks = [skeleton.model.get_submodule(name) for name in self.block_names]
         # Without its head where that is not asked for: nothing behind the last block is run then.
@@ -114,6 +130,8 @@ class Walk:
             handle.remove()
         self._handles = []
         self._drop_outside()
+        if self._spill is not None:
+            self._spill.close()
 
     # --- between blocks ----------------------------------------------------------------------------------------------
 
@@ -167,8 +185,15 @@ class Walk:
 
     def plan(self, index: int) -> BlockPlan:
         """Watch one sequence run the block that all of them stand in front of."""
-        args, kwargs = self.quantized[0].call
+        ((args, kwargs),) = self.calls(1)
         return watch(self._blocks[index], lambda: self._blocks[index](*args, **kwargs))
+
+    def calls(self, count: int) -> list[tuple[tuple, dict]]:
+        """What the first sequences call the block with that all of them stand in front of."""
+        if self._spill is not None:
+            for sequence in self.quantized[:count]:
+                self._spill.fetch(sequence.kept)
+        return [sequence.call for sequence in self.quantized[:count]]
 
     def stages(
         self, index: int, plan: BlockPlan, own: Mapping[str, nn.Parameter] | None = None
@@ -217,7 +242,7 @@ class Walk:
         """Lead a sequence to a stage of a block, or out of it, unless it is there or farther."""
         with self._own_parameters(self._blocks[index]) if sequence.is_original else nullcontext():
             while sequence.block == index and sequence.stage < number:
-                sequence.go_on()
+                self._go_on(sequence)
 
     @contextmanager
     def _own_parameters(self, block: nn.Module) -> Iterator[None]:
@@ -238,33 +263,55 @@ class Walk:
         for count, sequence in enumerate(sequences):
             if count % SEQUENCES_BETWEEN_TRIMS == 0:
                 give_back()
+            self._go_on(sequence)
+
+    def _go_on(self, sequence: Sequence) -> None:
+        with self._running(sequence):
             sequence.go_on()
+        if self._spill is not None:
+            self._spill.settle(sequence.kept)
+
+    def _running(self, sequence: Sequence | None) -> AbstractContextManager[None]:
+        """Around all that computes with the tensors of sequences; what is made inside belongs to this one, if any."""
+        return nullcontext() if self._spill is None else self._spill.running(sequence.kept if sequence else None)
 
     def _arrivals(self, index: int, number: int, plan: BlockPlan) -> Iterator[Arrival]:
         source = plan.stages[number].residual_source
         goes_on = source is not None or number == len(plan.stages) - 1
         originals: list[Sequence | None] = list(self.original) or [None] * len(self.quantized)
-        for count, (sequence, original) in enumerate(zip(self.quantized, originals, strict=True)):
-            if count % SEQUENCES_BETWEEN_TRIMS == 0:
+        for sample, (sequence, original) in enumerate(zip(self.quantized, originals, strict=True)):
+            if sample % SEQUENCES_BETWEEN_TRIMS == 0:
                 give_back()
             self._lead(sequence, index, number)
             if original is not None:
                 self._lead(original, index, number)
             if sequence.x is None or sequence.stage != number:
                 continue
-            x_TK = sequence.x.flatten(0, -2)
-            original_x_TK = gap_TR = None
-            if original is not None and original.x is not None and original.stage == number:
-                if original.x.shape == sequence.x.shape:
-                    original_x_TK = original.x.flatten(0, -2)
-                if source is not None and source in sequence.streams and source in original.streams:
-                    here, there = sequence.streams[source], original.streams[source]
-                    if here.shape == there.shape and here.shape[:-1] == sequence.x.shape[:-1]:
-                        gap_TR = (there - here).flatten(0, -2)
-            yield Arrival(x_TK, original_x_TK, gap_TR)
-            del x_TK, original_x_TK, gap_TR
+            with self._running(None):
+                arrival = self._arrival(sample, sequence, original, source)
+            if self._spill is not None:
+                self._spill.settle(sequence.kept)
+                if original is not None:
+                    self._spill.settle(original.kept)
+            yield arrival
+            del arrival
             if original is not None and goes_on:
                 self._lead(original, index, number + 1)
+
+    def _arrival(self, sample: int, sequence: Sequence, original: Sequence | None, source: str | None) -> Arrival:
+        # What goes to the disk is emptied in place: a copy remains.
+        copied = (lambda x: x.clone()) if self._spill is not None else (lambda x: x)
+        assert sequence.x is not None
+        x_TK = copied(sequence.x.flatten(0, -2))
+        original_x_TK = gap_TR = None
+        if original is not None and original.x is not None and original.stage == sequence.stage:
+            if original.x.shape == sequence.x.shape:
+                original_x_TK = copied(original.x.flatten(0, -2))
+            if source is not None and source in sequence.streams and source in original.streams:
+                here, there = sequence.streams[source], original.streams[source]
+                if here.shape == there.shape and here.shape[:-1] == sequence.x.shape[:-1]:
+                    gap_TR = (there - here).flatten(0, -2)
+        return Arrival(sample, x_TK, original_x_TK, gap_TR)
 
     def _at_stage(self, number: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -303,7 +350,8 @@ class Walk:
     def _fill(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                self.skeleton.load(name, recurse=False)
+                with nullcontext() if self._spill is None else self._spill.nobodys():
+                    self.skeleton.load(name, recurse=False)
 
         return hook
 

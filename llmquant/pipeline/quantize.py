@@ -12,7 +12,7 @@ through, which restores the activations bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -29,8 +29,10 @@ from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
 from llmquant.models.blocks import weight_of
-from llmquant.models.walk import Arrival, Walk
+from llmquant.models.spill import Spill
+from llmquant.models.walk import SEQUENCES_AT_ONCE, Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
+from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.page import write_page
 from llmquant.pipeline.parts import (
     OUTSIDE,
@@ -45,7 +47,16 @@ from llmquant.pipeline.parts import (
     unpack_part,
     write_outside,
 )
-from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk, check_tokens, make_plan
+from llmquant.pipeline.plan import (
+    DamagedWeights,
+    LinearPlan,
+    Plan,
+    all_finite,
+    check_disk,
+    check_tokens,
+    make_plan,
+    read_finite,
+)
 from llmquant.pipeline.report import Report, ReportBuilder, input_peaks, read_report
 from llmquant.pipeline.samples import samples
 from llmquant.pipeline.smoothing import Folded, Smoother
@@ -56,9 +67,6 @@ from llmquant.spec import Options, Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
 """(blocks finished, blocks in all, what is being done, relative error of the last solved linears)."""
-
-SEQUENCES_AT_ONCE = 4
-"""Sequences whose statistics are added together."""
 
 
 def quantize(
@@ -138,9 +146,8 @@ def check(
         on_step(total, total, "samples", None)
         with report.timed("samples"):
             report.samples = samples(folder, plan)
-    finished = report.finish(folder, out)
-    finished.write(folder)
-    write_page(finished, folder / REPORT_HTML)
+    report.finish(folder, out).write(folder)
+    write_page(read_report(folder), folder / REPORT_HTML)
 
 
 def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder) -> Verification:
@@ -161,6 +168,7 @@ def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> P
     check_targets(plan)
     quantization_config(plan)
     check_out(out, options.overwrite)
+    footprint_of(plan).check()
     check_disk(plan, out)
     return plan
 
@@ -189,7 +197,11 @@ def walk_and_quantize(
     """Quantize block after block on what the network makes of the calibration tokens."""
     total = len(plan.block_names)
     smoother = Smoother(plan, report) if plan.recipe.smooths else None
-    with Walk(plan.skeleton, tokens.tokens_SL, with_original=plan.recipe.needs_original) as walk:
+    budget_bytes, spill = footprint_of(plan).budget_bytes, None
+    if budget_bytes is not None:
+        report.remark("activations", "kept on the disk as far as they do not fit in memory (--max-memory)")
+        spill = Spill(partial.scratch, budget_bytes)
+    with Walk(plan.skeleton, tokens.tokens_SL, with_original=plan.recipe.needs_original, spill=spill) as walk:
         for index, part in enumerate(part_names(plan)):
             linears = plan.linears_of_block(index)
             with report.timed("forward"):
@@ -249,7 +261,7 @@ def quantize_block(
             writer_NK=weight_of(first) if writes else None,
             scale_K=folded.scales.get(number),
         )
-        gather(plan.recipe, arrivals, statistics, report)
+        gather(plan.recipe, finite(plan, arrivals, index, names[0]), statistics, report)
         if statistics.num_tokens == 0:
             continue
         give_back()
@@ -260,7 +272,7 @@ def quantize_block(
             for name in names:
                 linear = block.get_submodule(name)
                 weights[name] = weight_of(linear)
-                if not torch.isfinite(weights[name]).all():
+                if not all_finite(weights[name]):
                     raise DamagedWeights(plan.path, f"{linears[name].source}.weight")
             specs = {name: linears[name].grid for name in names}
             results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
@@ -307,6 +319,26 @@ def _counted(recipe: Recipe, arrival: Arrival) -> tuple[Tensor, Tensor | None, T
     """What a recipe wants to know of a sequence."""
     original_x_TK = arrival.original_x_TK if recipe.input_error_target else None
     return arrival.x_TK, original_x_TK, arrival.residual_gap_TR if recipe.residual_target else None
+
+
+def finite(plan: Plan, arrivals: Iterable[Arrival], index: int, name: str) -> Iterator[Arrival]:
+    """The same arrivals; UserError at the first whose input is not finite.
+
+    Inputs that are finite and only too large to be squared pass; their Hessian is dealt with when it is solved.
+    """
+    for arrival in arrivals:
+        for x_TK, network in ((arrival.x_TK, "quantized"), (arrival.original_x_TK, "original")):
+            if x_TK is not None and not all_finite(x_TK):
+                for tensor in plan.tensors_of_block(index):
+                    read_finite(plan, tensor)
+                dtype = str(plan.skeleton.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"{plan.path}: block {index}: NaN or inf in the input of '{name}' of the {network} network, in "
+                    f"calibration sample {arrival.sample}; the network overflows in {dtype} on this text: "
+                    "try --dtype bfloat16 or float32, with --restart"
+                )
+        yield arrival
+        del arrival, x_TK
 
 
 def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep) -> None:

@@ -16,6 +16,7 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import first_words
 from llmquant.hub import load_tokenizer
 from llmquant.memory import give_back
+from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.plan import Plan
 
 PROMPTS = ("The capital of France is", "def is_prime(n):", "Once upon a time, in a village by the sea,")
@@ -37,7 +38,9 @@ class Sample:
 
 def samples(folder: Path, plan: Plan) -> tuple[tuple[Sample, ...], str]:
     """Continuations of PROMPTS by a finished folder and by its original; and what was left out, and why."""
-    left = max(plan.peak_bytes, SMALL_BYTES) - psutil.Process().memory_info().rss
+    footprint = footprint_of(plan)
+    most = footprint.limit_bytes or max(footprint.peak_bytes, SMALL_BYTES)
+    left = most - psutil.Process().memory_info().rss
     if LOADED * CheckpointReader(folder).total_bytes > left:
         return (), "no samples: the quantized model, whole, would take more memory than quantizing it"
     try:

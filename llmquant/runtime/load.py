@@ -10,20 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from llmquant.checkpoints.quantized import (
     QuantizedModule,
+    find_quantized_modules,
     parsed_quantization,
     read_quantized,
-    validate_quantized,
 )
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
+from llmquant.formats.format import ParsedQuantization
 from llmquant.hub import resolve_model
+from llmquant.kernels.cpu import multiplies_bfloat16
 from llmquant.models.blocks import device_of, is_linear, linear_shape
 from llmquant.models.skeleton import DTYPES, Skeleton, name_translator, read_config, stored_dtype
-from llmquant.runtime.linear import QuantizedLinear
+from llmquant.runtime.linear import PackedLinear, QuantizedLinear
 
 
 def load(
@@ -51,19 +54,21 @@ def load(
     wanted = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
     skeleton = Skeleton.open(reader, config, target, wanted, trust_remote_code)
     if quantization is not None:
-        replace_linears(skeleton, backend)
+        replace_linears(skeleton, quantization, backend)
     elif backend != "auto":
         raise UserError(f"backend '{backend}': {path} is not quantized, its linears are torch's; use --backend auto")
     fill(skeleton)
     model = skeleton.model
+    if quantization is not None:
+        pack_head(model)
     add_generation_config(model, reader.path)
     return model
 
 
-def replace_linears(skeleton: Skeleton, backend: str) -> None:
+def replace_linears(skeleton: Skeleton, quantization: ParsedQuantization, backend: str) -> None:
     """Put a QuantizedLinear where a packed linear is on disk; UserError where model and checkpoint disagree."""
     reader, model = skeleton.reader, skeleton.model
-    stored = validate_quantized(reader)
+    stored = find_quantized_modules(reader, quantization)
     translate = name_translator(model)
     for source, packed in stored.items():
         name, linear = linear_for(model, translate, reader, packed)
@@ -127,6 +132,15 @@ def fill(skeleton: Skeleton) -> None:
             full = f"{name}.{leaf}" if name else leaf
             if buffer is not None and full in skeleton.names and leaf not in owner._non_persistent_buffers_set:
                 skeleton.put(full, owner, leaf, skeleton.reader.read(skeleton.names[full]))
+
+
+def pack_head(model: Any) -> None:
+    """On a CPU that multiplies bfloat16, bring the head into the layout it is read in: in a small model it is half the
+    bytes of a token. A head that is the embedding too is there twice from then on."""
+    head = model.get_output_embeddings()
+    fits = type(head) is nn.Linear and head.weight.device.type == "cpu" and head.weight.dtype == torch.bfloat16
+    if fits and multiplies_bfloat16():
+        model.set_output_embeddings(PackedLinear(head))
 
 
 def add_generation_config(model: Any, path: Path) -> None:
