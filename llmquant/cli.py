@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -141,6 +142,9 @@ def quantize_command(
             show_default=False,
         ),
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the result with MODEL on held-out text.")
+    ] = DEFAULT_OPTIONS.verify,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything fell back.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left.")] = False,
@@ -175,6 +179,7 @@ def quantize_command(
             overwrite=overwrite,
             restart=restart,
             trust_remote_code=trust_remote_code,
+            verify=verify,
         )
         if dry_run:
             plan = pipeline.dry_run(model, out, recipe, options)
@@ -184,7 +189,8 @@ def quantize_command(
                 console.print_plan(plan, out)
             return
         with console.block_progress(quiet=quiet) as on_step:
-            report = pipeline.quantize(model, out, recipe, options, on_step)
+            command = shlex.join(["llmquant", *sys.argv[1:]])
+            report = pipeline.quantize(model, out, recipe, options, on_step, command=command)
     except KeyboardInterrupt:
         if not out.with_name(out.name + ".partial").exists():
             raise
@@ -193,7 +199,10 @@ def quantize_command(
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
-        console.print_report(report, model)
+        console.print_report(report)
+    if report.verification.verdict == "broken":
+        print("llmquant: the result is broken, see the verdict", file=sys.stderr)
+        raise typer.Exit(1)
     if strict and report.incidents:
         print(f"llmquant: --strict: {len(report.incidents)} incidents", file=sys.stderr)
         raise typer.Exit(1)

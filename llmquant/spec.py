@@ -263,5 +263,7 @@ class Options:
     max_memory_bytes: int | None = None
     """Most memory that the run may take (of the GPU, where it computes there). Activations that do not fit go to the
     disk; None lets them all stay."""
+    verify: bool = True
+    """Compare the finished model with the original on held-out text, and let both continue a few prompts."""
     max_shard_bytes: int = 5 * 10**9
     """Largest size of a written file."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from llmquant.checkpoints.durable import TEMPORARY_SUFFIX, disk_errors, make_folder, sync_folder, write_atomically
 from llmquant.checkpoints.header import TensorInfo, build_header, layout_order, read_header
 from llmquant.checkpoints.journal import JOURNAL_FILE, FileRecord, Journal, Plan, as_json, differences
-from llmquant.checkpoints.manifest import MANIFEST_FILE, build_manifest
+from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES, build_manifest
 from llmquant.checkpoints.reader import INDEX_FILE, SINGLE_FILE, file_sha256, read_tensor, tensor_chunks
 from llmquant.errors import UserError
 from llmquant.spec import Options
@@ -185,7 +185,17 @@ class PartialCheckpoint:
 
     # --- finishing ---------------------------------------------------------------------------------------------------
 
-    def finish(
+    def finish(self, part_order: Sequence[str], extra_files: Mapping[str, bytes], **options: Any) -> None:
+        """`assemble` and `publish`."""
+        self.assemble(part_order, extra_files, **options)
+        self.publish()
+
+    def complete(self) -> None:
+        """Does what is left of `finish`, from the journal alone."""
+        self._assemble()
+        self.publish()
+
+    def assemble(
         self,
         part_order: Sequence[str],
         extra_files: Mapping[str, bytes],
@@ -193,29 +203,34 @@ class PartialCheckpoint:
         manifest: Mapping[str, Any] | None = None,
         metadata: Mapping[str, str] | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
-        """Turns the parts, in this order, into OUT; extra_files (config.json, tokenizer) go beside the shards.
+    ) -> Path:
+        """Turns the parts, in this order, into the folder that `publish` will make OUT, and gives it.
 
-        A part is split only if it is larger than a shard may be. May be called again after it died.
+        extra_files (config.json, tokenizer) go beside the shards. A part is split only if it is larger than a shard
+        may be. May be called again after it died. `REPORT_FILES` may be added to the folder, and nothing else.
         """
         if not self.is_finishing:
             self._begin_finishing(
                 part_order, extra_files, manifest or {}, metadata or {"format": "pt"}, max_shard_bytes
             )
-        self.complete()
+        return self._assemble()
 
-    def complete(self) -> None:
-        """Does what is left of `finish`, from the journal alone."""
-        plan = self._plan
+    def publish(self) -> None:
+        """OUT appears, in place of what was there, and nothing else is left."""
         if not self.is_finished:
-            for shard in plan.shards:
-                if shard not in self._journal.shards:
-                    self._write_shard(shard)
-                self._remove_consumed_parts()
-            self._write_index()
-            self._write_manifest()
             self._publish()
         self.discard()
+
+    def _assemble(self) -> Path:
+        if self.is_finished:
+            return self.out
+        for shard in self._plan.shards:
+            if shard not in self._journal.shards:
+                self._write_shard(shard)
+            self._remove_consumed_parts()
+        self._write_index()
+        self._write_manifest()
+        return self.folder / CHECKPOINT
 
     def _begin_finishing(
         self,
@@ -293,7 +308,8 @@ class PartialCheckpoint:
         files = dict(self._journal.shards)
         for file in checkpoint.rglob("*"):
             name = file.relative_to(checkpoint).as_posix()
-            if file.is_file() and name not in files and name != MANIFEST_FILE and not name.endswith(TEMPORARY_SUFFIX):
+            unlisted = name in (MANIFEST_FILE, *REPORT_FILES) or name.endswith(TEMPORARY_SUFFIX)
+            if file.is_file() and name not in files and not unlisted:
                 files[name] = FileRecord(bytes=file.stat().st_size, sha256=file_sha256(file))
         write_atomically(checkpoint / MANIFEST_FILE, [build_manifest(plan.manifest, files)])
 

@@ -69,6 +69,11 @@ def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
     return config.dtype or torch.float32
 
 
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: float16 products are emulated on processors; float32 gives the same numbers, faster."""
+    return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
+
+
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a config: parameters on meta in dtype, computed buffers real, in eval mode."""
     with init_empty_weights(include_buffers=False):
@@ -122,6 +127,8 @@ class Skeleton:
     device: torch.device
     dtype: torch.dtype
     """The dtype the network computes in."""
+    computed: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    """Values, by parameter name, that are no tensor of the checkpoint and are computed whenever they are loaded."""
     _empty: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @classmethod
@@ -158,6 +165,8 @@ class Skeleton:
             name = f"{prefix}.{key}" if prefix else key
             if replacements is not None and name in replacements:
                 value = replacements[name]
+            elif name in self.computed:
+                value = self.computed[name]()
             elif name in self.names:
                 value = self.reader.read(self.names[name])
             elif isinstance(tensor, nn.Parameter):

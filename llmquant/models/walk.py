@@ -45,7 +45,7 @@ class Sequence(greenlet):
         self.block: int | None = None
         """Index of the block it is in or waits in front of; END behind the last one; None before the first."""
         self.call: tuple[tuple, dict] = ((), {})
-        """What the block it waits in front of was called with."""
+        """What the block it waits in front of was called with; behind the last one, what that gave."""
         self.stage = END
         """Index of the last stage of that block it has come to."""
         self.x: Tensor | None = None
@@ -80,18 +80,27 @@ class Arrival:
 
 
 class Walk:
-    """A set of sequences in front of the network; call `enter`, then `stages`, block after block."""
+    """A set of sequences in front of the network; call `enter`, then `stages`, block after block.
+
+    to_the_end: behind the last block, `outcome` lets a sequence go on through the head.
+    spill: where activations go that do not fit in memory.
+    """
 
     def __init__(
-        self, skeleton: Skeleton, tokens_SL: Tensor, *, with_original: bool, spill: Spill | None = None
+        self,
+        skeleton: Skeleton,
+        tokens_SL: Tensor,
+        *,
+        with_original: bool,
+        to_the_end: bool = False,
+        spill: Spill | None = None,
     ) -> None:
-        """spill: where activations go that do not fit in memory."""
         self.skeleton = skeleton
         self._spill = spill
         _, self.block_names = find_blocks(skeleton.model)
         self._blocks = [skeleton.model.get_submodule(name) for name in self.block_names]
-        # The network without its head: nothing behind the last block is run.
-        self._network = skeleton.model.base_model
+        # Without its head where that is not asked for: nothing behind the last block is run then.
+        self._network = skeleton.model if to_the_end else skeleton.model.base_model
         self.quantized = [self._start(tokens_L, False) for tokens_L in tokens_SL]
         self.original = [self._start(tokens_L, True) for tokens_L in tokens_SL] if with_original else []
         self._handles: list[Any] = []
@@ -113,7 +122,7 @@ class Walk:
         self.close()
 
     def close(self) -> None:
-        """End every sequence and take the hooks away."""
+        """End every sequence, take the hooks away, and give back the weights outside the blocks."""
         for sequence in (*self.quantized, *self.original):
             if sequence and not sequence.dead:
                 sequence.throw()
@@ -122,6 +131,7 @@ class Walk:
         self._handles = []
         if self._spill is not None:
             self._spill.close()
+        self._drop_outside()
 
     # --- between blocks ----------------------------------------------------------------------------------------------
 
@@ -135,6 +145,16 @@ class Walk:
     def leave(self, index: int) -> None:
         """Give back the weights of a block that every sequence has left."""
         self.skeleton.drop(self.block_names[index])
+
+    def cross(self, index: int) -> None:
+        """Bring every sequence behind block `index`, which must be next, on its weights as they are loaded."""
+        self.enter(index)
+        self._advance([*self.original, *self.quantized])
+        self.leave(index)
+
+    def outcome(self, number: int) -> Any:
+        """Behind the last block: let one sequence run to its end; gives what the network returns."""
+        return self.quantized[number].switch()
 
     def pass_through(self, index: int, replacements: Mapping[str, Tensor]) -> None:
         """Walk through a finished block: the originals with the checkpoint's weights, the others with replacements."""
@@ -157,7 +177,9 @@ class Walk:
         sequence = getcurrent()
         if isinstance(sequence, Sequence):
             sequence.block = END
+            sequence.call = (output if isinstance(output, tuple) else (output,), {})
             sequence.pause()
+            sequence.call = ((), {})
 
     # --- inside a block ----------------------------------------------------------------------------------------------
 

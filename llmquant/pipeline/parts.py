@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoints.manifest import MANIFEST_FILE
+from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream
 from llmquant.models.blocks import weight_as_NK
@@ -27,7 +27,7 @@ from llmquant.pipeline.solve import Solved, Stored, solve_without_data
 KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 # What else says how weights are stored: ours, and AutoGPTQ's, AutoAWQ's and AutoRound's.
-STORAGE_FILES = (MANIFEST_FILE, "quantize_config.json", "quant_config.json", "quantization_config.json")
+STORAGE_FILES = (MANIFEST_FILE, *REPORT_FILES, "quantize_config.json", "quant_config.json", "quantization_config.json")
 OUTSIDE = "outside"
 """The part of what belongs to no block."""
 

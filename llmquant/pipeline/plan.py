@@ -22,8 +22,8 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
-from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of
-from llmquant.models.skeleton import DTYPES, Skeleton, read_config, stored_dtype
+from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of, weight_of
+from llmquant.models.skeleton import DTYPES, Skeleton, compute_dtype, read_config, stored_dtype
 from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.names import kind_of
 from llmquant.spec import Options, QuantSpec, Recipe
@@ -185,9 +185,7 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     config = read_config(path, options.trust_remote_code)
     model_dtype = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
     device = device_of(options.device)
-    # float16 matrix products are emulated on processors; float32 gives the same numbers, faster.
-    compute = torch.float32 if device.type == "cpu" and model_dtype == torch.float16 else model_dtype
-    skeleton = Skeleton.open(reader, config, device, compute, options.trust_remote_code)
+    skeleton = Skeleton.open(reader, config, device, compute_dtype(model_dtype, device), options.trust_remote_code)
     if missing := skeleton.missing():
         raise UserError(
             f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such); the checkpoint is incomplete, "
@@ -305,6 +303,17 @@ def check_finite(plan: Plan, name: str, tensor: Tensor) -> None:
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or inf. Takes no memory of the tensor's size, as isfinite would."""
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def check_tokens(plan: Plan, tokens_SL: Tensor) -> None:
+    """UserError when the tokenizer makes ids that the model has no embedding for."""
+    vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
+    largest = int(tokens_SL.max())
+    if largest >= vocabulary:
+        raise UserError(
+            f"{plan.path}: the tokenizer makes token {largest}, the model has {vocabulary}; "
+            "the tokenizer's files are those of another model"
+        )
 
 
 def free_bytes(out: Path) -> int:

@@ -1,7 +1,8 @@
 """The main job: one loop over the decoder blocks.
 
     plan -> calibration tokens -> for each block: walk in, gather statistics, solve, put the result back, walk on,
-    pack, write -> the tensors that stay as they are, config and tokenizer files -> atomic finish -> report
+    pack, write -> the tensors that stay as they are, config and tokenizer files -> reopen, compare with the original on
+    held-out text, report -> atomic finish
 
 At any time the memory holds one block, its statistics, and the activations of the calibration text. What a run has
 finished is on the disk; a run that died is continued by the same command: finished blocks are read back and walked
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from llmquant import __version__
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.checkpoints.quantized import check_digests
+from llmquant.checkpoints.manifest import REPORT_HTML
 from llmquant.checkpoints.writer import PartialCheckpoint, check_out
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
@@ -32,6 +33,7 @@ from llmquant.models.spill import Spill
 from llmquant.models.walk import SEQUENCES_AT_ONCE, Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.footprint import footprint_of
+from llmquant.pipeline.page import write_page
 from llmquant.pipeline.parts import (
     OUTSIDE,
     extra_files,
@@ -45,11 +47,22 @@ from llmquant.pipeline.parts import (
     unpack_part,
     write_outside,
 )
-from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, all_finite, check_disk, make_plan, read_finite
-from llmquant.pipeline.report import Report, ReportBuilder
+from llmquant.pipeline.plan import (
+    DamagedWeights,
+    LinearPlan,
+    Plan,
+    all_finite,
+    check_disk,
+    check_tokens,
+    make_plan,
+    read_finite,
+)
+from llmquant.pipeline.report import Report, ReportBuilder, input_peaks, read_report
+from llmquant.pipeline.samples import samples
 from llmquant.pipeline.smoothing import Folded, Smoother
 from llmquant.pipeline.solve import Solved, solve_stage, solve_without_data
 from llmquant.pipeline.targets import check_targets
+from llmquant.pipeline.verify import Verification, held_out, verify_codes, verify_text
 from llmquant.spec import Options, Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
@@ -62,15 +75,18 @@ def quantize(
     recipe: Recipe | None = None,
     options: Options | None = None,
     on_step: OnStep | None = None,
+    *,
+    command: str = "",
 ) -> Report:
     """Quantize a checkpoint (a local folder or hub id) into the folder OUT, which does not exist until it is complete.
 
+    command: what was typed, for the report.
     Raises UserError for whatever the user can mend; a run that was begun is then continued by the same call.
     """
     out, options, step = Path(out), options or Options(), on_step or (lambda *_: None)
     plan = prepare(model, out, recipe or Recipe(), options)
     total = len(plan.block_names)
-    builder = ReportBuilder(plan)
+    builder = ReportBuilder(plan, str(model), command)
     tokens = None
     if plan.recipe.needs_data:
         step(0, total, "calibration text", None)
@@ -78,7 +94,7 @@ def quantize(
             tokens = draw_tokens(plan)
             give_back()
         builder.calibration(tokens)
-        check_tokens(plan, tokens)
+        check_tokens(plan, tokens.tokens_SL)
     step(0, total, "hashing the checkpoint", None)
     with builder.timed("hashing"):
         request = describe_request(plan, tokens)
@@ -97,28 +113,54 @@ def quantize(
                 # The hash of the damaged file is part of the request: a mended checkpoint could not go on from here.
                 partial.discard()
                 raise
-            step(total, total, "finishing", None)
-            with builder.timed("finishing"):
-                partial.finish(
-                    [OUTSIDE, *part_names(plan)],
-                    extra_files(plan),
-                    manifest={"request": request},
-                    max_shard_bytes=options.max_shard_bytes,
-                )
         else:
             for part in (OUTSIDE, *part_names(plan)):
                 builder.recall(partial.part_note(part))
-            partial.complete()
-    step(total, total, "verifying", None)
-    with builder.timed("verifying"):
-        verify_codes(out, plan, builder)
-    return builder.finish(out)
+        step(total, total, "finishing", None)
+        with builder.timed("finishing"):
+            folder = partial.assemble(
+                [OUTSIDE, *part_names(plan)],
+                extra_files(plan),
+                manifest={"request": request},
+                max_shard_bytes=options.max_shard_bytes,
+            )
+        check(folder, out, plan, tokens, builder, step)
+        partial.publish()
+    return read_report(out)
 
 
-def verify_codes(out: Path, plan: Plan, report: ReportBuilder) -> None:
-    """Reopen OUT as any reader would and compare every packed linear with what was solved; UserError if one differs."""
-    solved = {linear.name: linear.digest for linear in report.linears}
-    check_digests(out, {linear.source: solved[linear.name] for linear in plan.quantized})
+def check(
+    folder: Path, out: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder, on_step: OnStep
+) -> None:
+    """What comes last: reopen the folder that becomes OUT, measure it, and put the report into it.
+
+    Raises UserError where a weight does not come back as it was solved.
+    """
+    total = len(plan.block_names)
+    on_step(total, total, "verifying", None)
+    with report.timed("verifying"):
+        verify_codes(folder, plan, {linear.name: linear.digest for linear in report.linears})
+        if plan.options.verify:
+            report.verification = measure(folder, plan, tokens, report)
+    if plan.options.verify:
+        on_step(total, total, "samples", None)
+        with report.timed("samples"):
+            report.samples = samples(folder, plan)
+    finished = report.finish(folder, out)
+    finished.write(folder)
+    write_page(finished, folder / REPORT_HTML)
+
+
+def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder) -> Verification:
+    """The finished folder against the original, on held-out text; where there is none, that is an incident."""
+    try:
+        text = held_out(plan, tokens)
+    except UserError as error:
+        report.incident("verification", f"not measured on text: {error}")
+        return Verification(verdict="not measured", reason=str(error))
+    if text.note:
+        report.remark("verification", text.note)
+    return verify_text(folder, plan, text)
 
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
@@ -136,7 +178,7 @@ def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, op
     """What `quantize` would do; refuses what it would refuse. Reads no weight, and no text that would be fetched."""
     plan = prepare(model, Path(out), recipe or Recipe(), options or Options())
     if plan.recipe.needs_data and is_local(plan.options.calibration):
-        check_tokens(plan, draw_tokens(plan))
+        check_tokens(plan, draw_tokens(plan).tokens_SL)
     return plan
 
 
@@ -235,8 +277,9 @@ def quantize_block(
                     raise DamagedWeights(plan.path, f"{linears[name].source}.weight")
             specs = {name: linears[name].grid for name in names}
             results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
+        peaks = input_peaks(statistics)
         for name, result in results.items():
-            report.linear(linears[name], result)
+            report.linear(linears[name], result, peaks)
         solved |= results
         put_back(plan, linears, results)
         give_back()
@@ -316,17 +359,6 @@ def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: Report
         with report.timed("writing"):
             partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
     on_step(total, total, "done", None)
-
-
-def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:
-    """UserError when the tokenizer makes ids that the model has no embedding for."""
-    vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
-    largest = int(tokens.tokens_SL.max())
-    if largest >= vocabulary:
-        raise UserError(
-            f"{plan.path}: the tokenizer makes token {largest}, the model has {vocabulary}; "
-            "the tokenizer's files are those of another model"
-        )
 
 
 def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, Any]:

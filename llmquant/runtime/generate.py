@@ -36,6 +36,8 @@ class Sampling:
     """Draw from this many most likely tokens."""
     seed: int = 0
     """Of the draw: the same seed gives the same text."""
+    max_seconds: float | None = None
+    """Time after which a text is cut off; None for none."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -51,7 +53,7 @@ class Sampling:
 
     def changes(self) -> dict[str, Any]:
         """What it says differently from the checkpoint's own generation settings."""
-        length = {"max_new_tokens": self.max_new_tokens, "max_length": None}
+        length = {"max_new_tokens": self.max_new_tokens, "max_length": None, "max_time": self.max_seconds}
         if self.greedy or self.temperature == 0:
             return length | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         asked = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
