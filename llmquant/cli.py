@@ -380,6 +380,23 @@ def verify_command(
         raise typer.Exit(1)
 
 
+@app.command("report")
+def report_command(
+    out: Annotated[Path, typer.Argument(help="A folder that llmquant quantize wrote.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Where the page goes; by default report.html in OUT.", show_default=False)
+    ] = None,
+) -> None:
+    """Make the page of a quantization again, from the quantize_report.json in OUT."""
+    from llmquant.checkpoints.manifest import REPORT_HTML
+    from llmquant.pipeline.page import write_page
+    from llmquant.pipeline.report import read_report
+
+    file = output or out / REPORT_HTML
+    write_page(read_report(out), file)
+    print(file)
+
+
 @app.command("eval")
 def eval_command(
     models: Annotated[

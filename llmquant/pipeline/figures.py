@@ -18,6 +18,7 @@ ACCENT, MUTED, LINE = "#030303", "#020202", "#040404"
 COLOURS = {ACCENT: "var(--accent)", MUTED: "var(--muted)", LINE: "var(--line)"}
 """Stand-in -> what the page makes of it."""
 FONT_POINTS = 8.0
+MOST_BARS = 16
 
 
 def over_depth(
@@ -44,7 +45,11 @@ def over_depth(
 def bars(counts: Sequence[int], left: str, right: str, *, logarithmic: bool) -> str:
     """A histogram; left and right name the ends of its axis."""
     figure, axes = _figure(height=0.95)
-    axes.bar(range(len(counts)), counts, width=0.86 if len(counts) < 20 else 1.0, color=ACCENT, linewidth=0)
+    # One shape for many bars, which touch; a few stand apart.
+    if len(counts) > MOST_BARS:
+        axes.stairs(counts, [index - 0.5 for index in range(len(counts) + 1)], fill=True, color=ACCENT, linewidth=0)
+    else:
+        axes.bar(range(len(counts)), counts, width=0.86, color=ACCENT, linewidth=0)
     if logarithmic:
         axes.set_yscale("log")
         axes.set_ylim(0.6, max(counts) * 1.6)
@@ -108,6 +113,7 @@ def _svg(figure: Any) -> str:
     # Its style sheet would hold for the whole page.
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' width="[^"]*pt"| height="[^"]*pt"| xmlns:xlink="[^"]*"| version="1.1"', "", svg)
+    svg = svg.replace("xlink:href", "href")
     # The ids that nothing refers to would be there once for every figure of the page.
     used = set(re.findall(r"(?:#|url\(#)([\w-]+)", svg))
     svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)

@@ -21,6 +21,7 @@ from llmquant.checkpoints.durable import write_atomically
 from llmquant.pipeline.figures import bars, over_depth
 from llmquant.pipeline.names import block_of, kind_of
 from llmquant.pipeline.report import Incident, LinearReport, Report
+from llmquant.pipeline.samples import Sample
 from llmquant.pipeline.verify import BROKEN, GOOD
 
 TEMPLATE = "page.html"
@@ -63,6 +64,28 @@ class Told:
     where: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """A prompt and how both models go on, without the white space around."""
+
+    prompt: str
+    shared: str
+    """What both say before they part."""
+    quantized: str
+    """From there on."""
+    original: str | None
+    """The same; None where the original was left out."""
+
+    @classmethod
+    def of(cls, sample: Sample) -> Texts:
+        ours = sample.quantized.removeprefix(" ").strip("\n")
+        if sample.original is None:
+            return cls(prompt=sample.prompt, shared="", quantized=ours, original=None)
+        theirs = sample.original.removeprefix(" ").strip("\n")
+        equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
+        return cls(prompt=sample.prompt, shared=ours[:equal], quantized=ours[equal:], original=theirs[equal:])
+
+
 def write_page(report: Report, file: Path) -> None:
     """Write the page of a report. Raises UserError if the disk does not take it."""
     write_atomically(file, [page(report).encode()])
@@ -78,8 +101,8 @@ def page(report: Report) -> str:
         "short": words.short,
         "clock": words.clock,
         "spent": words.spent,
-        "percent": lambda share: f"{share:.1%}".replace("%", " %"),
-        "thousands": lambda number: f"{number:,}".replace(",", " "),
+        "percent": lambda share: f"{share:.1%}".replace("%", "\u202f%"),
+        "thousands": lambda number: f"{number:,}".replace(",", "\u202f"),
     }
     template = environment.from_string(files("llmquant.pipeline").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
@@ -95,7 +118,7 @@ def page(report: Report) -> str:
         drift=drift(report),
         peaks=input_peaks(report.linears),
         portraits=portraits(report),
-        pairs=[(s.prompt, s.quantized, s.original, _shared(s.quantized, s.original)) for s in report.samples],
+        texts=[Texts.of(sample) for sample in report.samples],
         incidents=told(report.incidents),
         remarks=told(report.remarks),
         kept=told(Incident(name, reason) for name, reason in report.kept.items()),
@@ -209,12 +232,6 @@ def told(happened: Iterable[Incident]) -> list[Told]:
 
 def _counts(names: Iterable[str]) -> list[tuple[str, int]]:
     return [(name, len(same)) for name, same in _grouped(names, lambda name: name).items()]
-
-
-def _shared(ours: str, theirs: str | None) -> int:
-    """Length of what two texts begin with in common."""
-    equal = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs or "", strict=False))
-    return sum(1 for _ in equal)
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:

@@ -146,9 +146,8 @@ def check(
         on_step(total, total, "samples", None)
         with report.timed("samples"):
             report.samples = samples(folder, plan)
-    finished = report.finish(folder, out)
-    finished.write(folder)
-    write_page(finished, folder / REPORT_HTML)
+    report.finish(folder, out).write(folder)
+    write_page(read_report(folder), folder / REPORT_HTML)
 
 
 def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder) -> Verification:

@@ -14,6 +14,7 @@ in OUT's manifest.
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -131,7 +132,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: the content of `quantize_report.json`."""
-        return {"schema": SCHEMA} | asdict(self) | {"out": str(self.out)}
+        return {"schema": SCHEMA} | _plain(asdict(self) | {"out": str(self.out)})
 
     def write(self, folder: Path) -> None:
         """Put `quantize_report.json` into a folder."""
@@ -304,9 +305,23 @@ LISTS: dict[str, type] = {
 
 
 def _made(kind: type, values: dict[str, Any]) -> Any:
-    """An instance of a dataclass from JSON: lists become tuples, fields that it does not know are left out."""
-    known = {field.name for field in fields(kind)}
-    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known})
+    """An instance of a dataclass from JSON, the reverse of `_plain`; what it has no field for is left out."""
+    made = {}
+    for entry in fields(kind):
+        value = values[entry.name]
+        made[entry.name] = tuple(value) if isinstance(value, list) else value
+        if value is None and entry.type == "float":
+            made[entry.name] = math.nan
+    return kind(**made)
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts with null for numbers that JSON has no form for."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def input_peaks(statistics: InputStatistics) -> InputPeaks:
@@ -325,4 +340,5 @@ def processor_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
