@@ -31,6 +31,8 @@ AUTO = "auto"
 """The default format: gptq; compressed-tensors for an asymmetric grid, because gptq v1 cannot store zero-point 0."""
 STANDARD_GROUPS = (128, 64, 32)
 """Group sizes that every loader has kernels for, largest first."""
+COMPARED_POSITIONS = 64
+"""Positions at which two models are compared at a time, in float32: with 128k tokens of vocabulary, 32 MiB a tensor."""
 RUNTIME_BYTES = 450 * 2**20
 """Memory of Python, torch and transformers with nothing loaded, measured on Linux with the CPU build of torch."""
 
@@ -151,8 +153,9 @@ class Plan:
         outside = max((sizes.pop(name) for name in self.outside), default=0)
         # The head is rounded some rows at a time: its weight, its codes, and those packed.
         solver = max(10 * 4 * max(sizes.values(), default=0), (self.skeleton.dtype.itemsize + 2) * outside)
+        verification = self._verification_bytes if self.options.verify else 0
         if not self.recipe.needs_data:
-            return RUNTIME_BYTES + block + solver
+            return RUNTIME_BYTES + max(block + solver, verification)
         solver += 6 * 8 * widest * widest
         if self.recipe.smooths:
             # The block once more in float32, twice, and the moments of all its inputs at a time.
@@ -164,7 +167,15 @@ class Plan:
         # and that linear's input.
         activations = streams * self.num_tokens * (3 * hidden + widest) * self.skeleton.dtype.itemsize
         embedding = max((info.nbytes for info in self.tensors_outside().values()), default=0)
-        return RUNTIME_BYTES + max(2 * block + solver + activations, embedding + activations)
+        return RUNTIME_BYTES + max(2 * block + solver + activations, embedding + activations, verification)
+
+    @property
+    def _verification_bytes(self) -> int:
+        """Predicted for the comparison with the original: both heads, and the logits of one window from both."""
+        vocabulary = weight_of(self.skeleton.model.get_input_embeddings()).shape[0]
+        heads = 2 * max((info.nbytes for info in self.tensors_outside().values()), default=0)
+        logits = 2 * self.options.seq_len * vocabulary * self.skeleton.dtype.itemsize
+        return heads + logits + 6 * COMPARED_POSITIONS * vocabulary * 4
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
