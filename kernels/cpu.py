@@ -56,7 +56,6 @@ UNPACK = 1 << 18
 _int4pack_mm = torch.ops.aten._weight_int4pack_mm_for_cpu.default
 _unpack_4bit_rows = torch.ops.quantized.embedding_bag_4bit_unpack.default
 _unpack_8bit_rows = torch.ops.quantized.embedding_bag_byte_unpack.default
-_onednn_linear = torch.ops.mkldnn._linear_pointwise.default
 _NO_TENSOR = torch.empty(0)
 
 
@@ -100,9 +99,24 @@ def prepare_dense(weight: QuantizedWeight, dtype: torch.dtype, device: torch.dev
 def settle(prepared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Bring a plain `dense` into oneDNN's blocks, where the processor multiplies bfloat16."""
     *others, dense_NS, column_S = prepared
-    if dense_NS.numel() and _multiplies_bfloat16():
-        dense_NS = torch.ops.mkldnn._reorder_linear_weight(dense_NS, None)
+    if dense_NS.numel() and multiplies_bfloat16():
+        dense_NS = pack_dense(dense_NS)
     return *others, dense_NS, column_S
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor, rather than float32 in disguise."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack_dense(weight_NK: Tensor) -> Tensor:
+    """A bfloat16 weight in oneDNN's blocks: an opaque tensor, which `to_dense` makes plain again."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), None)
+
+
+def multiply_dense(x: Tensor, packed_dense: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x [..., K] bfloat16 -> y [..., N], the bits of `F.linear`; there is no gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed_dense, bias_N, "none", [], "")
 
 
 def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
@@ -115,7 +129,7 @@ def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer
     if x.dtype == torch.bfloat16 and x_MS.shape[0] < limit and packed.numel():
         y_MN = _multiply_packed(x_MS, packed, scale_offset, bias_N, layer.out_features, num_planes)
     elif dense_NS.is_mkldnn:
-        y_MN = _onednn_linear(x_MS, dense_NS, bias_N, "none", [], "")
+        y_MN = multiply_dense(x_MS, dense_NS, bias_N)
     elif dense_NS.numel():
         y_MN = F.linear(x_MS, dense_NS, bias_N)
     else:
@@ -239,7 +253,7 @@ def _unpack_and_multiply(
     x_MS: Tensor, rows: Tensor, scale: Tensor, bias_N: Tensor | None, layer: LinearShape
 ) -> Tensor:
     """Dense matmul over pieces of the weight, in bfloat16 where the processor has it and x is, else in float32."""
-    compute = torch.bfloat16 if x_MS.dtype == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
+    compute = torch.bfloat16 if x_MS.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
     x_MS = x_MS.to(compute)
     bias_N = None if bias_N is None else bias_N.to(compute)
     step = max(1, PIECE // x_MS.shape[1])
@@ -249,8 +263,3 @@ def _unpack_and_multiply(
         weight_NS = _unpack(rows, scale, layer, compute, features)
         pieces.append(F.linear(x_MS, weight_NS, None if bias_N is None else bias_N[features]))
     return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN multiplies bfloat16 on this processor, rather than float32 in disguise."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -75,6 +75,16 @@ def test_one_hot_rows_return_the_weight(name: str, symmetric: bool) -> None:
     torch.testing.assert_close(few, dense_NK, **tolerance)
 
 
+@pytest.mark.parametrize("name", HERE)
+def test_negative_scales_of_other_tools_are_no_special_case(name: str) -> None:
+    weight = random_weight(48, 96, group_size=32)
+    weight.scale_NG[::2] *= -1
+    linear = QuantizedLinear(weight, None, dtype=torch.bfloat16, device=CPU, backend=name)
+    one_hot = torch.eye(96).bfloat16()
+    for result in (linear(one_hot), torch.cat([linear(rows) for rows in one_hot.split(4)])):
+        assert torch.equal(result.T, weight.dequantize(torch.bfloat16))
+
+
 def test_unknown_backend_is_a_user_error() -> None:
     with pytest.raises(UserError, match="not one of auto"):
         choose_backend(LinearShape.of(random_weight(16, 64)), CPU, torch.bfloat16, "cuda")
