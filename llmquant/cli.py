@@ -122,6 +122,20 @@ def quantize_command(
             metavar="PATTERN:CHANGES",
         ),
     ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose grids linear by linear, so that they average this many bits per weight.",
+            metavar="BITS",
+            show_default=False,
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            help="The same by the size of the result: 5GB, 750MB, 4.5GiB.", metavar="SIZE", show_default=False
+        ),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -158,8 +172,17 @@ def quantize_command(
     if effort not in EFFORTS:
         raise UserError(f"effort '{effort}': not one of {', '.join(EFFORTS)}; use --effort default")
     overrides = tuple(Override.parse(text) for text in override or ())
-    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()), overrides=overrides, **EFFORTS[effort])
-    from llmquant import console
+    from llmquant import console, console_budget
+
+    recipe = Recipe(
+        method=method,
+        spec=spec,
+        skip=tuple(skip or ()),
+        overrides=overrides,
+        target_bpw=target_bpw,
+        target_bytes=None if target_size is None else console_budget.parse_size(target_size),
+        **EFFORTS[effort],
+    )
 
     try:
         console.quiet_libraries()
