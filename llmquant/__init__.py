@@ -16,15 +16,28 @@ if TYPE_CHECKING:
     from llmquant.pipeline.convert import convert
     from llmquant.pipeline.quantize import quantize
     from llmquant.runtime.load import load
+    from llmquant.runtime.plugin import transformers_config
     from llmquant.spec import Options, Override, QuantSpec, Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Options", "Override", "QuantSpec", "Recipe", "UserError", "__version__", "convert", "load", "quantize"]
+__all__ = [
+    "Options",
+    "Override",
+    "QuantSpec",
+    "Recipe",
+    "UserError",
+    "__version__",
+    "convert",
+    "load",
+    "quantize",
+    "transformers_config",
+]
 
 _HOMES = {
     "quantize": "llmquant.pipeline.quantize",
     "convert": "llmquant.pipeline.convert",
     "load": "llmquant.runtime.load",
+    "transformers_config": "llmquant.runtime.plugin",
     "Recipe": "llmquant.spec",
     "Options": "llmquant.spec",
     "Override": "llmquant.spec",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ import typer
 
 from llmquant import __version__
 from llmquant.errors import UserError
-from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe
+from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe, parse_size
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -50,11 +51,12 @@ def main() -> None:
     except Interrupted as stop:
         print(f"llmquant: {stop}", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except SystemExit as stop:
-        # typer turns Ctrl-C into this code, without a word.
-        if stop.code == INTERRUPTED:
-            print("llmquant: interrupted", file=sys.stderr)
-        raise
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # typer turns Ctrl-C into this code, without a word; before its command has begun, it lets it through.
+        if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
+            raise
+        print("llmquant: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 @app.callback(invoke_without_command=True)
@@ -145,6 +147,18 @@ def quantize_command(
         int, typer.Option(help="GPUs over which the targets will split the model.", metavar="N")
     ] = DEFAULT_OPTIONS.tensor_parallel,
     device: Device = "auto",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the result with MODEL on held-out text.")
+    ] = DEFAULT_OPTIONS.verify,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Most memory to take (of the GPU with --device cuda): 3GB, 800MiB. Activations that do not fit go to "
+            "the disk.",
+            metavar="SIZE",
+            show_default=False,
+        ),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything fell back.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left.")] = False,
@@ -182,11 +196,13 @@ def quantize_command(
             seq_len=seq_len,
             seed=seed,
             device=device,
+            max_memory_bytes=None if max_memory is None else parse_size(max_memory, "max_memory"),
             targets=tuple(target or ()),
             tensor_parallel=tensor_parallel,
             overwrite=overwrite,
             restart=restart,
             trust_remote_code=trust_remote_code,
+            verify=verify,
         )
         if dry_run:
             plan = pipeline.dry_run(model, out, recipe, options)
@@ -196,7 +212,8 @@ def quantize_command(
                 console.print_plan(plan, out)
             return
         with console.block_progress(quiet=quiet) as on_step:
-            report = pipeline.quantize(model, out, recipe, options, on_step)
+            command = shlex.join(["llmquant", *sys.argv[1:]])
+            report = pipeline.quantize(model, out, recipe, options, on_step, command=command)
     except KeyboardInterrupt:
         if not out.with_name(out.name + ".partial").exists():
             raise
@@ -205,7 +222,10 @@ def quantize_command(
     if as_json:
         print(json.dumps(report.to_dict()))
     else:
-        console.print_report(report, model)
+        console.print_report(report)
+    if report.verification.verdict == "broken":
+        print("llmquant: the result is broken, see the verdict", file=sys.stderr)
+        raise typer.Exit(1)
     if strict and report.incidents:
         print(f"llmquant: --strict: {len(report.incidents)} incidents", file=sys.stderr)
         raise typer.Exit(1)
@@ -275,6 +295,9 @@ def generate_command(
     backend: Annotated[str, typer.Option(help="Kernel of the quantized linears; see inspect --backends.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On a GPU: decode through torch.compile and CUDA graphs.")
+    ] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -302,9 +325,8 @@ def generate_command(
     streams = prompt is not None and not as_json
     for start in range(0, len(lines), batch_size):
         batch = lines[start : start + batch_size]
-        result = generate(
-            loaded, tokenizer, batch, sampling, chat=chat, on_text=console.print_piece if streams else None
-        )
+        on_text = console.print_piece if streams else None
+        result = generate(loaded, tokenizer, batch, sampling, chat=chat, compiled=compiled, on_text=on_text)
         results.append(result)
         if as_json:
             continue
@@ -327,6 +349,80 @@ def _lines(file: Path | None) -> list[str]:
     if not lines:
         raise UserError(f"{file}: holds no prompt; write one per line")
     return lines
+
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, quantized or not.")],
+    against: Annotated[
+        str | None, typer.Option(help="The original, or another model, to compare with.", show_default=False)
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Kernel of MODEL's linears; may be repeated; all: each that takes them.", metavar="NAME"),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.", metavar="N")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that follow.", metavar="N")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Prompts that run together.", metavar="N")] = 1,
+    repeats: Annotated[int, typer.Option(help="Turns, of which the median counts.", metavar="N")] = 3,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw it: an .svg, .png or .pdf file.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How fast MODEL runs and what memory it takes, by kernel, beside its original."""
+    from llmquant import console, console_bench
+
+    if plot is not None:
+        console_bench.check_plot_path(plot)
+    console.quiet_libraries()
+    from llmquant.runtime.bench import Workload, bench
+
+    workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, repeats=repeats)
+    with console.progress(quiet=quiet) as on_step:
+        result = bench(
+            model,
+            against,
+            backends=backend or ("auto",),
+            workload=workload,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            on_step=on_step,
+        )
+    if plot is not None:
+        console_bench.plot_bench(result, plot)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        console_bench.print_bench(result)
+
+
+@app.command("tune")
+def tune_command(
+    model: Annotated[str, typer.Argument(help="A quantized checkpoint folder or hub id, for its shapes.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The table; by default the one that is read.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Find the best tiles for MODEL's shapes on the GPU that is here, and keep them in a table."""
+    from llmquant import console
+
+    console.quiet_libraries()
+    from llmquant.runtime.explain import tune_model
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    path = tune_model(model, device=device, dtype=dtype, path=out, report=(lambda line: None) if quiet else report)
+    print(path)
 
 
 @app.command("inspect")
@@ -381,6 +477,23 @@ def verify_command(
             print(f"{out}: {len(manifest['files'])} files, all as they were written")
     if problems:
         raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    out: Annotated[Path, typer.Argument(help="A folder that llmquant quantize wrote.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Where the page goes; by default report.html in OUT.", show_default=False)
+    ] = None,
+) -> None:
+    """Make the page of a quantization again, from the quantize_report.json in OUT."""
+    from llmquant.checkpoints.manifest import REPORT_HTML
+    from llmquant.pipeline.page import write_page
+    from llmquant.pipeline.report import read_report
+
+    file = output or out / REPORT_HTML
+    write_page(read_report(out), file)
+    print(file)
 
 
 @app.command("eval")

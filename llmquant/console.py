@@ -17,11 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from llmquant.words import clock as _clock
+from llmquant.words import short as _short
+from llmquant.words import size as _size
+from llmquant.words import spent as _seconds
+
 if TYPE_CHECKING:
     from llmquant.kernels.dispatch import Choice
     from llmquant.pipeline.inspect import Contents
     from llmquant.pipeline.plan import LinearPlan, Plan
     from llmquant.pipeline.report import Incident, LinearReport, Report
+    from llmquant.pipeline.verify import Verification
     from llmquant.runtime.generate import Generated
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -123,7 +129,7 @@ def block_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int, str, 
             yield on_step
 
 
-PHASES = ("calibration text", "hashing the checkpoint", "sensitivity", "finishing", "verifying")
+PHASES = ("calibration text", "hashing the checkpoint", "sensitivity", "finishing", "verifying", "samples")
 """What a quantization does before and after the blocks."""
 
 
@@ -163,8 +169,10 @@ class _BlockClock:
         return "" if self._last is None else f"  error {_short(self._last)}"
 
 
-def print_report(report: Report, model: str) -> None:
-    """What `llmquant quantize` ends with: errors beside RTN's, incidents, sizes, times, and what to type next."""
+def print_report(report: Report) -> None:
+    """What `llmquant quantize` ends with: errors beside RTN's, incidents, sizes, times, what to type next, verdict."""
+    from llmquant.checkpoints.manifest import REPORT_HTML
+
     console = Console(highlight=False)
     table = _table()
     table.add_column("linear", overflow="fold")
@@ -195,11 +203,24 @@ def print_report(report: Report, model: str) -> None:
     if report.calibration:
         used = report.calibration
         facts.append(("calibration", f"{used['source']}, {used['num_samples']} x {used['seq_len']} tokens"))
-    out, original = shlex.quote(str(report.out)), shlex.quote(model)
+    facts.append(("report", str(report.out / REPORT_HTML)))
+    out, original = shlex.quote(str(report.out)), shlex.quote(report.model)
     _print_facts(console, facts)
     # Lines to copy, so never wrapped.
     console.print(f'\n  llmquant generate {out} --prompt "Once upon a time"', soft_wrap=True)
-    console.print(f"  llmquant eval {out} --against {original}", soft_wrap=True)
+    console.print(f"  llmquant eval {out} --against {original}\n", soft_wrap=True)
+    console.print(verdict_line(report.verification), soft_wrap=True)
+
+
+def verdict_line(verification: Verification) -> str:
+    """The verdict and its reasons in one line."""
+    v = verification
+    if v.kl_mean is None:
+        return f"{v.verdict}: {v.reason}"
+    return (
+        f"{v.verdict}: perplexity {v.perplexity:.2f}, original {v.original_perplexity:.2f}; KL {v.kl_mean:.4f}; "
+        f"same first choice {v.top1_agreement:.1%}; on {v.num_tokens} held-out tokens of {v.source}"
+    )
 
 
 def _errors(linears: Sequence[LinearReport]) -> list[str]:
@@ -222,6 +243,14 @@ def _places(label: str, happened: Iterable[Incident]) -> list[tuple[str, str]]:
         where = places[0] if len(places) == 1 else f"{len(places)} x {_names(places)}"
         facts.append((label, f"{where}: {what}"))
     return facts
+
+
+def _predicted_memory(plan: Plan) -> str:
+    from llmquant.pipeline.footprint import footprint_of
+
+    footprint = footprint_of(plan)
+    spilled = f", {_size(footprint.spilled_bytes)} of activations on the disk" if footprint.spilled_bytes else ""
+    return f"about {_size(footprint.peak_bytes)}{spilled}"
 
 
 def print_plan(plan: Plan, out: Path) -> None:
@@ -259,7 +288,7 @@ def print_plan(plan: Plan, out: Path) -> None:
         ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),
         ("size", f"{_size(plan.reader.total_bytes)} -> {_size(plan.output_bytes)}"),
-        ("peak memory", f"about {_size(plan.peak_bytes)}"),
+        ("peak memory", _predicted_memory(plan)),
         ("disk", f"{_size(disk_bytes(plan, out))} needed while it runs, {_size(free_bytes(out))} free"),
     ]
     if plan.recipe.has_budget:
@@ -382,26 +411,3 @@ def _names(names: Iterable[str]) -> str:
 
     kinds = list(dict.fromkeys(kind_of(name) or name for name in names))
     return ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more" if len(kinds) > 4 else "")
-
-
-def _size(num_bytes: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            value = num_bytes / scale
-            return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-    return f"{num_bytes:.0f} B"
-
-
-def _short(value: float) -> str:
-    """An error, three digits."""
-    return f"{value:.3g}" if value < 1e-4 else f"{value:.5f}"[:7]
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

@@ -6,6 +6,8 @@ Plain data, without torch: the command line reads the defaults from here before 
 
 from __future__ import annotations
 
+import contextlib
+import string
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,6 +15,22 @@ from typing import Any
 from llmquant.errors import UserError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
+SIZE_UNITS = {"B": 1} | {
+    f"{letter}{infix}B": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for infix, base in (("", 1000), ("i", 1024))
+}
+
+
+def parse_size(text: str, name: str) -> int:
+    """Bytes that "3GB", "1.5 GiB" or "800000000" stand for; name is that of the option, for the UserError."""
+    number = text.strip().rstrip(string.ascii_letters).rstrip()
+    unit = text.strip()[len(number) :].strip() or "B"
+    with contextlib.suppress(ValueError):
+        units = {key.lower(): factor for key, factor in SIZE_UNITS.items()}
+        if unit.lower() in units and 0 < float(number) < float("inf"):
+            return int(float(number) * units[unit.lower()])
+    raise UserError(f"{name} '{text}': not a size; write a number and one of {', '.join(SIZE_UNITS)}, as in 3GB")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,5 +279,10 @@ class Options:
     """Forget what an unfinished run has left."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the checkpoint."""
+    verify: bool = True
+    """Compare the finished model with the original on held-out text, and let both continue a few prompts."""
+    max_memory_bytes: int | None = None
+    """Most memory that the run may take (of the GPU, where it computes there). Activations that do not fit go to the
+    disk; None lets them all stay."""
     max_shard_bytes: int = 5 * 10**9
     """Largest size of a written file."""

@@ -30,7 +30,8 @@ class QuantizedWeight:
     codes_NK: Tensor
     """uint8 [N, K], values 0 … 2**bits - 1."""
     scale_NG: Tensor
-    """Floating [N, G], already rounded to the dtype it is stored in. Never zero or negative."""
+    """Floating [N, G], already rounded to the dtype it is stored in. Never zero; negative only beside the
+    middle zero-point, in what other tools made."""
     zero_NG: Tensor
     """uint8 [N, G], values 0 … 2**bits - 1; all 2**(bits-1) when symmetric."""
     spec: QuantSpec

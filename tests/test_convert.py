@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llmquant
-from llmquant.checkpoints.manifest import verify_files
+from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES, verify_files
 from llmquant.checkpoints.quantized import parsed_quantization, read_quantized, validate_quantized
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.writer import PartialCheckpoint
@@ -46,8 +46,9 @@ def quantized(tiny_model, tmp_path_factory):
 
 def assert_same(a: Path, b: Path) -> None:
     """The same files: tensors bit for bit, whatever their order; all else byte for byte, but for how it was made."""
-    names = {file.name for file in a.iterdir()} - {"llmquant.json"}
-    assert names == {file.name for file in b.iterdir()} - {"llmquant.json"}
+    own = {MANIFEST_FILE, *REPORT_FILES}
+    names = {file.name for file in a.iterdir()} - own
+    assert names == {file.name for file in b.iterdir()} - own
     for name in names - {"model.safetensors"}:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     tensors, others = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")

@@ -241,6 +241,18 @@ def test_compressed_tensors_reads_legacy_moving_groups() -> None:
     assert FORMATS["compressed-tensors"].unpack(tensors, spec, 8, 32).group_of_column_K.tolist() == [0, 1] * 16
 
 
+@ALL_FORMATS
+def test_negative_scales_are_read_beside_the_middle_zero_point_only(format: Format) -> None:
+    weight = random_weight(QuantSpec(bits=4, group_size=32, symmetric=True), 32, 64)
+    weight.scale_NG[::2] *= -1
+    assert_same(format.unpack(format.pack(weight), weight.spec, 32, 64), weight)
+    moved = random_weight(QuantSpec(bits=4, group_size=32, symmetric=False), 32, 64)
+    moved.zero_NG[:] = 7
+    moved.scale_NG[3, 1] *= -1
+    with pytest.raises(UserError, match="1 of 64 scales are zero or negative"):
+        format.unpack(format.pack(moved), moved.spec, 32, 64)
+
+
 # --- damaged tensors -------------------------------------------------------------------------------------------------
 
 

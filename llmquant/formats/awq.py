@@ -47,9 +47,9 @@ KNOWN_KEYS = key_set(
     "quant_method method bits w_bit group_size q_group_size zero_point version modules_to_not_convert sym lm_head meta "
     "checkpoint_format format pack_dtype desc_act "
     # What follows tells how the weights were found, or which kernel to run: nothing about the tensors.
-    "do_fuse fuse_max_seq_len modules_to_fuse exllama_config backend quantizer autoround_version iters lr minmax_lr "
-    "enable_minmax_tuning enable_quanted_input enable_norm_bias_tuning low_gpu_mem_usage low_cpu_mem_usage nsamples "
-    "seqlen scale_dtype data_type gradient_accumulate_steps amp batch_size dataset block_name_to_quantize "
+    "do_fuse fuse_max_seq_len modules_to_fuse exllama_config backend quantizer provider autoround_version iters lr "
+    "minmax_lr enable_minmax_tuning enable_quanted_input enable_norm_bias_tuning low_gpu_mem_usage low_cpu_mem_usage "
+    "nsamples seqlen scale_dtype data_type gradient_accumulate_steps amp batch_size dataset block_name_to_quantize "
     "quant_block_list to_quant_block_names super_bits super_group_size damp_percent true_sequential static_groups"
 )
 FOREIGN_KEYS = {"config_groups": "compressed-tensors", "quantization_status": "compressed-tensors", "dynamic": "gptq"}
@@ -120,9 +120,9 @@ def features(tensors: Mapping[str, Tensor], spec: QuantSpec) -> tuple[int, int]:
 
 def unpack(tensors: Mapping[str, Tensor], spec: QuantSpec, out_features: int, in_features: int) -> QuantizedWeight:
     check_features(features(tensors, spec), out_features, in_features, "qweight")
-    check_scales(tensors["scales"], "scales")
     zero_NG = _unpack_columns(tensors["qzeros"]).T.contiguous()
     check_zeros(zero_NG, spec, "qzeros")
+    check_scales(tensors["scales"].T, zero_NG, spec, "scales")
     return QuantizedWeight(
         codes_NK=_unpack_columns(tensors["qweight"]).T.contiguous(),
         scale_NG=tensors["scales"].T.contiguous(),

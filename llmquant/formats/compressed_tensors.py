@@ -131,7 +131,6 @@ def features(tensors: Mapping[str, Tensor], spec: QuantSpec) -> tuple[int, int]:
 
 def unpack(tensors: Mapping[str, Tensor], spec: QuantSpec, out_features: int, in_features: int) -> QuantizedWeight:
     check_features(features(tensors, spec), out_features, in_features, "weight_packed")
-    check_scales(tensors["weight_scale"], "weight_scale")
     zero = tensors.get("weight_zero_point")
     if zero is None:
         zero_NG = torch.full_like(tensors["weight_scale"], spec.mid_code, dtype=torch.uint8)
@@ -145,6 +144,7 @@ def unpack(tensors: Mapping[str, Tensor], spec: QuantSpec, out_features: int, in
     else:
         zero_NG = unpack_bits(zero, spec.bits, 0, out_features)
     check_zeros(zero_NG, spec, "weight_zero_point")
+    check_scales(tensors["weight_scale"], zero_NG, spec, "weight_scale")
     index = tensors.get("weight_g_idx")
     return QuantizedWeight(
         codes_NK=unpack_bits(tensors["weight_packed"], spec.bits, 1, in_features),

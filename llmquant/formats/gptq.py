@@ -57,9 +57,9 @@ KNOWN_KEYS = key_set(
     "block_name_to_quantize cache_block_outputs exllama_config max_input_length module_name_preceding_first_block "
     "pad_token_id use_cuda_fp16 use_exllama disable_exllama backend model_name_or_path model_file_base_name "
     "is_marlin_format act_group_aware mse hyb_act failsafe fallback offload_to_disk offload_to_disk_path rotation_seed "
-    "quantizer autoround_version iters lr minmax_lr enable_minmax_tuning enable_quanted_input enable_norm_bias_tuning "
-    "low_gpu_mem_usage low_cpu_mem_usage nsamples seqlen scale_dtype data_type gradient_accumulate_steps amp "
-    "quant_block_list super_bits super_group_size to_quant_block_names"
+    "quantizer provider autoround_version iters lr minmax_lr enable_minmax_tuning enable_quanted_input "
+    "enable_norm_bias_tuning low_gpu_mem_usage low_cpu_mem_usage nsamples seqlen scale_dtype data_type "
+    "gradient_accumulate_steps amp quant_block_list super_bits super_group_size to_quant_block_names"
 )
 FOREIGN_KEYS = {
     "config_groups": "compressed-tensors",
@@ -135,7 +135,6 @@ def unpack(
     tensors: Mapping[str, Tensor], spec: QuantSpec, out_features: int, in_features: int, *, zero_offset: int
 ) -> QuantizedWeight:
     check_features(features(tensors, spec), out_features, in_features, "qweight")
-    check_scales(tensors["scales"], "scales")
     qzeros = tensors["qzeros"]
     if zero_offset and spec.bits != 3:
         # GPTQModel goes from v2 to v1 by subtracting 1 from every field of a word at once; adding them back at once
@@ -146,6 +145,7 @@ def unpack(
         zero_GN = (unpack_bits(qzeros, spec.bits, 1, out_features) + zero_offset) & spec.max_code
     zero_NG = zero_GN.T.contiguous()
     check_zeros(zero_NG, spec, "qzeros")
+    check_scales(tensors["scales"].T, zero_NG, spec, "scales")
     g_idx = tensors.get("g_idx")
     return QuantizedWeight(
         codes_NK=unpack_bits(tensors["qweight"], spec.bits, 0, in_features).T.contiguous(),

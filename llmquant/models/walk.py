@@ -17,7 +17,7 @@ Letters: S sequences, L tokens of a sequence, T tokens, K in_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,11 @@ from torch import Tensor, nn
 from llmquant.memory import give_back
 from llmquant.models.blocks import BlockPlan, find_blocks, first_tensor, watch
 from llmquant.models.skeleton import Skeleton
+from llmquant.models.spill import Kept, Spill
 
 SEQUENCES_BETWEEN_TRIMS = 8
+SEQUENCES_AT_ONCE = 4
+"""Arrivals that the caller of `Walk.stages` keeps at a time, to add up their statistics together."""
 END = -1
 """`Sequence.block` of a sequence that has left the last block."""
 
@@ -42,13 +45,14 @@ class Sequence(greenlet):
         self.block: int | None = None
         """Index of the block it is in or waits in front of; END behind the last one; None before the first."""
         self.call: tuple[tuple, dict] = ((), {})
-        """What the block it waits in front of was called with."""
+        """What the block it waits in front of was called with; behind the last one, what that gave."""
         self.stage = END
         """Index of the last stage of that block it has come to."""
         self.x: Tensor | None = None
         """The input of the stage it waits in front of; None when it does not wait in front of one."""
         self.streams: dict[str, Tensor] = {}
         """Inputs of modules that are sources of a residual stream, by module name within the block."""
+        self.kept = Kept()
 
     def go_on(self) -> None:
         """Run until the next pause."""
@@ -65,6 +69,8 @@ class Sequence(greenlet):
 class Arrival:
     """One sequence in front of a stage."""
 
+    sample: int
+    """Which sequence it is."""
     x_TK: Tensor
     """Its input in the quantized network."""
     original_x_TK: Tensor | None
@@ -74,14 +80,27 @@ class Arrival:
 
 
 class Walk:
-    """A set of sequences in front of the network; call `enter`, then `stages`, block after block."""
+    """A set of sequences in front of the network; call `enter`, then `stages`, block after block.
 
-    def __init__(self, skeleton: Skeleton, tokens_SL: Tensor, *, with_original: bool) -> None:
+    to_the_end: behind the last block, `outcome` lets a sequence go on through the head. spill: where activations go
+    that do not fit in memory.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens_SL: Tensor,
+        *,
+        with_original: bool,
+        to_the_end: bool = False,
+        spill: Spill | None = None,
+    ) -> None:
         self.skeleton = skeleton
+        self._spill = spill
         _, self.block_names = find_blocks(skeleton.model)
         self._blocks = [skeleton.model.get_submodule(name) for name in self.block_names]
-        # The network without its head: nothing behind the last block is run.
-        self._network = skeleton.model.base_model
+        # Without its head where that is not asked for: nothing behind the last block is run then.
+        self._network = skeleton.model if to_the_end else skeleton.model.base_model
         self.quantized = [self._start(tokens_L, False) for tokens_L in tokens_SL]
         self.original = [self._start(tokens_L, True) for tokens_L in tokens_SL] if with_original else []
         self._handles: list[Any] = []
@@ -103,13 +122,16 @@ class Walk:
         self.close()
 
     def close(self) -> None:
-        """End every sequence and take the hooks away."""
+        """End every sequence, take the hooks away, and give back the weights outside the blocks."""
         for sequence in (*self.quantized, *self.original):
             if sequence and not sequence.dead:
                 sequence.throw()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._drop_outside()
+        if self._spill is not None:
+            self._spill.close()
 
     # --- between blocks ----------------------------------------------------------------------------------------------
 
@@ -123,6 +145,16 @@ class Walk:
     def leave(self, index: int) -> None:
         """Give back the weights of a block that every sequence has left."""
         self.skeleton.drop(self.block_names[index])
+
+    def cross(self, index: int) -> None:
+        """Bring every sequence behind block `index`, which must be next, on its weights as they are loaded."""
+        self.enter(index)
+        self._advance([*self.original, *self.quantized])
+        self.leave(index)
+
+    def outcome(self, number: int) -> Any:
+        """Behind the last block: let one sequence run to its end; gives what the network returns."""
+        return self.quantized[number].switch()
 
     def pass_through(self, index: int, replacements: Mapping[str, Tensor]) -> None:
         """Walk through a finished block: the originals with the checkpoint's weights, the others with replacements."""
@@ -145,14 +177,23 @@ class Walk:
         sequence = getcurrent()
         if isinstance(sequence, Sequence):
             sequence.block = END
+            sequence.call = (output if isinstance(output, tuple) else (output,), {})
             sequence.pause()
+            sequence.call = ((), {})
 
     # --- inside a block ----------------------------------------------------------------------------------------------
 
     def plan(self, index: int) -> BlockPlan:
         """Watch one sequence run the block that all of them stand in front of."""
-        args, kwargs = self.quantized[0].call
+        ((args, kwargs),) = self.calls(1)
         return watch(self._blocks[index], lambda: self._blocks[index](*args, **kwargs))
+
+    def calls(self, count: int) -> list[tuple[tuple, dict]]:
+        """What the first sequences call the block with that all of them stand in front of."""
+        if self._spill is not None:
+            for sequence in self.quantized[:count]:
+                self._spill.fetch(sequence.kept)
+        return [sequence.call for sequence in self.quantized[:count]]
 
     def stages(
         self, index: int, plan: BlockPlan, own: Mapping[str, nn.Parameter] | None = None
@@ -201,7 +242,7 @@ class Walk:
         """Lead a sequence to a stage of a block, or out of it, unless it is there or farther."""
         with self._own_parameters(self._blocks[index]) if sequence.is_original else nullcontext():
             while sequence.block == index and sequence.stage < number:
-                sequence.go_on()
+                self._go_on(sequence)
 
     @contextmanager
     def _own_parameters(self, block: nn.Module) -> Iterator[None]:
@@ -222,33 +263,55 @@ class Walk:
         for count, sequence in enumerate(sequences):
             if count % SEQUENCES_BETWEEN_TRIMS == 0:
                 give_back()
+            self._go_on(sequence)
+
+    def _go_on(self, sequence: Sequence) -> None:
+        with self._running(sequence):
             sequence.go_on()
+        if self._spill is not None:
+            self._spill.settle(sequence.kept)
+
+    def _running(self, sequence: Sequence | None) -> AbstractContextManager[None]:
+        """Around all that computes with the tensors of sequences; what is made inside belongs to this one, if any."""
+        return nullcontext() if self._spill is None else self._spill.running(sequence.kept if sequence else None)
 
     def _arrivals(self, index: int, number: int, plan: BlockPlan) -> Iterator[Arrival]:
         source = plan.stages[number].residual_source
         goes_on = source is not None or number == len(plan.stages) - 1
         originals: list[Sequence | None] = list(self.original) or [None] * len(self.quantized)
-        for count, (sequence, original) in enumerate(zip(self.quantized, originals, strict=True)):
-            if count % SEQUENCES_BETWEEN_TRIMS == 0:
+        for sample, (sequence, original) in enumerate(zip(self.quantized, originals, strict=True)):
+            if sample % SEQUENCES_BETWEEN_TRIMS == 0:
                 give_back()
             self._lead(sequence, index, number)
             if original is not None:
                 self._lead(original, index, number)
             if sequence.x is None or sequence.stage != number:
                 continue
-            x_TK = sequence.x.flatten(0, -2)
-            original_x_TK = gap_TR = None
-            if original is not None and original.x is not None and original.stage == number:
-                if original.x.shape == sequence.x.shape:
-                    original_x_TK = original.x.flatten(0, -2)
-                if source is not None and source in sequence.streams and source in original.streams:
-                    here, there = sequence.streams[source], original.streams[source]
-                    if here.shape == there.shape and here.shape[:-1] == sequence.x.shape[:-1]:
-                        gap_TR = (there - here).flatten(0, -2)
-            yield Arrival(x_TK, original_x_TK, gap_TR)
-            del x_TK, original_x_TK, gap_TR
+            with self._running(None):
+                arrival = self._arrival(sample, sequence, original, source)
+            if self._spill is not None:
+                self._spill.settle(sequence.kept)
+                if original is not None:
+                    self._spill.settle(original.kept)
+            yield arrival
+            del arrival
             if original is not None and goes_on:
                 self._lead(original, index, number + 1)
+
+    def _arrival(self, sample: int, sequence: Sequence, original: Sequence | None, source: str | None) -> Arrival:
+        # What goes to the disk is emptied in place: a copy remains.
+        copied = (lambda x: x.clone()) if self._spill is not None else (lambda x: x)
+        assert sequence.x is not None
+        x_TK = copied(sequence.x.flatten(0, -2))
+        original_x_TK = gap_TR = None
+        if original is not None and original.x is not None and original.stage == sequence.stage:
+            if original.x.shape == sequence.x.shape:
+                original_x_TK = copied(original.x.flatten(0, -2))
+            if source is not None and source in sequence.streams and source in original.streams:
+                here, there = sequence.streams[source], original.streams[source]
+                if here.shape == there.shape and here.shape[:-1] == sequence.x.shape[:-1]:
+                    gap_TR = (there - here).flatten(0, -2)
+        return Arrival(sample, x_TK, original_x_TK, gap_TR)
 
     def _at_stage(self, number: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -287,7 +350,8 @@ class Walk:
     def _fill(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                self.skeleton.load(name, recurse=False)
+                with nullcontext() if self._spill is None else self._spill.nobodys():
+                    self.skeleton.load(name, recurse=False)
 
         return hook
 

@@ -35,7 +35,7 @@ from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
 from llmquant.hub import resolve_model
 from llmquant.models.blocks import linears_of, weight_as_NK
-from llmquant.models.skeleton import DTYPES, build_empty, checkpoint_names, name_translator, read_config
+from llmquant.models.skeleton import DTYPES, build_empty, check_size, checkpoint_names, name_translator, read_config
 from llmquant.pipeline.names import block_of
 from llmquant.pipeline.parts import OUTSIDE, as_json_bytes, files_beside
 from llmquant.spec import QuantSpec
@@ -165,6 +165,7 @@ def _settle(source: str | Path, format: str, dtype: str, trust_remote_code: bool
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     stored = config.dtype if config.dtype in DTYPES.values() else torch.float16
+    check_size(config, reader)
     model = build_empty(config, stored, trust_remote_code)
     translate, known = name_translator(model), linears_of(model)
     names = {name: (translate(f"{name}.weight") or name).removesuffix(".weight") for name in modules}

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoints.manifest import MANIFEST_FILE
+from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream
 from llmquant.models.blocks import weight_as_NK
 from llmquant.models.skeleton import DTYPES
-from llmquant.pipeline.plan import LinearPlan, Plan, read_finite
+from llmquant.pipeline.plan import LinearPlan, Plan, check_finite, read_finite
 from llmquant.pipeline.report import ReportBuilder
 from llmquant.pipeline.solve import Solved, Stored, solve_without_data
 
@@ -27,7 +27,7 @@ from llmquant.pipeline.solve import Solved, Stored, solve_without_data
 KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 # What else says how weights are stored: ours, and AutoGPTQ's, AutoAWQ's and AutoRound's.
-STORAGE_FILES = (MANIFEST_FILE, "quantize_config.json", "quant_config.json", "quantization_config.json")
+STORAGE_FILES = (MANIFEST_FILE, *REPORT_FILES, "quantize_config.json", "quant_config.json", "quantization_config.json")
 OUTSIDE = "outside"
 """The part of what belongs to no block."""
 
@@ -120,10 +120,12 @@ def write_outside(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder)
         if plan.recipe.needs_data:
             report.remark(name, "outside the decoder blocks: rounded to nearest, without calibration")
 
-    def pieces(name: str) -> Callable[[], Iterable[memoryview]]:
+    def pieces(name: str, dtype: torch.dtype) -> Callable[[], Iterable[memoryview]]:
         def read() -> Iterable[memoryview]:
-            tensor = converted(plan, read_finite(plan, name)).contiguous()
-            yield tensor.view(-1).view(torch.uint8).numpy().data
+            for piece in plan.reader.chunks(name):
+                tensor_P = torch.frombuffer(piece, dtype=dtype)
+                check_finite(plan, name, tensor_P)
+                yield converted(plan, tensor_P).view(torch.uint8).numpy().data
 
         return read
 
@@ -134,7 +136,7 @@ def write_outside(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder)
             if name in replaced:
                 continue
             dtype = plan.dtype if info.dtype in DTYPES.values() else info.dtype
-            streams[name] = TensorStream(dtype=dtype, shape=tuple(info.shape), chunks=pieces(name))
+            streams[name] = TensorStream(dtype=dtype, shape=tuple(info.shape), chunks=pieces(name, info.dtype))
         partial.add_part(OUTSIDE, streams, report.note(linears.values()))
 
 

@@ -22,8 +22,9 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
-from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of
-from llmquant.models.skeleton import DTYPES, Skeleton, read_config, stored_dtype
+from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of, weight_of
+from llmquant.models.skeleton import DTYPES, Skeleton, compute_dtype, read_config, stored_dtype
+from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.names import kind_of
 from llmquant.spec import Options, QuantSpec, Recipe
 
@@ -31,8 +32,6 @@ AUTO = "auto"
 """The default format: gptq; compressed-tensors for an asymmetric grid, because gptq v1 cannot store zero-point 0."""
 STANDARD_GROUPS = (128, 64, 32)
 """Group sizes that every loader has kernels for, largest first."""
-RUNTIME_BYTES = 450 * 2**20
-"""Memory of Python, torch and transformers with nothing loaded, measured on Linux with the CPU build of torch."""
 
 
 @dataclass(frozen=True)
@@ -139,33 +138,6 @@ class Plan:
         shapes = self.format.tensor_shapes(linear.grid, linear.out_features, linear.in_features, self.scale_dtype)
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
 
-    @property
-    def peak_bytes(self) -> int:
-        """Predicted peak of the process: the runtime, the largest block, the solver's matrices, and the activations."""
-        block = max(
-            sum(math.prod(info.shape) for info in self.tensors_of_block(index).values()) * self.skeleton.dtype.itemsize
-            for index in range(len(self.block_names))
-        )
-        widest = max(linear.in_features for linear in self.linears_of_block(0).values() or self.quantized)
-        sizes = {linear.name: linear.in_features * linear.out_features for linear in self.quantized}
-        outside = max((sizes.pop(name) for name in self.outside), default=0)
-        # The head is rounded some rows at a time: its weight, its codes, and those packed.
-        solver = max(10 * 4 * max(sizes.values(), default=0), (self.skeleton.dtype.itemsize + 2) * outside)
-        if not self.recipe.needs_data:
-            return RUNTIME_BYTES + block + solver
-        solver += 6 * 8 * widest * widest
-        if self.recipe.smooths:
-            # The block once more in float32, twice, and the moments of all its inputs at a time.
-            inputs = sum(4 * linear.in_features**2 for linear in self.linears_of_block(0).values())
-            solver += 2 * block * 4 // self.skeleton.dtype.itemsize + inputs
-        hidden = self.config.get_text_config(decoder=True).hidden_size
-        streams = 2 if self.recipe.needs_original else 1
-        # Waiting in front of the widest linear, a sequence holds its embedding, the block's input, the stream between
-        # and that linear's input.
-        activations = streams * self.num_tokens * (3 * hidden + widest) * self.skeleton.dtype.itemsize
-        embedding = max((info.nbytes for info in self.tensors_outside().values()), default=0)
-        return RUNTIME_BYTES + max(2 * block + solver + activations, embedding + activations)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         linears = [
@@ -180,6 +152,7 @@ class Plan:
             }
             for linear in self.linears
         ]
+        footprint = footprint_of(self)
         return {
             "model": str(self.path),
             "recipe": asdict(self.recipe),
@@ -191,7 +164,8 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "original_bytes": self.reader.total_bytes,
             "output_bytes": self.output_bytes,
-            "peak_bytes": self.peak_bytes,
+            "peak_bytes": footprint.peak_bytes,
+            "spilled_bytes": footprint.spilled_bytes,
         }
 
 
@@ -211,9 +185,7 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     config = read_config(path, options.trust_remote_code)
     model_dtype = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
     device = device_of(options.device)
-    # float16 matrix products are emulated on processors; float32 gives the same numbers, faster.
-    compute = torch.float32 if device.type == "cpu" and model_dtype == torch.float16 else model_dtype
-    skeleton = Skeleton.open(reader, config, device, compute, options.trust_remote_code)
+    skeleton = Skeleton.open(reader, config, device, compute_dtype(model_dtype, device), options.trust_remote_code)
     if missing := skeleton.missing():
         raise UserError(
             f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such); the checkpoint is incomplete, "
@@ -318,9 +290,30 @@ class DamagedWeights(UserError):
 def read_finite(plan: Plan, name: str) -> Tensor:
     """A tensor of the checkpoint; UserError when it holds NaN or inf."""
     tensor = plan.reader.read(name)
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise DamagedWeights(plan.path, name)
+    check_finite(plan, name, tensor)
     return tensor
+
+
+def check_tokens(plan: Plan, tokens_SL: Tensor) -> None:
+    """UserError when the tokenizer makes ids that the model has no embedding for."""
+    vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
+    largest = int(tokens_SL.max())
+    if largest >= vocabulary:
+        raise UserError(
+            f"{plan.path}: the tokenizer makes token {largest}, the model has {vocabulary}; "
+            "the tokenizer's files are those of another model"
+        )
+
+
+def check_finite(plan: Plan, name: str, tensor: Tensor) -> None:
+    """UserError when a tensor of the checkpoint, or a piece of it, holds NaN or inf. Takes no memory of its size."""
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not all_finite(tensor):
+        raise DamagedWeights(plan.path, name)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or inf. Takes no memory of the tensor's size, as isfinite would."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def free_bytes(out: Path) -> int:
@@ -329,11 +322,12 @@ def free_bytes(out: Path) -> int:
 
 
 def disk_bytes(plan: Plan, out: Path) -> int:
-    """Space that a run still needs: what it writes, once more the shard that is being put together from its parts, less
-    what an earlier run has left to continue from."""
+    """Space that a run still needs: what it writes, once more the shard that is being put together from its parts,
+    activations that do not fit in memory, less what an earlier run has left to continue from."""
     partial = out.with_name(out.name + ".partial")
     there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
-    return max(plan.output_bytes + min(plan.output_bytes, plan.options.max_shard_bytes) - there, 0)
+    shard = min(plan.output_bytes, plan.options.max_shard_bytes)
+    return max(plan.output_bytes + shard + footprint_of(plan).spilled_bytes - there, 0)
 
 
 def check_disk(plan: Plan, out: Path) -> None:

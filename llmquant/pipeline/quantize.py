@@ -1,7 +1,8 @@
 """The main job: one loop over the decoder blocks.
 
     plan -> calibration tokens -> for each block: walk in, gather statistics, solve, put the result back, walk on,
-    pack, write -> the tensors that stay as they are, config and tokenizer files -> atomic finish -> report
+    pack, write -> the tensors that stay as they are, config and tokenizer files -> reopen, compare with the original on
+    held-out text, report -> atomic finish
 
 At any time the memory holds one block, its statistics, and the activations of the calibration text. What a run has
 finished is on the disk; a run that died is continued by the same command: finished blocks are read back and walked
@@ -11,7 +12,7 @@ through, which restores the activations bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -22,15 +23,18 @@ from torch import Tensor
 
 from llmquant import __version__
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.checkpoints.quantized import check_digests
+from llmquant.checkpoints.manifest import REPORT_HTML
 from llmquant.checkpoints.writer import PartialCheckpoint, check_out
-from llmquant.errors import UserError
+from llmquant.errors import UserError, first_words
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
 from llmquant.models.blocks import weight_of
-from llmquant.models.walk import Arrival, Walk
+from llmquant.models.spill import Spill
+from llmquant.models.walk import SEQUENCES_AT_ONCE, Arrival, Walk
 from llmquant.pipeline.budget import ALLOCATION, choose, grids_in, provisional, with_grids
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
+from llmquant.pipeline.footprint import footprint_of
+from llmquant.pipeline.page import write_page
 from llmquant.pipeline.parts import (
     OUTSIDE,
     extra_files,
@@ -44,11 +48,22 @@ from llmquant.pipeline.parts import (
     unpack_part,
     write_outside,
 )
-from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk, make_plan
-from llmquant.pipeline.report import Report, ReportBuilder
+from llmquant.pipeline.plan import (
+    DamagedWeights,
+    LinearPlan,
+    Plan,
+    all_finite,
+    check_disk,
+    check_tokens,
+    make_plan,
+    read_finite,
+)
+from llmquant.pipeline.report import Report, ReportBuilder, input_peaks, read_report
+from llmquant.pipeline.samples import samples
 from llmquant.pipeline.smoothing import Folded, Smoother
 from llmquant.pipeline.solve import Solved, solve_stage, solve_without_data
 from llmquant.pipeline.targets import check_targets
+from llmquant.pipeline.verify import Verification, held_out, verify_codes, verify_text
 from llmquant.spec import Options, Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
@@ -56,8 +71,6 @@ OnStep = Callable[[int, int, str, float | None], None]
 
 SENSITIVITY = "sensitivity"
 """The step that comes before the blocks where grids are chosen."""
-SEQUENCES_AT_ONCE = 4
-"""Sequences whose statistics are added together."""
 
 
 def quantize(
@@ -66,15 +79,18 @@ def quantize(
     recipe: Recipe | None = None,
     options: Options | None = None,
     on_step: OnStep | None = None,
+    *,
+    command: str = "",
 ) -> Report:
     """Quantize a checkpoint (a local folder or hub id) into the folder OUT, which does not exist until it is complete.
 
+    command: what was typed, for the report.
     Raises UserError for whatever the user can mend; a run that was begun is then continued by the same call.
     """
     out, options, step = Path(out), options or Options(), on_step or (lambda *_: None)
     plan = prepare(model, out, recipe or Recipe(), options)
     total = len(plan.block_names)
-    builder = ReportBuilder(plan)
+    builder = ReportBuilder(plan, str(model), command)
     tokens = None
     if plan.recipe.needs_data:
         step(0, total, "calibration text", None)
@@ -82,7 +98,7 @@ def quantize(
             tokens = draw_tokens(plan)
             give_back()
         builder.calibration(tokens)
-        check_tokens(plan, tokens)
+        check_tokens(plan, tokens.tokens_SL)
     step(0, total, "hashing the checkpoint", None)
     with builder.timed("hashing"):
         request = describe_request(plan, tokens)
@@ -103,22 +119,20 @@ def quantize(
                 # The hash of the damaged file is part of the request: a mended checkpoint could not go on from here.
                 partial.discard()
                 raise
-            step(total, total, "finishing", None)
-            with builder.timed("finishing"):
-                partial.finish(
-                    parts,
-                    extra_files(plan),
-                    manifest={"request": request},
-                    max_shard_bytes=options.max_shard_bytes,
-                )
         else:
             for part in parts:
                 builder.recall(partial.part_note(part))
-            partial.complete()
-    step(total, total, "verifying", None)
-    with builder.timed("verifying"):
-        verify_codes(out, plan, builder)
-    return builder.finish(out)
+        step(total, total, "finishing", None)
+        with builder.timed("finishing"):
+            folder = partial.assemble(
+                parts,
+                extra_files(plan),
+                manifest={"request": request},
+                max_shard_bytes=options.max_shard_bytes,
+            )
+        check(folder, out, plan, tokens, builder, step)
+        partial.publish()
+    return read_report(out)
 
 
 def settle(
@@ -141,10 +155,39 @@ def settle(
     return plan
 
 
-def verify_codes(out: Path, plan: Plan, report: ReportBuilder) -> None:
-    """Reopen OUT as any reader would and compare every packed linear with what was solved; UserError if one differs."""
-    solved = {linear.name: linear.digest for linear in report.linears}
-    check_digests(out, {linear.source: solved[linear.name] for linear in plan.quantized})
+def check(
+    folder: Path, out: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder, on_step: OnStep
+) -> None:
+    """What comes last: reopen the folder that becomes OUT, measure it, and put the report into it.
+
+    Raises UserError where a weight does not come back as it was solved.
+    """
+    total = len(plan.block_names)
+    on_step(total, total, "verifying", None)
+    with report.timed("verifying"):
+        verify_codes(folder, plan, {linear.name: linear.digest for linear in report.linears})
+        if plan.options.verify:
+            report.verification = measure(folder, plan, tokens, report)
+    if plan.options.verify:
+        on_step(total, total, "samples", None)
+        with report.timed("samples"):
+            report.samples = samples(folder, plan)
+    report.finish(folder, out).write(folder)
+    write_page(read_report(folder), folder / REPORT_HTML)
+
+
+def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder) -> Verification:
+    """The finished folder against the original, on held-out text; where that cannot be done, it is an incident."""
+    try:
+        text = held_out(plan, tokens)
+        measured = verify_text(folder, plan, text)
+    # No text, no memory for the head, a model that cannot run here: the checkpoint is finished and its codes are right.
+    except Exception as error:
+        report.incident("verification", f"not measured on text: {first_words(error)}")
+        return Verification(verdict="not measured", reason=first_words(error))
+    if text.note:
+        report.remark("verification", text.note)
+    return measured
 
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
@@ -155,6 +198,7 @@ def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> P
     check_targets(plan)
     quantization_config(plan)
     check_out(out, options.overwrite)
+    footprint_of(plan).check()
     check_disk(plan, out)
     return plan
 
@@ -163,7 +207,7 @@ def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, op
     """What `quantize` would do; refuses what it would refuse. Reads no weight, and no text that would be fetched."""
     plan = prepare(model, Path(out), recipe or Recipe(), options or Options())
     if plan.recipe.needs_data and is_local(plan.options.calibration):
-        check_tokens(plan, draw_tokens(plan))
+        check_tokens(plan, draw_tokens(plan).tokens_SL)
     return plan
 
 
@@ -183,7 +227,11 @@ def walk_and_quantize(
     """Quantize block after block on what the network makes of the calibration tokens."""
     total = len(plan.block_names)
     smoother = Smoother(plan, report) if plan.recipe.smooths else None
-    with Walk(plan.skeleton, tokens.tokens_SL, with_original=plan.recipe.needs_original) as walk:
+    budget_bytes, spill = footprint_of(plan).budget_bytes, None
+    if budget_bytes is not None:
+        report.remark("activations", "kept on the disk as far as they do not fit in memory (--max-memory)")
+        spill = Spill(partial.scratch, budget_bytes)
+    with Walk(plan.skeleton, tokens.tokens_SL, with_original=plan.recipe.needs_original, spill=spill) as walk:
         for index, part in enumerate(part_names(plan)):
             linears = plan.linears_of_block(index)
             with report.timed("forward"):
@@ -243,7 +291,7 @@ def quantize_block(
             writer_NK=weight_of(first) if writes else None,
             scale_K=folded.scales.get(number),
         )
-        gather(plan.recipe, arrivals, statistics, report)
+        gather(plan.recipe, finite(plan, arrivals, index, names[0]), statistics, report)
         if statistics.num_tokens == 0:
             continue
         give_back()
@@ -254,12 +302,13 @@ def quantize_block(
             for name in names:
                 linear = block.get_submodule(name)
                 weights[name] = weight_of(linear)
-                if not torch.isfinite(weights[name]).all():
+                if not all_finite(weights[name]):
                     raise DamagedWeights(plan.path, f"{linears[name].source}.weight")
             specs = {name: linears[name].grid for name in names}
             results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
+        peaks = input_peaks(statistics)
         for name, result in results.items():
-            report.linear(linears[name], result)
+            report.linear(linears[name], result, peaks)
         solved |= results
         put_back(plan, linears, results)
         give_back()
@@ -302,6 +351,26 @@ def _counted(recipe: Recipe, arrival: Arrival) -> tuple[Tensor, Tensor | None, T
     return arrival.x_TK, original_x_TK, arrival.residual_gap_TR if recipe.residual_target else None
 
 
+def finite(plan: Plan, arrivals: Iterable[Arrival], index: int, name: str) -> Iterator[Arrival]:
+    """The same arrivals; UserError at the first whose input is not finite.
+
+    Inputs that are finite and only too large to be squared pass; their Hessian is dealt with when it is solved.
+    """
+    for arrival in arrivals:
+        for x_TK, network in ((arrival.x_TK, "quantized"), (arrival.original_x_TK, "original")):
+            if x_TK is not None and not all_finite(x_TK):
+                for tensor in plan.tensors_of_block(index):
+                    read_finite(plan, tensor)
+                dtype = str(plan.skeleton.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"{plan.path}: block {index}: NaN or inf in the input of '{name}' of the {network} network, in "
+                    f"calibration sample {arrival.sample}; the network overflows in {dtype} on this text: "
+                    "try --dtype bfloat16 or float32, with --restart"
+                )
+        yield arrival
+        del arrival, x_TK
+
+
 def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep) -> None:
     """Round every linear on its own: no forward pass, one block of weights at a time."""
     total = len(plan.block_names)
@@ -319,17 +388,6 @@ def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: Report
         with report.timed("writing"):
             partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
     on_step(total, total, "done", None)
-
-
-def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:
-    """UserError when the tokenizer makes ids that the model has no embedding for."""
-    vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
-    largest = int(tokens.tokens_SL.max())
-    if largest >= vocabulary:
-        raise UserError(
-            f"{plan.path}: the tokenizer makes token {largest}, the model has {vocabulary}; "
-            "the tokenizer's files are those of another model"
-        )
 
 
 def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, Any]:

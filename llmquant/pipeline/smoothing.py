@@ -68,7 +68,7 @@ class Smoother:
         """Fold the scales of a block that all sequences stand in front of; its parameters are replaced."""
         prefix = self.plan.block_names[index]
         block = self.plan.skeleton.model.get_submodule(prefix)
-        calls = [sequence.call for sequence in walk.quantized[:SEARCH_SEQUENCES]]
+        calls = walk.calls(SEARCH_SEQUENCES)
         with self.report.timed("folding"):
             folds = self._pairs(block, block_plan, calls[0], prefix, linears)
         with self.report.timed("forward"):
@@ -114,7 +114,7 @@ class Smoother:
         """
         block, block_plan = self.plan.skeleton.model.get_submodule(self.plan.block_names[index]), walk.plan(index)
         if _kind(block, block_plan) not in self._found:
-            self._found[_kind(block, block_plan)] = find_folds(Bench(block, block_plan, walk.quantized[0].call))
+            self._found[_kind(block, block_plan)] = find_folds(Bench(block, block_plan, walk.calls(1)[0]))
 
     def _pairs(
         self,

@@ -11,7 +11,7 @@ Letters: N out_features (of all linears of the stage together), K in_features.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,12 @@ def solve_stage(
 ) -> dict[str, Solved]:
     """Solve linears that read one input; weights are [N, K] each, by name."""
     hessian_KK = statistics.hessian_KK
+    if not torch.isfinite(hessian_KK).all():
+        told = ("the Hessian is not finite (inputs too large to be squared): rounded to nearest",)
+        return {
+            name: replace(solve_without_data(weight_NK, specs[name], stored), incidents=told)
+            for name, weight_NK in weights.items()
+        }
     factor = None
     if recipe.compensates:
         order_K = column_order(hessian_KK, recipe.activation_order)
