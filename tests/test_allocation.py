@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from commands import command
-from tiny_models import ARCHITECTURES, random_model
+from tiny_models import ARCHITECTURES, random_model, tiny_tokenizer
 
 import llmquant.pipeline.inspect
 from llmquant.algorithms.affine import find_grid, round_to_grid, values_on_grid
@@ -150,6 +150,19 @@ def test_linears_that_share_an_input_are_measured_together(tiny_model):
         [f"{mlp}down_proj"],
     ]
     assert len(measured) == 8
+
+
+def test_damaged_weights_are_named(tmp_path, few, monkeypatch, capsys):
+    model = random_model(ARCHITECTURES["llama"]())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "damaged")
+    tiny_tokenizer().save_pretrained(tmp_path / "damaged")
+    options = ["--target-bpw", "6", "--calibration", few.calibration, "--samples", "4", "--seq-len", "32", "--quiet"]
+    capsys.readouterr()
+    assert command(monkeypatch, "quantize", tmp_path / "damaged", tmp_path / "out", *options) == 2
+    assert "tensor 'model.layers.1.mlp.up_proj.weight' holds NaN or inf" in capsys.readouterr().err
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_measuring_leaves_the_skeleton_empty(tiny_model):

@@ -21,6 +21,7 @@ size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,15 +33,15 @@ from torch import Tensor, nn
 from llmquant.algorithms.affine import find_grid, round_to_grid, values_on_grid
 from llmquant.algorithms.gptq import column_order, damped_diagonal, factor_inverse
 from llmquant.algorithms.statistics import InputStatistics
+from llmquant.errors import UserError
 from llmquant.eval.halves import Halves
 from llmquant.memory import give_back
 from llmquant.models.blocks import first_tensor, linears_of, watch, weight_of
-from llmquant.pipeline.plan import Plan
+from llmquant.pipeline.footprint import MEASURED_TOKENS
+from llmquant.pipeline.plan import DamagedWeights, Plan
 from llmquant.pipeline.solve import damping_ladder
 from llmquant.spec import QuantSpec
 
-MEASURED_TOKENS = 4096
-"""Calibration tokens that run, in whole sequences: means over tokens and channels need no more."""
 SEARCH_STEPS = 8
 """Shrink factors tried for a range: enough to compare grids."""
 TOKENS_AT_ONCE = 2048
@@ -86,17 +87,21 @@ def measure(
             gradient_SLD = _loss_gradient(halves, hidden_SLD.detach())
             give_back()
             hidden_SLD.backward(gradient_SLD)
-    return [
-        SharedInput(
-            names,
-            {
-                spec: sum(0.5 * float(run.gradient_N[name] @ run.error_N[name][spec]) for name in names)
-                for spec in run.error_N[names[0]]
-            },
-        )
-        for names in run.shared
-        if all(name in run.gradient_N for name in names)
-    ]
+    shared = []
+    for names in run.shared:
+        if not all(name in run.gradient_N for name in names):
+            continue
+        losses = {
+            spec: sum(0.5 * float(run.gradient_N[name] @ run.error_N[name][spec]) for name in names)
+            for spec in run.error_N[names[0]]
+        }
+        if not all(map(math.isfinite, losses.values())):
+            raise UserError(
+                f"{names[0]}: its sensitivity is {next(iter(losses.values()))}: the network's numbers or gradients "
+                f"overflow; use --dtype float32, or leave out --target-bpw and --target-size"
+            )
+        shared.append(SharedInput(names, losses))
+    return shared
 
 
 def _loss_gradient(halves: Halves, hidden_SLD: Tensor) -> Tensor:
@@ -243,6 +248,8 @@ class _Run:
             importance_K = self._importance(inputs[stage.linears[0]].flatten(0, -2))
             for full, key in keys.items():
                 weight_KN = weight_of(block.get_submodule(key)).float().T.contiguous()
+                if not torch.isfinite(weight_KN).all():
+                    raise DamagedWeights(self.plan.path, self.plan.skeleton.names[f"{full}.weight"])
                 self.error_N[full] = {spec: self._error(weight_KN, spec, importance_K) for spec in specs}
         return output[0]
 
