@@ -29,7 +29,7 @@ from typing import Any
 
 from llmquant.checkpoints.manifest import REPORT_FILES
 
-LONGEST_RUN_SECONDS = 600.0
+LONGEST_RUN_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Done:
 class Warm:
     """A warm process and the commands that are run in its children."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, page: bool = True) -> None:
+        """page: whether runs draw the figures of their report, which takes longer than all else about a tiny model."""
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -57,7 +58,7 @@ class Warm:
             "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
         }
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(model)],
+            [sys.executable, __file__, str(model), "page" if page else "no page"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -160,18 +161,20 @@ def _continued(warm: Warm, command: Sequence[object], out: Path, expected: dict[
 # --- the warm process ------------------------------------------------------------------------------------------------
 
 
-def _serve(model: str) -> None:
+def _serve(model: str, page: str) -> None:
     import torch
 
     import llmquant.cli
     import llmquant.console
     from llmquant.hub import load_tokenizer
-    from llmquant.pipeline.quantize import dry_run
+    from llmquant.pipeline import quantize as pipeline
     from llmquant.spec import Recipe
 
     torch.set_num_threads(1)
+    if page == "no page":
+        pipeline.write_page = lambda report, file: None
     llmquant.console.quiet_libraries()
-    dry_run(model, Path(model) / "never", Recipe(method="rtn"))
+    pipeline.dry_run(model, Path(model) / "never", Recipe(method="rtn"))
     load_tokenizer(Path(model))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     print(json.dumps("ready"), flush=True)
@@ -267,4 +270,4 @@ def _fork(arguments: list[str], environment: dict[str, str], file_bytes: int | N
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])

@@ -18,6 +18,12 @@ from llmquant.spec import Options, QuantSpec, Recipe, parse_size
 TEXT = " ".join(f"It was a dark and stormy night, the {number}th in a row." for number in range(60))
 
 
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures of a report take longer than all else about a tiny model."""
+    monkeypatch.setattr(pipeline, "write_page", lambda report, file: None)
+
+
 @pytest.mark.parametrize(
     ("architecture", "method"), [("llama", "gptq"), ("llama", "awq+gptq"), ("gemma2", "gptq"), ("falcon", "awq")]
 )
@@ -25,7 +31,7 @@ def test_activations_on_the_disk_change_no_byte(architecture, method, tiny_model
     model, recipe = tiny_model(architecture), Recipe(method=method, spec=QuantSpec(group_size=32))
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    few = Options(calibration=str(text), num_samples=6, seq_len=32)
+    few = Options(calibration=str(text), num_samples=6, seq_len=32, verify=False)
     pipeline.quantize(model, tmp_path / "whole", recipe, few)
     spills = []
     monkeypatch.setattr(pipeline, "Spill", lambda *arguments: spills.append(Spill(*arguments)) or spills[-1])
@@ -80,7 +86,17 @@ def test_what_fits_stays(tmp_path):
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_a_run_that_cannot_fit_is_refused_with_what_it_needs(dry, tiny_model, tmp_path, monkeypatch, capsys):
-    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--method", "rtn", "--group-size", "32", *dry]
+    arguments = [
+        "quantize",
+        tiny_model("llama"),
+        tmp_path / "out",
+        "--method",
+        "rtn",
+        "--group-size",
+        "32",
+        "--no-verify",
+        *dry,
+    ]
     assert command(monkeypatch, *arguments, "--max-memory", "100MB") == 2
     error = capsys.readouterr().err
     assert "max_memory 0.10 GB" in error

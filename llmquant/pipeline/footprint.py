@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from llmquant.errors import UserError
 from llmquant.memory import peak_resident_bytes, resident_bytes
+from llmquant.models.blocks import weight_of
 from llmquant.models.walk import SEQUENCES_AT_ONCE, SEQUENCES_BETWEEN_TRIMS
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ FACTOR_BYTES, SOLVE_BYTES = 34, 16
 """Of an element of the Hessian: while its inverse is factored in float64, and afterwards."""
 TARGET_BYTES = 44
 """Of a weight while it is solved: target, grid search, steps, errors, each in float32, for GPTQ and for RTN."""
+COMPARED_POSITIONS, COMPARED_BYTES = 64, 24
+"""Positions whose predictions are compared at a time (`verify.py`), and bytes of one prediction while it is."""
 PACKING_BYTES = 12
 """Of a weight of the linear that is being packed into words."""
 
@@ -92,6 +95,8 @@ def footprint_of(plan: Plan) -> Footprint:
     else:
         work = max(_rounding_bytes(plan, index) for index in blocks)
         activations = 0
+    if plan.options.verify:
+        work = max(work, _verifying_bytes(plan, outside))
     return Footprint(
         runtime_bytes=0 if on_device else resident_bytes() + LIBRARY_BYTES,
         work_bytes=work,
@@ -133,6 +138,13 @@ def _block_bytes(plan: Plan, index: int) -> int:
     passing = 3 * max((linear.out_features for linear in linears.values()), default=0)
     running = SEQUENCES_BETWEEN_TRIMS * plan.options.seq_len * passing * itemsize
     return held + max(widest, packing, running)
+
+
+def _verifying_bytes(plan: Plan, outside: int) -> int:
+    """At the end, the original beside the result: both heads, the predictions for one window, and a few in float32."""
+    vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
+    predictions = plan.options.seq_len * vocabulary
+    return 2 * (outside + predictions) * plan.skeleton.dtype.itemsize + COMPARED_BYTES * COMPARED_POSITIONS * vocabulary
 
 
 def _activation_bytes(plan: Plan) -> int:
