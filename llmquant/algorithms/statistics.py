@@ -11,7 +11,8 @@ and the original one. What the corrected targets of `targets.py` need of their d
 
 Where W is one linear that writes to the residual stream, this is summed up as it stands: T K N products twice, instead
 of T K^2, and K is the larger for the last linear of an MLP. Where several linears share the input, the drift
-dX^T X / T is, and W comes in at the end.
+dX^T X / T is, and W comes in at the end. Two such sums are kept, of every other piece of text: what they agree on is
+what the text has in common with other text.
 
 Everything is accumulated in float32, and the Hessian's products are taken in float32 too: a bfloat16 product rounds its
 result to 8 bits, and the Hessian is inverted (KL .106 instead of .096 on SmolLM2-135M, and factorizations that fail).
@@ -47,8 +48,10 @@ class InputStatistics:
         self._hessian_KK = torch.zeros(in_features, in_features, device=device)
         self._abs_K = torch.zeros(in_features, device=device)
         self._writer_NK = writer_NK
-        self._moment: Tensor | None = None
-        """With a writer [K, N], else the drift [K, K]; None until the original network's inputs are known."""
+        self._moments: list[Tensor] = []
+        """Of each half of the text, once it has come: with a writer [K, N], else the drift [K, K]."""
+        self._counted = 0
+        """Pieces of text with a moment."""
 
     def add(
         self,
@@ -85,7 +88,12 @@ class InputStatistics:
             self._count(drift_TK.T @ x_TK)
 
     def _count(self, moment: Tensor) -> None:
-        self._moment = moment.float() if self._moment is None else self._moment.add_(moment)
+        half = self._counted % 2
+        if half == len(self._moments):
+            self._moments.append(moment.float())
+        else:
+            self._moments[half].add_(moment)
+        self._counted += 1
 
     @property
     def hessian_KK(self) -> Tensor:
@@ -98,13 +106,12 @@ class InputStatistics:
         """Mean absolute input of each column, float32 [K]."""
         return self._abs_K / max(self.num_tokens, 1)
 
-    def moment_KN(self, weight_KN: Tensor) -> Tensor | None:
-        """Mean of X^T (dX W^T + dh) for a weight that reads this input, float32 [K, N]; None where nothing is known of
-        the original network. Where there is a writer, weight_KN has to be that."""
-        if self._moment is None:
-            return None
-        mean = self._moment / max(self.num_tokens, 1)
-        return mean.T @ weight_KN if self._writer_NK is None else mean
+    def moments_KN(self, weight_KN: Tensor) -> list[Tensor]:
+        """X^T (dX W^T + dh) / T of each half of the text, for a weight that reads this input, float32 [K, N] each; they
+        add up to the mean over all T tokens. Only one where the text was too short for two, none where nothing is known
+        of the original network. Where there is a writer, weight_KN has to be that."""
+        means = [moment / max(self.num_tokens, 1) for moment in self._moments]
+        return [mean.T @ weight_KN for mean in means] if self._writer_NK is None else means
 
 
 def output_errors(error_KN: Tensor, hessian_KK: Tensor) -> Tensor:
