@@ -144,8 +144,12 @@ def settle(
     assert tokens is not None
     total = len(plan.block_names)
     if not partial.has_part(ALLOCATION):
-        with report.timed("sensitivity"):
-            chosen = choose(plan, tokens.tokens_SL, lambda index, what: on_step(0, total, SENSITIVITY, None))
+        try:
+            with report.timed("sensitivity"):
+                chosen = choose(plan, tokens.tokens_SL, lambda index, what: on_step(0, total, SENSITIVITY, None))
+        except DamagedWeights:
+            partial.discard()
+            raise
         partial.add_part(ALLOCATION, {}, {"allocation": chosen})
     chosen = partial.part_note(ALLOCATION)["allocation"]
     plan = with_grids(plan, grids_in(chosen))

@@ -102,7 +102,7 @@ def solve_stage(
     factor = None
     if recipe.compensates:
         order_K = column_order(hessian_KK, recipe.activation_order)
-        factor = factor_inverse(hessian_KK, order_K, _ladder(recipe), scale_K=statistics.scale_K)
+        factor = factor_inverse(hessian_KK, order_K, damping_ladder(recipe), scale_K=statistics.scale_K)
     incidents: list[str] = []
     if factor is None and recipe.compensates:
         incidents.append("the Hessian could not be factored at any damping: rounded to nearest on searched ranges")
@@ -187,5 +187,6 @@ def _solve(
     )
 
 
-def _ladder(recipe: Recipe) -> tuple[float, ...]:
+def damping_ladder(recipe: Recipe) -> tuple[float, ...]:
+    """The dampings to try, the recipe's own first."""
     return (recipe.damping, *(step for step in DAMPING_LADDER if step > recipe.damping))
