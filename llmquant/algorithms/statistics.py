@@ -22,6 +22,8 @@ Letters: T tokens, K in_features, N out_features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,25 @@ class InputStatistics:
                 self._count(x_TK.T @ gap_TN)
         elif drift_TK is not None:
             self._count(drift_TK.T @ x_TK)
+
+    def merge(self, other: InputStatistics) -> None:
+        """Add the sums of other tokens of the same input."""
+        self.num_tokens += other.num_tokens
+        self._hessian_KK += other._hessian_KK
+        self._abs_K += other._abs_K
+        if other._moment is not None:
+            self._count(other._moment)
+
+    def exchange(self, pass_on: Callable[[Tensor], object]) -> None:
+        """Hand every sum to a function that sends it away, or that fills it with what it has received."""
+        sizes = torch.tensor([self.num_tokens, *(self._moment.shape if self._moment is not None else (0, 0))])
+        pass_on(sizes)
+        self.num_tokens, *shape = sizes.tolist()
+        if all(shape) and self._moment is None:
+            self._moment = torch.zeros(shape, device=self._hessian_KK.device)
+        for sums in (self._hessian_KK, self._abs_K, self._moment):
+            if sums is not None:
+                pass_on(sums)
 
     def _count(self, moment: Tensor) -> None:
         self._moment = moment.float() if self._moment is None else self._moment.add_(moment)
