@@ -193,7 +193,7 @@ def test_column_that_is_never_an_input_is_rounded_on_its_own():
 def test_statistics_are_the_moments_of_all_tokens(features):
     x, original, weight = random(90, features), random(90, features, seed=1), random(features, 6, seed=2)
     statistics = InputStatistics(features, torch.device("cpu"))
-    for rows in (slice(0, 50), slice(50, 90)):
+    for statistics.half, rows in enumerate((slice(0, 50), slice(50, 90))):
         statistics.add(x[rows], original[rows])
     assert statistics.num_tokens == 90
     assert torch.allclose(statistics.hessian_KK, x.T @ x / 90, atol=1e-5)
@@ -208,7 +208,7 @@ def test_statistics_are_the_moments_of_all_tokens(features):
 def test_moment_of_a_writer_to_the_residual_stream_counts_both_gaps(with_original, with_gap):
     x, original, gap, weight = random(90, 24), random(90, 24, seed=1), random(90, 6, seed=2), random(24, 6, seed=3)
     statistics = InputStatistics(24, torch.device("cpu"), writer_NK=weight.T)
-    for rows in (slice(0, 50), slice(50, 90)):
+    for statistics.half, rows in enumerate((slice(0, 50), slice(50, 90))):
         statistics.add(x[rows], original[rows] if with_original else None, gap[rows] if with_gap else None)
     missing = (original - x) @ weight * with_original + gap * with_gap
     assert torch.allclose(sum(statistics.moments_KN(weight)), x.T @ missing / 90, rtol=1e-4, atol=1e-4)
