@@ -280,11 +280,13 @@ def _fit(
 class DamagedWeights(UserError):
     """A weight holds NaN or inf: nothing that was made of this checkpoint is of use."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        super().__init__(
-            f"{path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again "
-            "(what this run had made of it is removed)"
-        )
+
+def damaged_weights(path: Path, name: str) -> DamagedWeights:
+    """The error that names a tensor."""
+    return DamagedWeights(
+        f"{path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again "
+        "(what this run had made of it is removed)"
+    )
 
 
 def read_finite(plan: Plan, name: str) -> Tensor:
