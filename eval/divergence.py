@@ -83,6 +83,7 @@ def record(
     return Recorded(halves, hidden, summarize(losses, windows_WL, stride, halves.seconds))
 
 
+@torch.inference_mode()
 def divergence(
     model: nn.Module,
     reference: nn.Module | Recorded,

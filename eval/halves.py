@@ -24,21 +24,19 @@ from torch import Tensor, nn
 class Halves:
     """A model, its body and what stands behind it, and how long they took."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
         self.model = model
-        self.device = next(model.parameters()).device
+        self.device = next(model.parameters()).device if device is None else device
         self.seconds = 0.0
         """Wall time of both halves so far."""
         self._is_known = False
         self._body: nn.Module | None = None
         self._output: type[Any] | None = None
 
-    @torch.inference_mode()
     def hidden(self, tokens_BL: Tensor) -> Tensor:
         """[B, L, D] in the model's dtype on its device, from int64 [B, L]: what the head will see."""
         tokens_BL = tokens_BL.to(self.device)
-        if not self._is_known:
-            self._find_body(tokens_BL[:1, :2])
+        self.find_body(tokens_BL)
         start = perf_counter()
         if self._body is None:
             hidden_BLD = self.model(input_ids=tokens_BL, use_cache=False).logits
@@ -53,7 +51,6 @@ class Halves:
         self._count(start)
         return hidden_BLD
 
-    @torch.inference_mode()
     def logits(self, hidden_CD: Tensor) -> Tensor:
         """[C, V] in the model's dtype: row c predicts the token after that position."""
         hidden_CD = hidden_CD.to(self.device)
@@ -69,10 +66,11 @@ class Halves:
         if self._body is not None:
             self._body._modules.clear()
 
-    def _find_body(self, tokens_BL: Tensor) -> None:
-        self._is_known = True
-        if not any(True for _ in self.model.children()):
+    def find_body(self, tokens_BL: Tensor) -> None:
+        """Run the first two tokens to see which module is the body; `hidden` does so when it is first called."""
+        if self._is_known or not any(True for _ in self.model.children()):
             return
+        self._is_known, tokens_BL = True, tokens_BL[:1, :2].to(self.device)
         entered: list[nn.Module] = []
         outputs: dict[nn.Module, Any] = {}
         handles = []

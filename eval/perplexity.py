@@ -101,13 +101,15 @@ def scored_windows(
     seq_len = windows_WL.shape[1]
     for start in range(0, len(windows_WL), batch_size):
         tokens_BL = windows_WL[start : start + batch_size]
-        hidden_BLD = halves.hidden(tokens_BL)
+        with torch.inference_mode():
+            hidden_BLD = halves.hidden(tokens_BL)
         for index, (tokens_L, hidden_LD) in enumerate(zip(tokens_BL, hidden_BLD, strict=True), start=start):
             first = first_target(index, seq_len, stride or seq_len)
             # What the position before a token makes of it is that token's prediction; that of the last is not used.
             yield ScoredWindow(index, hidden_LD[first - 1 : -1], tokens_L[first:].to(hidden_LD.device))
 
 
+@torch.inference_mode()
 def window_loss(halves: Halves, scored: ScoredWindow) -> Tensor:
     """The loss of every scored token of a window, nats, float64 [T] on the CPU; UserError where one is not finite."""
     parts = [token_losses(halves.logits(hidden_CD), targets_C) for hidden_CD, targets_C in scored.chunks()]

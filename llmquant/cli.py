@@ -135,6 +135,20 @@ def quantize_command(
             metavar="PATTERN:CHANGES",
         ),
     ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose grids linear by linear, so that they average this many bits per weight.",
+            metavar="BITS",
+            show_default=False,
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            help="The same by the size of the result: 5GB, 750MB, 4.5GiB.", metavar="SIZE", show_default=False
+        ),
+    ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
@@ -146,6 +160,9 @@ def quantize_command(
         int, typer.Option(help="GPUs over which the targets will split the model.", metavar="N")
     ] = DEFAULT_OPTIONS.tensor_parallel,
     device: Device = "auto",
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare the result with MODEL on held-out text.")
+    ] = DEFAULT_OPTIONS.verify,
     max_memory: Annotated[
         str | None,
         typer.Option(
@@ -155,9 +172,6 @@ def quantize_command(
             show_default=False,
         ),
     ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare the result with MODEL on held-out text.")
-    ] = DEFAULT_OPTIONS.verify,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 when anything fell back.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is complete.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what an unfinished run has left.")] = False,
@@ -171,8 +185,17 @@ def quantize_command(
     if effort not in EFFORTS:
         raise UserError(f"effort '{effort}': not one of {', '.join(EFFORTS)}; use --effort default")
     overrides = tuple(Override.parse(text) for text in override or ())
-    recipe = Recipe(method=method, spec=spec, skip=tuple(skip or ()), overrides=overrides, **EFFORTS[effort])
-    from llmquant import console
+    from llmquant import console, console_budget
+
+    recipe = Recipe(
+        method=method,
+        spec=spec,
+        skip=tuple(skip or ()),
+        overrides=overrides,
+        target_bpw=target_bpw,
+        target_bytes=None if target_size is None else console_budget.parse_size(target_size),
+        **EFFORTS[effort],
+    )
 
     try:
         console.quiet_libraries()
@@ -285,6 +308,9 @@ def generate_command(
     backend: Annotated[str, typer.Option(help="Kernel of the quantized linears; see inspect --backends.")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="On a GPU: decode through torch.compile and CUDA graphs.")
+    ] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -312,9 +338,8 @@ def generate_command(
     streams = prompt is not None and not as_json
     for start in range(0, len(lines), batch_size):
         batch = lines[start : start + batch_size]
-        result = generate(
-            loaded, tokenizer, batch, sampling, chat=chat, on_text=console.print_piece if streams else None
-        )
+        on_text = console.print_piece if streams else None
+        result = generate(loaded, tokenizer, batch, sampling, chat=chat, compiled=compiled, on_text=on_text)
         results.append(result)
         if as_json:
             continue
@@ -337,6 +362,80 @@ def _lines(file: Path | None) -> list[str]:
     if not lines:
         raise UserError(f"{file}: holds no prompt; write one per line")
     return lines
+
+
+@app.command("bench")
+def bench_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, quantized or not.")],
+    against: Annotated[
+        str | None, typer.Option(help="The original, or another model, to compare with.", show_default=False)
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Kernel of MODEL's linears; may be repeated; all: each that takes them.", metavar="NAME"),
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt.", metavar="N")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that follow.", metavar="N")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Prompts that run together.", metavar="N")] = 1,
+    repeats: Annotated[int, typer.Option(help="Turns, of which the median counts.", metavar="N")] = 3,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw it: an .svg, .png or .pdf file.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How fast MODEL runs and what memory it takes, by kernel, beside its original."""
+    from llmquant import console, console_bench
+
+    if plot is not None:
+        console_bench.check_plot_path(plot)
+    console.quiet_libraries()
+    from llmquant.runtime.bench import Workload, bench
+
+    workload = Workload(prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size, repeats=repeats)
+    with console.progress(quiet=quiet) as on_step:
+        result = bench(
+            model,
+            against,
+            backends=backend or ("auto",),
+            workload=workload,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            on_step=on_step,
+        )
+    if plot is not None:
+        console_bench.plot_bench(result, plot)
+    if as_json:
+        print(json.dumps(result.to_dict()))
+    else:
+        console_bench.print_bench(result)
+
+
+@app.command("tune")
+def tune_command(
+    model: Annotated[str, typer.Argument(help="A quantized checkpoint folder or hub id, for its shapes.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The table; by default the one that is read.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Find the best tiles for MODEL's shapes on the GPU that is here, and keep them in a table."""
+    from llmquant import console
+
+    console.quiet_libraries()
+    from llmquant.runtime.explain import tune_model
+
+    def report(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    path = tune_model(model, device=device, dtype=dtype, path=out, report=(lambda line: None) if quiet else report)
+    print(path)
 
 
 @app.command("inspect")

@@ -129,7 +129,7 @@ def block_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int, str, 
             yield on_step
 
 
-PHASES = ("calibration text", "hashing the checkpoint", "finishing", "verifying", "samples")
+PHASES = ("calibration text", "hashing the checkpoint", "sensitivity", "finishing", "verifying", "samples")
 """What a quantization does before and after the blocks."""
 
 
@@ -196,6 +196,10 @@ def print_report(report: Report) -> None:
         ("time", f"{_clock(seconds)}: {steps}"),
         ("peak memory", memory),
     ]
+    if report.allocation:
+        from llmquant.console_budget import allocation_facts
+
+        facts += allocation_facts(report.allocation)
     if report.calibration:
         used = report.calibration
         facts.append(("calibration", f"{used['source']}, {used['num_samples']} x {used['seq_len']} tokens"))
@@ -287,6 +291,10 @@ def print_plan(plan: Plan, out: Path) -> None:
         ("peak memory", _predicted_memory(plan)),
         ("disk", f"{_size(disk_bytes(plan, out))} needed while it runs, {_size(free_bytes(out))} free"),
     ]
+    if plan.recipe.has_budget:
+        facts.append(
+            ("budget", "grids above keep it as if all weights were equally sensitive; the run measures, then chooses")
+        )
     if plan.recipe.needs_data:
         options = plan.options
         source = options.calibration

@@ -170,6 +170,11 @@ class Recipe:
     overrides: tuple[Override, ...] = ()
     """What is different for some linears, in order: each changes what those before it left, so the last word counts. A
     linear outside the decoder blocks, such as the head, is quantized only if one of these gives it a grid."""
+    target_bpw: float | None = None
+    """Average stored bits per quantized weight: grids are then chosen linear by linear, by what they cost the model,
+    and `spec` only says whether they are symmetric."""
+    target_bytes: int | None = None
+    """The same by the bytes of all tensors that are written."""
     range_search: str = "hessian"
     """How a group's range is chosen: minmax, mse, or hessian (weighted by the diagonal of the Hessian)."""
     activation_order: bool = True
@@ -192,6 +197,15 @@ class Recipe:
             raise UserError(f"method '{self.method}': not one of {', '.join(METHODS)}; use --method gptq")
         if self.range_search not in RANGE_SEARCHES:
             raise UserError(f"range_search '{self.range_search}': not one of {', '.join(RANGE_SEARCHES)}")
+        if self.target_bpw is not None and self.target_bytes is not None:
+            raise UserError(
+                "target_bpw, target_bytes: one of them says how large the result may be; leave out the other"
+            )
+        if self.has_budget and not self.needs_data:
+            raise UserError(
+                f"method '{self.method}': grids are chosen to a budget by what the network makes of calibration text; "
+                "use --method gptq, or leave out --target-bpw and --target-size"
+            )
         if not 0 < self.damping < 1:
             raise UserError(f"damping {self.damping}: must lie between 0 and 1; 0.2 is the default")
 
@@ -210,6 +224,11 @@ class Recipe:
     def is_symmetric(self) -> bool:
         """Whether every grid it can give is symmetric."""
         return self.spec.symmetric and not any(override.symmetric is False for override in self.overrides)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether grids are chosen linear by linear."""
+        return self.target_bpw is not None or self.target_bytes is not None
 
     @property
     def needs_data(self) -> bool:
@@ -260,10 +279,10 @@ class Options:
     """Forget what an unfinished run has left."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the checkpoint."""
+    verify: bool = True
+    """Compare the finished model with the original on held-out text, and let both continue a few prompts."""
     max_memory_bytes: int | None = None
     """Most memory that the run may take (of the GPU, where it computes there). Activations that do not fit go to the
     disk; None lets them all stay."""
-    verify: bool = True
-    """Compare the finished model with the original on held-out text, and let both continue a few prompts."""
     max_shard_bytes: int = 5 * 10**9
     """Largest size of a written file."""

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmquant.checkpoints.manifest import REPORT_FILES
+
 LONGEST_RUN_SECONDS = 3600.0
 
 
@@ -96,9 +98,7 @@ class Warm:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a checkpoint but its report, which tells times."""
-    from llmquant.checkpoints.manifest import REPORT_FILES
-
+    """Every file of a folder, but the report: it holds times."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in REPORT_FILES]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 

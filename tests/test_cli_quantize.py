@@ -49,7 +49,7 @@ def test_defaults_of_the_command_are_those_of_the_options():
     for field in fields(llmquant.Options):
         if field.name != "max_shard_bytes":  # only from Python
             default = parameters[names.get(field.name, field.name)].default
-            assert (() if default is None else default) == field.default, field.name
+            assert default == field.default or (default is None and not field.default), field.name
 
 
 def test_quantize_reports_what_the_function_reports(tiny_model, tmp_path, monkeypatch, capsys):

@@ -33,14 +33,15 @@ SPEC = QuantSpec(bits=4, group_size=16, symmetric=False)
 
 
 def good_checkpoint(folder: Path, name: str = "gptq") -> Path:
-    """Two linears in two shards, with an index."""
+    """Two linears in two shards, with an index; no zero-point is the middle code."""
     folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
     weight_map = {}
     for i, shard in enumerate(SHARDS):
         weight = QuantizedWeight(
-            codes_NK=torch.randint(0, 16, (32, 32), dtype=torch.uint8),
-            scale_NG=torch.rand(32, 2).half() + 0.1,
-            zero_NG=torch.randint(1, 16, (32, 2), dtype=torch.uint8),
+            codes_NK=torch.randint(0, 16, (32, 32), dtype=torch.uint8, generator=generator),
+            scale_NG=torch.rand(32, 2, generator=generator).half() + 0.1,
+            zero_NG=torch.randint(1, 8, (32, 2), dtype=torch.uint8, generator=generator),
             spec=SPEC,
         )
         tensors = {f"layers.{i}.up.{suffix}": tensor for suffix, tensor in FORMATS[name].pack(weight).items()}

@@ -16,7 +16,7 @@ from llmquant.checkpoints.manifest import REPORT_HTML, REPORT_JSON
 from llmquant.errors import UserError
 from llmquant.pipeline import samples as samples_module
 from llmquant.pipeline.figures import ACCENT, LINE, MUTED, bars, over_depth
-from llmquant.pipeline.page import page, write_page
+from llmquant.pipeline.page import depths, kinds, page, write_page
 from llmquant.pipeline.quantize import prepare, quantize
 from llmquant.pipeline.report import Incident, Report, read_report
 from llmquant.pipeline.samples import PROMPTS, samples
@@ -151,6 +151,31 @@ def test_incidents_stand_on_the_page_and_html_in_them_is_text(reports):
     text = Page(html).text
     assert "<b>layer</b>" in text and "damping raised to 0.4" in text and "2 × y" in text
     assert "<script" not in html
+
+
+def test_shades_stand_under_their_block_and_a_head_under_none(reports):
+    linears = list(reports["awq"].linears)
+    up = next(linear for linear in linears if linear.kind == "mlp.up_proj")
+    mixed = [
+        replace(up, name="x.0.up", kind="up", grid="8-bit", rtn_error=0.01),
+        replace(up, name="x.2.up", kind="up", rtn_error=0.04),
+        replace(up, name="x.1.moe.0.up", kind="moe.*.up", rtn_error=0.01),
+        replace(up, name="x.1.moe.1.up", kind="moe.*.up", rtn_error=0.03),
+        replace(up, name="lm_head", kind="lm_head"),
+    ]
+    found = {depth.name: depth.shades for depth in depths(mixed)}
+    assert found == {
+        "up": ((0.01, pytest.approx(0.5)), None, (0.04, pytest.approx(1.0))),
+        "moe.*.up": (None, (0.02, pytest.approx(0.5**0.5)), None),
+    }
+    rows = [(kind.name, kind.grid, kind.count, kind.worst_block) for kind in kinds(mixed)]
+    assert rows == [
+        ("up", "8-bit", 1, 0),
+        ("up", up.grid, 1, 2),
+        ("moe.*.up", up.grid, 2, 1),
+        ("lm_head", up.grid, 1, None),
+    ]
+    Page(page(replace(reports["awq"], linears=tuple(mixed), histograms=())))
 
 
 def test_figures_take_the_colours_and_fonts_of_the_page():

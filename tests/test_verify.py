@@ -129,6 +129,16 @@ def test_without_any_text_left_nothing_is_measured_and_that_is_an_incident(tiny_
     assert held_out(plan, tokens).source == "python-docs"
 
 
+def test_model_that_cannot_be_run_is_still_quantized_and_the_gap_is_told(tiny_model, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr(pipeline, "verify_text", fails)
+    report = quantize(tiny_model("llama"), tmp_path / "out", RTN)
+    assert (report.verification.verdict, report.verification.reason) == ("not measured", "out of memory")
+    assert [incident.what for incident in report.incidents] == ["not measured on text: out of memory"]
+
+
 def test_rounding_without_data_is_measured_on_pythons_manual(tiny_model, tmp_path):
     path = tiny_model("llama")
     report = quantize(path, tmp_path / "out", RTN)
@@ -183,15 +193,12 @@ def test_run_that_died_while_it_was_verified_is_continued_and_verification_chang
 ):
     path, recipe = tiny_model("llama"), Recipe(spec=RTN.spec)
 
-    class Died(Exception):
-        pass
-
     def die(*arguments):
-        raise Died
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "verify_text", die)
-        with pytest.raises(Died):
+        with pytest.raises(KeyboardInterrupt):
             quantize(path, tmp_path / "out", recipe, FEW)
     assert not (tmp_path / "out").exists()
     solved = []
@@ -206,6 +213,6 @@ def test_run_that_died_while_it_was_verified_is_continued_and_verification_chang
     monkeypatch.setattr(Walk, "__init__", lambda self, *a, **k: (walks.append(k), start(self, *a, **k))[1])
     whole = quantize(path, tmp_path / "whole", recipe, replace(FEW, verify=False))
     assert whole.verification.verdict == "not measured"
-    assert walks == [{"with_original": True}], "the text is not read for a verdict that nobody wants"
+    assert [walk["with_original"] for walk in walks] == [True], "the text is not read for a verdict that nobody wants"
     assert_same_bytes(tmp_path / "whole", tmp_path / "out")
     assert continued.linears == whole.linears

@@ -33,7 +33,7 @@ FACTOR_BYTES, SOLVE_BYTES = 34, 16
 """Of an element of the Hessian: while its inverse is factored in float64, and afterwards."""
 TARGET_BYTES = 44
 """Of a weight while it is solved: target, grid search, steps, errors, each in float32, for GPTQ and for RTN."""
-CHUNK_POSITIONS, COMPARED_BYTES = 64, 24
+COMPARED_POSITIONS, COMPARED_BYTES = 64, 24
 """Positions whose predictions are compared at a time (`verify.py`), and bytes of one prediction while it is."""
 PACKING_BYTES = 12
 """Of a weight of the linear that is being packed into words."""
@@ -141,9 +141,10 @@ def _block_bytes(plan: Plan, index: int) -> int:
 
 
 def _verifying_bytes(plan: Plan, outside: int) -> int:
-    """At the end, the original beside the result: both heads, and the predictions of a few positions."""
+    """At the end, the original beside the result: both heads, the predictions for one window, and a few in float32."""
     vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
-    return 2 * outside * plan.skeleton.dtype.itemsize + COMPARED_BYTES * CHUNK_POSITIONS * vocabulary
+    predictions = plan.options.seq_len * vocabulary
+    return 2 * (outside + predictions) * plan.skeleton.dtype.itemsize + COMPARED_BYTES * COMPARED_POSITIONS * vocabulary
 
 
 def _activation_bytes(plan: Plan) -> int:

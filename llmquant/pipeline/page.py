@@ -29,7 +29,7 @@ TEMPLATE = "page.html"
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """All linears that do the same job, for one row of a table and one drawing."""
+    """All linears that do the same job on the same grid: a row of the table."""
 
     name: str
     grid: str
@@ -40,11 +40,17 @@ class Kind:
     """Mean."""
     worst: float
     worst_block: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    """All linears that do the same job, from the first block to the last: a drawing, and a row of shades."""
+
+    name: str
     figure: str
-    """Errors over depth."""
-    shades: tuple[tuple[str, float, float], ...]
-    """For each block: where it is, its RTN error, and how strongly it is drawn, 0 … 1 (the square root of the error's
-    share of the largest one)."""
+    shades: tuple[tuple[float, float] | None, ...]
+    """For each block: its RTN error, and how strongly it is drawn, 0 … 1 (the square root of the error's share of the
+    largest one); None where the block has no such linear."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,8 @@ def page(report: Report) -> str:
         day=datetime.fromisoformat(report.finished).strftime("%-d %B %Y, %H:%M"),
         grids=list(dict.fromkeys(linear.grid for linear in report.linears)),
         kinds=kinds(report.linears),
+        depths=(by_depth := depths(report.linears)),
+        strongest=max((shade[0] for depth in by_depth for shade in depth.shades if shade), default=0.0),
         drift=drift(report),
         peaks=input_peaks(report.linears),
         portraits=portraits(report),
@@ -134,17 +142,10 @@ def breakable(name: str) -> Markup:
 
 
 def kinds(linears: Sequence[LinearReport]) -> list[Kind]:
-    """The linears by kind, in the order of the first; all drawings on one scale."""
-    errors = [error for linear in linears for error in (linear.error, linear.rtn_error)]
-    limits = _limits(errors)
-    strongest = max(linear.rtn_error for linear in linears) or 1.0
+    """The linears by kind and grid, in the order of the first."""
     found = []
     for (name, grid), same in _grouped(linears, lambda linear: (linear.kind, linear.grid)).items():
         worst = max(same, key=lambda linear: linear.error)
-        by_block = _grouped(same, lambda linear: block_of(linear.name) or 0)
-        ours = [_mean(linear.error for linear in there) for there in by_block.values()]
-        rtn = [_mean(linear.rtn_error for linear in there) for there in by_block.values()]
-        shades = zip(by_block, rtn, strict=True)
         found.append(
             Kind(
                 name=name,
@@ -154,8 +155,33 @@ def kinds(linears: Sequence[LinearReport]) -> list[Kind]:
                 rtn_error=_mean(linear.rtn_error for linear in same),
                 worst=worst.error,
                 worst_block=block_of(worst.name),
+            )
+        )
+    return found
+
+
+def depths(linears: Sequence[LinearReport]) -> list[Depth]:
+    """The linears of the blocks by kind, means of those that a block has several of; all drawings on one scale."""
+    inside = [linear for linear in linears if block_of(linear.name) is not None]
+    errors = {
+        kind: {
+            block: (_mean(linear.error for linear in there), _mean(linear.rtn_error for linear in there))
+            for block, there in _grouped(same, lambda linear: block_of(linear.name)).items()
+        }
+        for kind, same in _grouped(inside, lambda linear: linear.kind).items()
+    }
+    limits = _limits([error for by_block in errors.values() for pair in by_block.values() for error in pair])
+    strongest = max((rtn for by_block in errors.values() for _, rtn in by_block.values()), default=0.0) or 1.0
+    num_blocks = max((block for by_block in errors.values() for block in by_block), default=0) + 1
+    found = []
+    for kind, by_block in errors.items():
+        ours, rtn = ([pair[place] for pair in by_block.values()] for place in (0, 1))
+        shades = {block: (error, (error / strongest) ** 0.5) for block, (_, error) in by_block.items()}
+        found.append(
+            Depth(
+                name=kind,
                 figure=over_depth(list(by_block), ours, [] if ours == rtn else rtn, limits, "%"),
-                shades=tuple((f"block {index}", error, (error / strongest) ** 0.5) for index, error in shades),
+                shades=tuple(shades.get(block) for block in range(num_blocks)),
             )
         )
     return found
@@ -176,10 +202,10 @@ def input_peaks(linears: Sequence[LinearReport]) -> list[Panel]:
     for kind, same in _grouped(linears, lambda linear: linear.kind).items():
         points: dict[int, tuple[float, float]] = {}
         for linear in same:
-            if linear.input_peak is not None:
+            index = block_of(linear.name)
+            if linear.input_peak is not None and index is not None:
                 # Of experts side by side, the one with the loudest channel.
                 point = (linear.input_peak, linear.unscaled_input_peak or linear.input_peak)
-                index = block_of(linear.name) or 0
                 points[index] = max(points.get(index, point), point)
         if points:
             series.setdefault(tuple((index, *point) for index, point in points.items()), []).append(kind)

@@ -20,18 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from llmquant import __version__
 from llmquant.algorithms.statistics import InputStatistics
 from llmquant.checkpoints.manifest import REPORT_HTML
 from llmquant.checkpoints.writer import PartialCheckpoint, check_out
-from llmquant.errors import UserError
+from llmquant.errors import UserError, first_words
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
 from llmquant.models.blocks import weight_of
 from llmquant.models.spill import Spill
 from llmquant.models.walk import SEQUENCES_AT_ONCE, Arrival, Walk
+from llmquant.pipeline.budget import ALLOCATION, choose, grids_in, provisional, with_grids
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.page import write_page
@@ -70,6 +72,9 @@ from llmquant.spec import Options, Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
 """(blocks finished, blocks in all, what is being done, relative error of the last solved linears)."""
+
+SENSITIVITY = "sensitivity"
+"""The step that comes before the blocks where grids are chosen."""
 
 
 def quantize(
@@ -118,7 +123,10 @@ def _quantize(
         with ranks.together():
             check_tokens(plan, tokens.tokens_SL)
     if not ranks.is_first:
-        if tokens is not None and ranks.share(lambda: True):
+        walks, grids = ranks.share(lambda: (False, None))
+        if grids is not None:
+            plan = with_grids(plan, grids)
+        if tokens is not None and walks:
             with torch.no_grad():
                 walk_and_quantize(plan, tokens, None, builder, step, ranks)
         return ranks.share(lambda: read_report(out))
@@ -126,6 +134,8 @@ def _quantize(
     with builder.timed("hashing"):
         request = describe_request(plan, tokens)
     with PartialCheckpoint.open(out, request, restart=options.restart, overwrite=options.overwrite) as partial:
+        plan = settle(plan, tokens, partial, builder, step)
+        parts = [OUTSIDE, *([ALLOCATION] if plan.recipe.has_budget else []), *part_names(plan)]
         if not partial.is_finishing:
             for part in partial.discarded:
                 builder.incident(part, "damaged since it was written: made again")
@@ -133,23 +143,23 @@ def _quantize(
                 with torch.no_grad():
                     write_outside(plan, partial, builder)
                     if tokens is None:
+                        share_course(ranks, partial, plan, walks=False)
                         quantize_without_data(plan, partial, builder, step)
                     else:
-                        ranks.share(lambda: True)
+                        share_course(ranks, partial, plan, walks=True)
                         walk_and_quantize(plan, tokens, partial, builder, step, ranks)
             except DamagedWeights:
                 # The hash of the damaged file is part of the request: a mended checkpoint could not go on from here.
                 partial.discard()
                 raise
         else:
-            if tokens is not None:
-                ranks.share(lambda: False)
-            for part in (OUTSIDE, *part_names(plan)):
+            share_course(ranks, partial, plan, walks=False)
+            for part in parts:
                 builder.recall(partial.part_note(part))
         step(total, total, "finishing", None)
         with builder.timed("finishing"):
             folder = partial.assemble(
-                [OUTSIDE, *part_names(plan)],
+                parts,
                 extra_files(plan),
                 manifest={"request": request},
                 max_shard_bytes=options.max_shard_bytes,
@@ -157,6 +167,32 @@ def _quantize(
         check(folder, out, plan, tokens, builder, step)
         partial.publish()
     return ranks.share(lambda: read_report(out))
+
+
+def share_course(ranks: Ranks, partial: PartialCheckpoint, plan: Plan, *, walks: bool) -> None:
+    """Tell the other ranks whether they are to walk, and on which grids where those were chosen to a budget."""
+    chosen = partial.part_note(ALLOCATION)["allocation"] if plan.recipe.has_budget else None
+    ranks.share(lambda: (walks, None if chosen is None else grids_in(chosen)))
+
+
+def settle(
+    plan: Plan, tokens: CalibrationTokens | None, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep
+) -> Plan:
+    """The plan with its grids chosen to the budget, where there is one; chosen once, also if the run is continued."""
+    if not plan.recipe.has_budget:
+        return plan
+    assert tokens is not None
+    total = len(plan.block_names)
+    if not partial.has_part(ALLOCATION):
+        with report.timed("sensitivity"):
+            chosen = choose(plan, tokens.tokens_SL, lambda index, what: on_step(0, total, SENSITIVITY, None))
+        partial.add_part(ALLOCATION, {}, {"allocation": chosen})
+    chosen = partial.part_note(ALLOCATION)["allocation"]
+    plan = with_grids(plan, grids_in(chosen))
+    check_targets(plan)
+    quantization_config(plan)
+    report.settle(plan, chosen)
+    return plan
 
 
 def check(
@@ -181,20 +217,24 @@ def check(
 
 
 def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder) -> Verification:
-    """The finished folder against the original, on held-out text; where there is none, that is an incident."""
+    """The finished folder against the original, on held-out text; where that cannot be done, it is an incident."""
     try:
         text = held_out(plan, tokens)
-    except UserError as error:
-        report.incident("verification", f"not measured on text: {error}")
-        return Verification(verdict="not measured", reason=str(error))
+        measured = verify_text(folder, plan, text)
+    # No text, no memory for the head, a model that cannot run here: the checkpoint is finished and its codes are right.
+    except Exception as error:
+        report.incident("verification", f"not measured on text: {first_words(error)}")
+        return Verification(verdict="not measured", reason=first_words(error))
     if text.note:
         report.remark("verification", text.note)
-    return verify_text(folder, plan, text)
+    return measured
 
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
     plan = make_plan(resolve_model(str(model)), recipe, options)
+    if recipe.has_budget:
+        plan = provisional(plan)
     check_targets(plan)
     quantization_config(plan)
     check_out(out, options.overwrite)
@@ -459,6 +499,7 @@ def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, 
     request: dict[str, Any] = {
         "llmquant": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "format": plan.format.name,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": plan.skeleton.device.type,

@@ -129,6 +129,8 @@ class Report:
     """SHA-256 of the original's config.json and weights, by file name."""
     hashes: dict[str, str]
     """SHA-256 of OUT's files."""
+    allocation: dict[str, Any] | None = None
+    """How grids were chosen to a budget, and the trade-off they were chosen from (`budget.choose`)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: the content of `quantize_report.json`."""
@@ -179,6 +181,7 @@ class ReportBuilder:
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     _calibration: CalibrationTokens | None = None
+    _allocation: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.plan.skeleton.device.type == "cuda":
@@ -209,6 +212,10 @@ class ReportBuilder:
         self._calibration = tokens
         for incident in tokens.incidents:
             self.incident("calibration", incident)
+
+    def settle(self, plan: Plan, allocation: dict[str, Any]) -> None:
+        """Take over the plan whose grids were chosen to a budget, and how."""
+        self.plan, self._allocation = plan, allocation
 
     def incident(self, where: str, what: str) -> None:
         """Note something that did not go as asked."""
@@ -291,6 +298,7 @@ class ReportBuilder:
             samples_note=samples_note,
             original_hashes=manifest["request"]["model"],
             hashes={name: record["sha256"] for name, record in manifest["files"].items()},
+            allocation=self._allocation,
         )
 
 

@@ -38,7 +38,9 @@ class Sample:
 
 def samples(folder: Path, plan: Plan) -> tuple[tuple[Sample, ...], str]:
     """Continuations of PROMPTS by a finished folder and by its original; and what was left out, and why."""
-    left = max(footprint_of(plan).peak_bytes, SMALL_BYTES) - psutil.Process().memory_info().rss
+    footprint = footprint_of(plan)
+    most = footprint.limit_bytes or max(footprint.peak_bytes, SMALL_BYTES)
+    left = most - psutil.Process().memory_info().rss
     if LOADED * CheckpointReader(folder).total_bytes > left:
         return (), "no samples: the quantized model, whole, would take more memory than quantizing it"
     try:

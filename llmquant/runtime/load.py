@@ -24,9 +24,13 @@ from llmquant.errors import UserError
 from llmquant.formats.format import ParsedQuantization
 from llmquant.hub import resolve_model
 from llmquant.kernels.cpu import multiplies_bfloat16
+from llmquant.memory import give_back
 from llmquant.models.blocks import device_of, is_linear, linear_shape
 from llmquant.models.skeleton import DTYPES, Skeleton, name_translator, read_config, stored_dtype
 from llmquant.runtime.linear import PackedLinear, QuantizedLinear
+
+LINEARS_BETWEEN_TRIMS = 8
+"""What unpacking leaves behind goes back to the system this often; a trim takes about a millisecond."""
 
 
 def load(
@@ -61,6 +65,7 @@ def load(
     model = skeleton.model
     if quantization is not None:
         pack_head(model)
+        give_back()
     add_generation_config(model, reader.path)
     return model
 
@@ -70,7 +75,9 @@ def replace_linears(skeleton: Skeleton, quantization: ParsedQuantization, backen
     reader, model = skeleton.reader, skeleton.model
     stored = find_quantized_modules(reader, quantization)
     translate = name_translator(model)
-    for source, packed in stored.items():
+    for index, (source, packed) in enumerate(stored.items()):
+        if index % LINEARS_BETWEEN_TRIMS == 0:
+            give_back()
         name, linear = linear_for(model, translate, reader, packed)
         bias = None
         if linear.bias is not None:
