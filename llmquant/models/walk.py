@@ -82,8 +82,8 @@ class Arrival:
 class Walk:
     """A set of sequences in front of the network; call `enter`, then `stages`, block after block.
 
-    to_the_end: behind the last block, `outcome` lets a sequence go on through the head.
-    spill: where activations go that do not fit in memory. first_sample: the number of the first of the sequences.
+    to_the_end: behind the last block, `outcome` lets a sequence go on through the head. spill: where activations go
+    that do not fit in memory. first_sample: the number of the first of the sequences.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from llmquant import __version__
@@ -122,7 +123,10 @@ def _quantize(
         with ranks.together():
             check_tokens(plan, tokens.tokens_SL)
     if not ranks.is_first:
-        if tokens is not None and ranks.share(lambda: True):
+        walks, grids = ranks.share(lambda: (False, None))
+        if grids is not None:
+            plan = with_grids(plan, grids)
+        if tokens is not None and walks:
             with torch.no_grad():
                 walk_and_quantize(plan, tokens, None, builder, step, ranks)
         return ranks.share(lambda: read_report(out))
@@ -139,17 +143,17 @@ def _quantize(
                 with torch.no_grad():
                     write_outside(plan, partial, builder)
                     if tokens is None:
+                        share_course(ranks, partial, plan, walks=False)
                         quantize_without_data(plan, partial, builder, step)
                     else:
-                        ranks.share(lambda: True)
+                        share_course(ranks, partial, plan, walks=True)
                         walk_and_quantize(plan, tokens, partial, builder, step, ranks)
             except DamagedWeights:
                 # The hash of the damaged file is part of the request: a mended checkpoint could not go on from here.
                 partial.discard()
                 raise
         else:
-            if tokens is not None:
-                ranks.share(lambda: False)
+            share_course(ranks, partial, plan, walks=False)
             for part in parts:
                 builder.recall(partial.part_note(part))
         step(total, total, "finishing", None)
@@ -163,6 +167,12 @@ def _quantize(
         check(folder, out, plan, tokens, builder, step)
         partial.publish()
     return ranks.share(lambda: read_report(out))
+
+
+def share_course(ranks: Ranks, partial: PartialCheckpoint, plan: Plan, *, walks: bool) -> None:
+    """Tell the other ranks whether they are to walk, and on which grids where those were chosen to a budget."""
+    chosen = partial.part_note(ALLOCATION)["allocation"] if plan.recipe.has_budget else None
+    ranks.share(lambda: (walks, None if chosen is None else grids_in(chosen)))
 
 
 def settle(
@@ -494,6 +504,7 @@ def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, 
     request: dict[str, Any] = {
         "llmquant": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "format": plan.format.name,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": plan.skeleton.device.type,
