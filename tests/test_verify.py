@@ -213,6 +213,6 @@ def test_run_that_died_while_it_was_verified_is_continued_and_verification_chang
     monkeypatch.setattr(Walk, "__init__", lambda self, *a, **k: (walks.append(k), start(self, *a, **k))[1])
     whole = quantize(path, tmp_path / "whole", recipe, replace(FEW, verify=False))
     assert whole.verification.verdict == "not measured"
-    assert walks == [{"with_original": True}], "the text is not read for a verdict that nobody wants"
+    assert [walk["with_original"] for walk in walks] == [True], "the text is not read for a verdict that nobody wants"
     assert_same_bytes(tmp_path / "whole", tmp_path / "out")
     assert continued.linears == whole.linears

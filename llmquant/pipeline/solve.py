@@ -157,8 +157,8 @@ def _solve(
         importance_K = torch.ones_like(hessian_KK.diagonal())
 
     target_KN = weight_KN
-    if factor is not None and (moment_KN := statistics.moment_KN(weight_KN)) is not None:
-        target_KN = corrected_target(weight_KN, factor, moment_KN)
+    if factor is not None and (moments_KN := statistics.moments_KN(weight_KN)):
+        target_KN, _ = corrected_target(weight_KN, factor, hessian_KK, moments_KN)
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
