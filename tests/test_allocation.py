@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from commands import command
-from tiny_models import ARCHITECTURES, random_model
+from tiny_models import ARCHITECTURES, random_model, tiny_tokenizer
 
 import llmquant.pipeline.inspect
 from llmquant.algorithms.affine import find_grid, round_to_grid, values_on_grid
@@ -128,7 +128,7 @@ def test_sensitivities_are_those_of_the_whole_model_at_once(architecture, tiny_m
             expected = 0.0
             for name in each.names:
                 square_K = inputs[name].square().mean(0)
-                importance_K = square_K + 0.2 * square_K.mean()
+                importance_K = torch.where(square_K > 0, square_K + 0.2 * square_K.mean(), 0.0)
                 weight = model.get_submodule(name).weight
                 weight_KN = (weight if type(model.get_submodule(name)).__name__ == "Conv1D" else weight.T).contiguous()
                 grid = find_grid(weight_KN, importance_K, spec, plan.scale_dtype, plan.format.min_zero, 8)
@@ -150,6 +150,19 @@ def test_linears_that_share_an_input_are_measured_together(tiny_model):
         [f"{mlp}down_proj"],
     ]
     assert len(measured) == 8
+
+
+def test_damaged_weights_are_named(tmp_path, few, monkeypatch, capsys):
+    model = random_model(ARCHITECTURES["llama"]())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(tmp_path / "damaged")
+    tiny_tokenizer().save_pretrained(tmp_path / "damaged")
+    options = ["--target-bpw", "6", "--calibration", few.calibration, "--samples", "4", "--seq-len", "32", "--quiet"]
+    capsys.readouterr()
+    assert command(monkeypatch, "quantize", tmp_path / "damaged", tmp_path / "out", *options) == 2
+    assert "tensor 'model.layers.1.mlp.up_proj.weight' holds NaN or inf" in capsys.readouterr().err
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_measuring_leaves_the_skeleton_empty(tiny_model):

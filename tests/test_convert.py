@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +39,7 @@ def quantized(tiny_model, tmp_path_factory):
         if key not in made:
             made[key] = tmp_path_factory.mktemp("quantized") / "out"
             model = tiny_model(architecture, dtype=dtype)
-            quantize(model, made[key], Recipe(method="rtn", spec=spec, **recipe), Options(format=format))
+            quantize(model, made[key], Recipe(method="rtn", spec=spec, **recipe), Options(format=format, verify=False))
         return made[key]
 
     return make
@@ -60,8 +61,7 @@ def assert_same(a: Path, b: Path) -> None:
 # --- exact -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", NAMES)
-@pytest.mark.parametrize("source", NAMES)
+@pytest.mark.parametrize(("source", "target"), [*itertools.pairwise([*NAMES, *NAMES[::-1]])])
 def test_converting_gives_what_quantizing_gives(source, target, quantized, tmp_path):
     recipe = {"skip": ("*.1.self_attn.o_proj",)}
     converted = convert(quantized(source, **recipe), tmp_path / "out", target)
@@ -238,6 +238,7 @@ def test_a_result_that_does_not_come_back_is_not_called_done(quantized, tmp_path
         convert(source, tmp_path / "awq", "awq")
     with pytest.raises(UserError, match="does not come back from the disk"):
         convert(source, tmp_path / "dense", "dense")
+    assert not (tmp_path / "awq").exists() and not (tmp_path / "dense").exists()
 
 
 def test_the_manifest_keeps_how_the_source_was_made(quantized, tmp_path):

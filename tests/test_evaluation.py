@@ -337,12 +337,12 @@ def test_eval_of_a_quantized_checkpoint_against_the_original_equals_a_plain_loop
     tokens_T = torch.tensor(AutoTokenizer.from_pretrained(smollm2)(text.read_text())["input_ids"])
     losses, kls = [], []
     with torch.inference_mode():
-        for tokens_L in tokens_T[:384].view(2, 192):
+        for tokens_L in tokens_T[:192].view(2, 96):
             log_p_LV, log_q_LV = (model(tokens_L[None]).logits[0].double().log_softmax(-1) for model in models)
-            losses += [-log_q_LV[at - 1, tokens_L[at]].item() for at in range(1, 192)]
+            losses += [-log_q_LV[at - 1, tokens_L[at]].item() for at in range(1, 96)]
             kls += (log_p_LV.exp() * (log_p_LV - log_q_LV)).sum(-1)[:-1].tolist()
     small = str(tmp_path / "small")
-    measured = evaluate([small], str(smollm2), dataset=str(text), seq_len=192, num_windows=2, dtype="float32").models[0]
+    measured = evaluate([small], str(smollm2), dataset=str(text), seq_len=96, num_windows=2, dtype="float32").models[0]
     assert measured.divergence.kl_mean == pytest.approx(math.fsum(kls) / len(kls), rel=1e-4)
     assert measured.perplexity.mean_loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-5)
     assert 0.05 < measured.divergence.kl_mean < 2

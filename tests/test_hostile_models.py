@@ -20,8 +20,9 @@ from llmquant.models.skeleton import read_config
 from llmquant.pipeline.convert import convert
 from llmquant.pipeline.inspect import inspect
 from llmquant.pipeline.quantize import dry_run, quantize
-from llmquant.spec import QuantSpec, Recipe
+from llmquant.spec import Options, QuantSpec, Recipe
 
+QUICK = Options(verify=False)
 WEIGHTS = "model.safetensors"
 
 
@@ -29,7 +30,7 @@ WEIGHTS = "model.safetensors"
 def whole(tiny_model, tmp_path_factory) -> Path:
     """A quantized checkpoint; not to be written into."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    quantize(tiny_model("llama"), out, Recipe(method="rtn", spec=QuantSpec(group_size=32)))
+    quantize(tiny_model("llama"), out, Recipe(method="rtn", spec=QuantSpec(group_size=32)), QUICK)
     return out
 
 

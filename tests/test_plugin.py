@@ -30,7 +30,7 @@ def small(tiny_model, tmp_path_factory):
         if key not in made:
             made[key] = tmp_path_factory.mktemp("small") / "out"
             recipe = Recipe(method="rtn", spec=QuantSpec(group_size=32), overrides=overrides)
-            quantize(tiny_model(architecture), made[key], recipe, Options(format=format))
+            quantize(tiny_model(architecture), made[key], recipe, Options(format=format, verify=False))
         return made[key]
 
     return make
@@ -45,7 +45,7 @@ def opened(folder: Path, **options: object):
 @pytest.mark.parametrize(
     ("format", "architecture"),
     [
-        *((format, "llama") for format in FORMATS),
+        *((format, "llama") for format in FORMATS if format != "gptq_v2"),
         ("gptq", "opt"),
         ("gptq", "gpt2"),
         ("awq", "gpt_neox"),

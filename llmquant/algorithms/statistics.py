@@ -11,7 +11,8 @@ and the original one. What the corrected targets of `targets.py` need of their d
 
 Where W is one linear that writes to the residual stream, this is summed up as it stands: T K N products twice, instead
 of T K^2, and K is the larger for the last linear of an MLP. Where several linears share the input, the drift
-dX^T X / T is, and W comes in at the end.
+dX^T X / T is, and W comes in at the end. Two such sums are kept, one of each half of the text: what they agree on is
+what the text has in common with other text.
 
 Everything is accumulated in float32, and the Hessian's products are taken in float32 too: a bfloat16 product rounds its
 result to 8 bits, and the Hessian is inverted (KL .106 instead of .096 on SmolLM2-135M, and factorizations that fail).
@@ -49,8 +50,10 @@ class InputStatistics:
         self._hessian_KK = torch.zeros(in_features, in_features, device=device)
         self._abs_K = torch.zeros(in_features, device=device)
         self._writer_NK = writer_NK
-        self._moment: Tensor | None = None
-        """With a writer [K, N], else the drift [K, K]; None until the original network's inputs are known."""
+        self.half = 0
+        """The half of the text, 0 or 1, that is being counted."""
+        self._moments: list[Tensor | None] = [None, None]
+        """Of each half, once the original network's inputs are known: with a writer [K, N], else the drift [K, K]."""
 
     def add(
         self,
@@ -82,31 +85,35 @@ class InputStatistics:
                 missing_TN = drift_TK @ self._writer_NK.to(x_TK.dtype).T
                 gap_TN = missing_TN if gap_TN is None else gap_TN + missing_TN
             if gap_TN is not None:
-                self._count(x_TK.T @ gap_TN)
+                self._count(self.half, x_TK.T @ gap_TN)
         elif drift_TK is not None:
-            self._count(drift_TK.T @ x_TK)
+            self._count(self.half, drift_TK.T @ x_TK)
 
     def merge(self, other: InputStatistics) -> None:
         """Add the sums of other tokens of the same input."""
         self.num_tokens += other.num_tokens
         self._hessian_KK += other._hessian_KK
         self._abs_K += other._abs_K
-        if other._moment is not None:
-            self._count(other._moment)
+        for half, moment in enumerate(other._moments):
+            if moment is not None:
+                self._count(half, moment)
 
     def exchange(self, pass_on: Callable[[Tensor], object]) -> None:
         """Hand every sum to a function that sends it away, or that fills it with what it has received."""
-        sizes = torch.tensor([self.num_tokens, *(self._moment.shape if self._moment is not None else (0, 0))])
+        shapes = [(0, 0) if moment is None else tuple(moment.shape) for moment in self._moments]
+        sizes = torch.tensor([self.num_tokens, *shapes[0], *shapes[1]])
         pass_on(sizes)
-        self.num_tokens, *shape = sizes.tolist()
-        if all(shape) and self._moment is None:
-            self._moment = torch.zeros(shape, device=self._hessian_KK.device)
-        for sums in (self._hessian_KK, self._abs_K, self._moment):
+        self.num_tokens = int(sizes[0])
+        for half, shape in enumerate((sizes[1:3].tolist(), sizes[3:].tolist())):
+            if all(shape) and self._moments[half] is None:
+                self._moments[half] = torch.zeros(shape, device=self._hessian_KK.device)
+        for sums in (self._hessian_KK, self._abs_K, *self._moments):
             if sums is not None:
                 pass_on(sums)
 
-    def _count(self, moment: Tensor) -> None:
-        self._moment = moment.float() if self._moment is None else self._moment.add_(moment)
+    def _count(self, half: int, moment: Tensor) -> None:
+        sums = self._moments[half]
+        self._moments[half] = moment.float() if sums is None else sums.add_(moment)
 
     @property
     def hessian_KK(self) -> Tensor:
@@ -119,13 +126,12 @@ class InputStatistics:
         """Mean absolute input of each column, float32 [K]."""
         return self._abs_K / max(self.num_tokens, 1)
 
-    def moment_KN(self, weight_KN: Tensor) -> Tensor | None:
-        """Mean of X^T (dX W^T + dh) for a weight that reads this input, float32 [K, N]; None where nothing is known of
-        the original network. Where there is a writer, weight_KN has to be that."""
-        if self._moment is None:
-            return None
-        mean = self._moment / max(self.num_tokens, 1)
-        return mean.T @ weight_KN if self._writer_NK is None else mean
+    def moments_KN(self, weight_KN: Tensor) -> list[Tensor]:
+        """X^T (dX W^T + dh) / T of each half of the text, for a weight that reads this input, float32 [K, N] each; they
+        add up to the mean over all T tokens. Only one where there is but one half, none where nothing is known
+        of the original network. Where there is a writer, weight_KN has to be that."""
+        means = [moment / max(self.num_tokens, 1) for moment in self._moments if moment is not None]
+        return [mean.T @ weight_KN for mean in means] if self._writer_NK is None else means
 
 
 def output_errors(error_KN: Tensor, hessian_KK: Tensor) -> Tensor:

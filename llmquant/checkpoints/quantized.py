@@ -100,7 +100,7 @@ def check_digests(out: Path, digests: Mapping[str, str]) -> None:
         if name not in packed or read_quantized(reader, packed[name]).digest() != digest:
             raise UserError(
                 f"{out}: '{name}' does not come back from the disk as it was solved; "
-                "do not use this checkpoint, check the disk, and make it again with --overwrite"
+                "do not use this folder, check the disk, and begin anew with --restart"
             )
 
 

@@ -129,15 +129,13 @@ def convert(
         "model": plan.reader.file_hashes(),
     }
     with PartialCheckpoint.open(out, request, restart=restart, overwrite=overwrite) as partial:
-        if partial.is_finishing:
-            partial.complete()
+        order = [] if partial.is_finishing else _write_parts(plan, specs, partial, step)
+        folder = partial.assemble(order, _files(plan, config), manifest=_manifest(plan, request))
+        if plan.format is None:
+            _check_dense(folder, digests)
         else:
-            order = _write_parts(plan, specs, partial, step)
-            partial.finish(order, _files(plan, config), manifest=_manifest(plan, request))
-    if plan.format is None:
-        _check_dense(out, digests)
-    else:
-        check_digests(out, digests)
+            check_digests(folder, digests)
+        partial.publish()
     return Converted(
         out=out,
         source_format=next(iter(plan.modules.values())).format.name,
@@ -307,11 +305,14 @@ def _manifest(plan: _Conversion, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_dense(out: Path, digests: Mapping[str, str]) -> None:
-    """Reopen OUT and compare every expanded weight with what it was made of; UserError if one differs."""
+    """Reopen the folder and compare every expanded weight with what it was made of; UserError if one differs."""
     reader = CheckpointReader(out)
     for name, digest in digests.items():
         if _bytes_digest(reader.read(f"{name}.weight")) != digest:
-            raise UserError(f"{out}: '{name}.weight' does not come back from the disk as it was made; check the disk")
+            raise UserError(
+                f"{out}: '{name}.weight' does not come back from the disk as it was made; "
+                "do not use this folder, check the disk, and begin anew with --restart"
+            )
 
 
 def _bytes_digest(tensor: Tensor) -> str:

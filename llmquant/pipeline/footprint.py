@@ -33,6 +33,8 @@ FACTOR_BYTES, SOLVE_BYTES = 34, 16
 """Of an element of the Hessian: while its inverse is factored in float64, and afterwards."""
 TARGET_BYTES = 44
 """Of a weight while it is solved: target, grid search, steps, errors, each in float32, for GPTQ and for RTN."""
+MEASURED_TOKENS = 4096
+"""Calibration tokens that run for the sensitivities of linears (`sensitivity.py`), in whole sequences."""
 COMPARED_POSITIONS, COMPARED_BYTES = 64, 24
 """Positions whose predictions are compared at a time (`verify.py`), and bytes of one prediction while it is."""
 PACKING_BYTES = 12
@@ -95,6 +97,9 @@ def footprint_of(plan: Plan) -> Footprint:
     else:
         work = max(_rounding_bytes(plan, index) for index in blocks)
         activations = 0
+    if plan.recipe.has_budget:
+        # Before the sequences start, so that their activations are not there yet.
+        work = max(work, _sensitivity_bytes(plan) - activations)
     if plan.options.verify:
         work = max(work, _verifying_bytes(plan, outside))
     return Footprint(
@@ -104,6 +109,24 @@ def footprint_of(plan: Plan) -> Footprint:
         past_bytes=0 if on_device else peak_resident_bytes(),
         limit_bytes=plan.options.max_memory_bytes,
     )
+
+
+def _sensitivity_bytes(plan: Plan) -> int:
+    """Grids to a budget: what is outside the blocks, the inputs of all blocks, and one block with all that it makes."""
+    itemsize, blocks = plan.skeleton.dtype.itemsize, range(len(plan.block_names))
+    hidden = plan.config.get_text_config(decoder=True).hidden_size
+    tokens = min(max(MEASURED_TOKENS, plan.options.seq_len), plan.num_tokens)
+    # A tied embedding is read twice.
+    outside = 2 * sum(math.prod(info.shape) for info in plan.tensors_outside().values()) * itemsize
+    inside = 0
+    for index in blocks:
+        weights = sum(math.prod(info.shape) for info in plan.tensors_of_block(index).values())
+        linears = plan.linears_of_block(index).values()
+        made = sum(linear.in_features + linear.out_features for linear in linears)
+        widest = max((linear.in_features for linear in linears), default=0)
+        rounding = FACTOR_BYTES * widest**2 + TARGET_BYTES * max(map(_size, linears), default=0)
+        inside = max(inside, weights * itemsize + tokens * made * itemsize + rounding)
+    return outside + len(blocks) * tokens * hidden * itemsize + inside
 
 
 def _rounding_bytes(plan: Plan, index: int) -> int:

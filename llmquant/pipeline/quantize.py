@@ -184,8 +184,12 @@ def settle(
     assert tokens is not None
     total = len(plan.block_names)
     if not partial.has_part(ALLOCATION):
-        with report.timed("sensitivity"):
-            chosen = choose(plan, tokens.tokens_SL, lambda index, what: on_step(0, total, SENSITIVITY, None))
+        try:
+            with report.timed("sensitivity"):
+                chosen = choose(plan, tokens.tokens_SL, lambda index, what: on_step(0, total, SENSITIVITY, None))
+        except DamagedWeights:
+            partial.discard()
+            raise
         partial.add_part(ALLOCATION, {}, {"allocation": chosen})
     chosen = partial.part_note(ALLOCATION)["allocation"]
     plan = with_grids(plan, grids_in(chosen))
@@ -419,14 +423,15 @@ def lanes(
     empty: Callable[[], InputStatistics],
     report: ReportBuilder,
 ) -> Iterator[InputStatistics]:
-    """The statistics of each lane of the samples (`ranks.py`) on its own, in order."""
+    """The statistics of each lane of the samples (`ranks.py`) on its own, in order; the lanes are of either half."""
     groups = groupby(arrivals, lambda arrival: lane_of(arrival.sample, num_samples))
     while True:
         with report.timed("forward"):
-            _, lane = next(groups, (None, None))
+            number, lane = next(groups, (0, None))
         if lane is None:
             return
         statistics = empty()
+        statistics.half = number % 2
         gather(recipe, lane, statistics, report)
         yield statistics
 

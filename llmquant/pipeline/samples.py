@@ -1,7 +1,7 @@
 """A few words from the quantized model and from the original, side by side: greedy, short, and only where it is cheap.
 
 A model speaks only if it fits, whole, into what is left of the memory that the run was predicted to take anyway, or of
-SMALL_BYTES; so nothing here raises the peak of a large model.
+SMALL_BYTES; so nothing here raises the peak of a large model. What it says is cut off after MAX_SECONDS.
 """
 
 from __future__ import annotations

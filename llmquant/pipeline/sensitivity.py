@@ -21,6 +21,7 @@ size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,18 +31,21 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.algorithms.affine import find_grid, round_to_grid, values_on_grid
-from llmquant.algorithms.gptq import DAMPING_LADDER, column_order, damped_diagonal, factor_inverse
+from llmquant.algorithms.gptq import column_order, damped_diagonal, factor_inverse
 from llmquant.algorithms.statistics import InputStatistics
+from llmquant.errors import UserError
 from llmquant.eval.halves import Halves
 from llmquant.memory import give_back
 from llmquant.models.blocks import first_tensor, linears_of, watch, weight_of
-from llmquant.pipeline.plan import Plan
+from llmquant.pipeline.footprint import MEASURED_TOKENS
+from llmquant.pipeline.plan import DamagedWeights, Plan
+from llmquant.pipeline.solve import damping_ladder
 from llmquant.spec import QuantSpec
 
-MEASURED_TOKENS = 4096
-"""Calibration tokens that run, in whole sequences: means over tokens and channels need no more."""
 SEARCH_STEPS = 8
 """Shrink factors tried for a range: enough to compare grids."""
+TOKENS_AT_ONCE = 2048
+"""Tokens whose second moments are added together."""
 CHUNK_TOKENS = 256
 """Tokens whose logits are there at one time."""
 
@@ -83,17 +87,21 @@ def measure(
             gradient_SLD = _loss_gradient(halves, hidden_SLD.detach())
             give_back()
             hidden_SLD.backward(gradient_SLD)
-    return [
-        SharedInput(
-            names,
-            {
-                spec: sum(0.5 * float(run.gradient_N[name] @ run.error_N[name][spec]) for name in names)
-                for spec in run.error_N[names[0]]
-            },
-        )
-        for names in run.shared
-        if all(name in run.gradient_N for name in names)
-    ]
+    shared = []
+    for names in run.shared:
+        if not all(name in run.gradient_N for name in names):
+            continue
+        losses = {
+            spec: sum(0.5 * float(run.gradient_N[name] @ run.error_N[name][spec]) for name in names)
+            for spec in run.error_N[names[0]]
+        }
+        if not all(map(math.isfinite, losses.values())):
+            raise UserError(
+                f"{names[0]}: its sensitivity is {next(iter(losses.values()))}: the network's numbers or gradients "
+                f"overflow; use --dtype float32, or leave out --target-bpw and --target-size"
+            )
+        shared.append(SharedInput(names, losses))
+    return shared
 
 
 def _loss_gradient(halves: Halves, hidden_SLD: Tensor) -> Tensor:
@@ -240,25 +248,26 @@ class _Run:
             importance_K = self._importance(inputs[stage.linears[0]].flatten(0, -2))
             for full, key in keys.items():
                 weight_KN = weight_of(block.get_submodule(key)).float().T.contiguous()
+                if not torch.isfinite(weight_KN).all():
+                    raise DamagedWeights(self.plan.path, self.plan.skeleton.names[f"{full}.weight"])
                 self.error_N[full] = {spec: self._error(weight_KN, spec, importance_K) for spec in specs}
         return output[0]
 
     def _importance(self, x_TK: Tensor) -> Tensor:
-        """What an error of each column costs, float32 [K]."""
+        """What an error of each column costs, float32 [K]; nothing in a column that is never an input."""
         recipe = self.plan.recipe
         statistics = InputStatistics(x_TK.shape[1], x_TK.device)
-        for piece in x_TK.split(2048):
+        for piece in x_TK.split(TOKENS_AT_ONCE):
             statistics.add(piece)
         hessian_KK = statistics.hessian_KK
+        diagonal_K = hessian_KK.diagonal()
+        importance_K = damped_diagonal(diagonal_K, recipe.damping)
         if recipe.compensates:
             order_K = column_order(hessian_KK, recipe.activation_order)
-            ladder = (recipe.damping, *(step for step in DAMPING_LADDER if step > recipe.damping))
-            factor = factor_inverse(hessian_KK, order_K, ladder)
+            factor = factor_inverse(hessian_KK, order_K, damping_ladder(recipe))
             if factor is not None:
-                importance_K = torch.empty_like(hessian_KK.diagonal())
                 importance_K[factor.order_K] = factor.upper_KK.diagonal().square().reciprocal()
-                return importance_K
-        return damped_diagonal(hessian_KK.diagonal(), recipe.damping)
+        return importance_K.masked_fill(diagonal_K == 0, 0.0)
 
     def _error(self, weight_KN: Tensor, spec: QuantSpec, importance_K: Tensor) -> Tensor:
         plan = self.plan

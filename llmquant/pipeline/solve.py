@@ -102,7 +102,7 @@ def solve_stage(
     factor = None
     if recipe.compensates:
         order_K = column_order(hessian_KK, recipe.activation_order)
-        factor = factor_inverse(hessian_KK, order_K, _ladder(recipe), scale_K=statistics.scale_K)
+        factor = factor_inverse(hessian_KK, order_K, damping_ladder(recipe), scale_K=statistics.scale_K)
     incidents: list[str] = []
     if factor is None and recipe.compensates:
         incidents.append("the Hessian could not be factored at any damping: rounded to nearest on searched ranges")
@@ -157,8 +157,8 @@ def _solve(
         importance_K = torch.ones_like(hessian_KK.diagonal())
 
     target_KN = weight_KN
-    if factor is not None and (moment_KN := statistics.moment_KN(weight_KN)) is not None:
-        target_KN = corrected_target(weight_KN, factor, moment_KN)
+    if factor is not None and (moments_KN := statistics.moments_KN(weight_KN)):
+        target_KN, _ = corrected_target(weight_KN, factor, hessian_KK, moments_KN)
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
@@ -187,5 +187,6 @@ def _solve(
     )
 
 
-def _ladder(recipe: Recipe) -> tuple[float, ...]:
+def damping_ladder(recipe: Recipe) -> tuple[float, ...]:
+    """The dampings to try, the recipe's own first."""
     return (recipe.damping, *(step for step in DAMPING_LADDER if step > recipe.damping))

@@ -25,7 +25,7 @@ from torch import nn
 from llmquant.errors import UserError
 from llmquant.hub import resolve_model
 from llmquant.kernels.dispatch import BACKENDS
-from llmquant.memory import give_back
+from llmquant.memory import give_back, peak_resident_bytes, resident_bytes
 from llmquant.models.blocks import device_of
 from llmquant.models.skeleton import build_empty, read_config
 from llmquant.runtime.explain import explain_backends
@@ -236,15 +236,10 @@ class _PeakMeter:
             self._start = torch.cuda.memory_allocated(device)
         elif HIGH_WATER_RESET.exists():
             HIGH_WATER_RESET.write_text("5")
-            self._start = _status_bytes("VmRSS")
+            self._start = resident_bytes()
 
     def peak(self) -> int | None:
         if self._start is None:
             return None
-        now = torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _status_bytes("VmHWM")
-        return now - self._start
-
-
-def _status_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+        on_gpu = self._device.type == "cuda"
+        return (torch.cuda.max_memory_allocated(self._device) if on_gpu else peak_resident_bytes()) - self._start
