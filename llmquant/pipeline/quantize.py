@@ -123,7 +123,7 @@ def _quantize(
         with ranks.together():
             check_tokens(plan, tokens.tokens_SL)
     if not ranks.is_first:
-        walks, grids = ranks.share(lambda: (False, None))
+        walks, grids = ranks.share(lambda: (False, None))  # what `share_course` says on the first
         if grids is not None:
             plan = with_grids(plan, grids)
         if tokens is not None and walks:
