@@ -370,6 +370,7 @@ def quantize_block(
             plan.skeleton.device,
             writer_NK=weight_of(first) if writes else None,
             scale_K=folded.scales.get(number),
+            exact=plan.recipe.exact_hessian,
         )
         arrivals = finite(plan, arrivals, index, names[0])
         statistics = ranks.fold(lanes(plan.recipe, arrivals, num_samples, empty, report), empty)
