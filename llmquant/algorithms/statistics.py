@@ -15,8 +15,8 @@ dX^T X / T is, and W comes in at the end. Two such sums are kept, one of each ha
 what the text has in common with other text.
 
 Everything is accumulated in float32, and the Hessian's products are taken in float32 too, unless asked otherwise: a
-bfloat16 product rounds its result to 8 bits, and the Hessian is inverted (CONTRIBUTING.md has the figures). The moments
-of differences are small to begin with, so bfloat16 products serve them, where the inputs are bfloat16.
+bfloat16 product rounds its result to 8 bits, and the Hessian is inverted (CONTRIBUTING.md has the figures). So does the
+moment of a writer. A drift is small to begin with, and bfloat16 products serve it, where the inputs are bfloat16.
 
 Letters: T tokens, K in_features, N out_features.
 """
@@ -87,12 +87,12 @@ class InputStatistics:
             original_TK = original_x_TK.to(x_TK.dtype) if self.scale_K is None else original_x_TK / self.scale_K
             drift_TK = (original_TK - x_TK).to(x_TK.dtype)
         if self._writer_NK is not None:
-            gap_TN = None if residual_gap_TN is None else residual_gap_TN.to(x_TK.dtype)
+            gap_TN = None if residual_gap_TN is None else residual_gap_TN.float()
             if drift_TK is not None:
-                missing_TN = drift_TK @ self._writer_NK.to(x_TK.dtype).T
+                missing_TN = (drift_TK @ self._writer_NK.to(x_TK.dtype).T).float()
                 gap_TN = missing_TN if gap_TN is None else gap_TN + missing_TN
             if gap_TN is not None:
-                self._count(self.half, x_TK.T @ gap_TN)
+                self._count(self.half, x_TK.float().T @ gap_TN)
         elif drift_TK is not None:
             self._count(self.half, drift_TK.T @ x_TK)
 
