@@ -7,9 +7,10 @@ Three layouts of the same codes, made at load; which of them a call reads depend
   decoding, and half the speed of a dense matmul for many rows. Only its bfloat16 form is vectorised (float16 and
   float32 take a hundred times longer), and the order of its bytes depends on the processor: it is never saved.
 - `rows`, for many rows and for every x that is not bfloat16: the codes in the row format of torch's quantized
-  embedding tables, whose unpacking is vectorised. The exact integers come back as float32, are scaled, rounded once to
-  the dtype of x, and go to the dense matmul piece by piece while they are in the cache.
-- `dense`, only in backend `cpu-dense` and instead of `rows`: a bfloat16 copy. Never slower than the unquantized linear.
+  embedding tables, whose unpacking is vectorised. Weights come back exact in float32, are rounded once to the dtype of
+  x, and go to the dense matmul piece by piece while they are in the cache.
+- `dense`, only in backend `cpu-dense` and instead of `rows`: a bfloat16 copy in the blocks that oneDNN multiplies. A
+  plain linear brings its weight into them at every call, which is why this is faster than an unquantized one.
 
 Bytes per weight for 4 bits and group size 64: `cpu` 1.2, `cpu-dense` 2.6; a packed checkpoint has 0.55, bfloat16 2.
 
@@ -21,8 +22,9 @@ code = 16 * high + low, in twice the slots.
 
 Prepared tensors, in order; S slots and B = S/block blocks along K (`layout.arrange_slots`), P planes (2 for 8 bits,
 else 1), N16 = N rounded up to 16; those that are not needed are empty:
-packed uint8 [N16, P*S/2]; scale_offset bfloat16 [P*B, N16, 2]; rows uint8 [N*B, row bytes]; scale float32 [N*B, 1];
-dense bfloat16 [N, S]; column int64 [S], empty where columns keep their place.
+packed uint8 [N16, P*S/2]; scale_offset bfloat16 [P*B, N16, 2]; rows uint8 [N*B, row bytes]; scale float32 [N*B, 1],
+empty where the rows hold it; dense bfloat16 [N, S], opaque where oneDNN packed it; column int64 [S], empty where
+columns keep their place.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ BLOCKS = (256, 128, 64, 32)
 MIN_GROUP_SIZE = 16
 """Smaller groups would more than double in width when they are padded to the smallest block."""
 
-PACKED_BELOW_ROWS = {"rows": 48, "dense": 10}
+PACKED_BELOW_ROWS = {"rows": 40, "dense": 6}
 """Rows of x from which the other layout beats the packed one (4 bits; half of it for 8), by `scripts/bench_linear`."""
 
 PIECE = 1 << 20
@@ -79,7 +81,7 @@ def refuses_dense(layer: LinearShape, device: torch.device, dtype: torch.dtype) 
 def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """`packed` and `rows`; only `rows` where x will not be bfloat16."""
     slots, codes_NS, scale_NB, zero_NB = _arranged(weight)
-    rows, scale = _rows(codes_NS, zero_NB, weight.spec.bits), scale_NB.reshape(-1, 1)
+    rows, scale = _rows(codes_NS, scale_NB, zero_NB, weight.spec.bits)
     if dtype != torch.bfloat16:
         return _NO_TENSOR, _NO_TENSOR, rows, scale, _NO_TENSOR, _column(slots)
     return *_packed(codes_NS, scale_NB, zero_NB, weight.spec.bits), rows, scale, _NO_TENSOR, _column(slots)
@@ -88,10 +90,33 @@ def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -
 def prepare_dense(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """`packed` and `dense`."""
     slots, codes_NS, scale_NB, zero_NB = _arranged(weight)
-    rows = _rows(codes_NS, zero_NB, weight.spec.bits)
-    dense_NS = _unpack(rows, scale_NB.reshape(-1, 1), LinearShape.of(weight), dtype)
+    rows, scale = _rows(codes_NS, scale_NB, zero_NB, weight.spec.bits)
+    dense_NS = _unpack(rows, scale, LinearShape.of(weight), dtype)
     packed, scale_offset = _packed(codes_NS, scale_NB, zero_NB, weight.spec.bits)
-    return packed, scale_offset, _NO_TENSOR, _NO_TENSOR, dense_NS, _column(slots)
+    return settle((packed, scale_offset, _NO_TENSOR, _NO_TENSOR, dense_NS, _column(slots)))
+
+
+def settle(prepared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Bring a plain `dense` into oneDNN's blocks, where the processor multiplies bfloat16."""
+    *others, dense_NS, column_S = prepared
+    if dense_NS.numel() and multiplies_bfloat16():
+        dense_NS = pack_dense(dense_NS)
+    return *others, dense_NS, column_S
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this processor, rather than float32 in disguise."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack_dense(weight_NK: Tensor) -> Tensor:
+    """A bfloat16 weight in oneDNN's blocks: an opaque tensor, which `to_dense` makes plain again."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), None)
+
+
+def multiply_dense(x: Tensor, packed_dense: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x [..., K] bfloat16 -> y [..., N], the bits of `F.linear`; there is no gradient."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed_dense, bias_N, "none", [], "")
 
 
 def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
@@ -103,6 +128,8 @@ def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer
     limit = PACKED_BELOW_ROWS["dense" if dense_NS.numel() else "rows"] // num_planes
     if x.dtype == torch.bfloat16 and x_MS.shape[0] < limit and packed.numel():
         y_MN = _multiply_packed(x_MS, packed, scale_offset, bias_N, layer.out_features, num_planes)
+    elif dense_NS.is_mkldnn:
+        y_MN = multiply_dense(x_MS, dense_NS, bias_N)
     elif dense_NS.numel():
         y_MN = F.linear(x_MS, dense_NS, bias_N)
     else:
@@ -113,6 +140,7 @@ def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer
 def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dtype) -> Tensor:
     """The dense weight [N, K]: computed in float32 and rounded once to dtype (in `cpu-dense`: to bfloat16 first)."""
     _, _, rows, scale, dense_NS, column_S = prepared
+    dense_NS = dense_NS.to_dense() if dense_NS.is_mkldnn else dense_NS
     weight_NS = dense_NS.to(dtype) if dense_NS.numel() else _unpack(rows, scale, layer, dtype)
     if not column_S.numel():
         return weight_NS[:, : layer.in_features].contiguous()
@@ -177,15 +205,24 @@ def _multiply_packed(
     return y_MN if bias_N is None else y_MN.add_(bias_N)
 
 
-def _rows(codes_NS: Tensor, zero_NB: Tensor, bits: int) -> Tensor:
-    """uint8 [N*B, bytes]: the codes of a block, then scale 1 and offset -zero. 4 bits: the even code in the low half of
-    a byte, scale and offset in float16; 8 bits: a byte per code, scale and offset in float32."""
-    num_rows = zero_NB.numel()
-    codes = codes_NS.reshape(num_rows, -1)
-    scale_and_offset = torch.stack([torch.ones(num_rows), -zero_NB.reshape(-1).float()], dim=1)
+def _rows(codes_NS: Tensor, scale_NB: Tensor, zero_NB: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """rows uint8 [N*B, bytes] and scale [N*B, 1]. A row is the codes of a block, then its scale and its offset
+    -zero * scale. 4 bits: the even code in the low half of a byte, scale and offset in float16; 8 bits: a byte per
+    code, scale and offset in float32. Where float16 would round one of the two, all rows hold 1 and -zero instead, and
+    the scale stands beside them, for another pass over the weights."""
+    scale, zero = scale_NB.reshape(-1), zero_NB.reshape(-1).float()
+    pair = torch.stack([scale, -zero * scale], dim=1)
+    narrow = (torch.float16,) if bits != 8 else (torch.float16, torch.bfloat16)
+    exact = pair if bits != 8 else scale
+    fits = any(torch.equal(exact.to(dtype).float(), exact) for dtype in narrow)
+    if not fits:
+        pair = torch.stack([torch.ones_like(scale), -zero], dim=1)
+    codes = codes_NS.reshape(len(scale), -1)
     if bits == 8:
-        return torch.cat([codes, scale_and_offset.view(torch.uint8)], dim=1)
-    return torch.cat([codes[:, 0::2] | (codes[:, 1::2] << 4), scale_and_offset.half().view(torch.uint8)], dim=1)
+        rows = torch.cat([codes, pair.view(torch.uint8)], dim=1)
+    else:
+        rows = torch.cat([codes[:, 0::2] | (codes[:, 1::2] << 4), pair.half().view(torch.uint8)], dim=1)
+    return rows, _NO_TENSOR if fits else scale[:, None]
 
 
 def _slots_of_rows(rows: Tensor, layer: LinearShape) -> int:
@@ -205,7 +242,9 @@ def _unpack(
     for start in range(first, last, step):
         stop = min(start + step, last)
         span = slice(start * num_blocks, stop * num_blocks)
-        weight = unpack_rows(rows[span]).mul_(scale[span])
+        weight = unpack_rows(rows[span])
+        if scale.numel():
+            weight.mul_(scale[span])
         weight_NS[start - first : stop - first].view(weight.shape).copy_(weight)
     return weight_NS
 
@@ -214,8 +253,7 @@ def _unpack_and_multiply(
     x_MS: Tensor, rows: Tensor, scale: Tensor, bias_N: Tensor | None, layer: LinearShape
 ) -> Tensor:
     """Dense matmul over pieces of the weight, in bfloat16 where the processor has it and x is, else in float32."""
-    native = x_MS.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    compute = torch.bfloat16 if native else torch.float32
+    compute = torch.bfloat16 if x_MS.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
     x_MS = x_MS.to(compute)
     bias_N = None if bias_N is None else bias_N.to(compute)
     step = max(1, PIECE // x_MS.shape[1])

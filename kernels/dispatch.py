@@ -40,6 +40,8 @@ class Backend:
     """(x [..., K], prepared, bias [N] or None, layer) -> y [..., N] in the dtype of x."""
     dequantize: Callable[[Prepared, LinearShape, torch.dtype], Tensor]
     """The dense weight [N, K], back from the prepared tensors."""
+    settle: Callable[[Prepared], Prepared] = lambda prepared: prepared
+    """Prepared tensors that travelled as plain ones (a copy, a pickle) -> as `prepare` made them."""
     inline_rows: int = 0
     """Below so many rows of x, matmul is plain torch operators: a compiler does better to see them than to call it."""
 
@@ -69,6 +71,7 @@ BACKENDS: dict[str, Backend] = {
         prepare=cpu.prepare_dense,
         matmul=cpu.matmul,
         dequantize=cpu.dequantize,
+        settle=cpu.settle,
         inline_rows=cpu.PACKED_BELOW_ROWS["dense"] // 2,
     ),
     "torch": Backend(

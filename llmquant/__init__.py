@@ -13,18 +13,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmquant.errors import UserError
+    from llmquant.pipeline.convert import convert
     from llmquant.pipeline.quantize import quantize
     from llmquant.runtime.load import load
-    from llmquant.spec import Options, QuantSpec, Recipe
+    from llmquant.runtime.plugin import transformers_config
+    from llmquant.spec import Options, Override, QuantSpec, Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Options", "QuantSpec", "Recipe", "UserError", "__version__", "load", "quantize"]
+__all__ = [
+    "Options",
+    "Override",
+    "QuantSpec",
+    "Recipe",
+    "UserError",
+    "__version__",
+    "convert",
+    "load",
+    "quantize",
+    "transformers_config",
+]
 
 _HOMES = {
     "quantize": "llmquant.pipeline.quantize",
+    "convert": "llmquant.pipeline.convert",
     "load": "llmquant.runtime.load",
+    "transformers_config": "llmquant.runtime.plugin",
     "Recipe": "llmquant.spec",
     "Options": "llmquant.spec",
+    "Override": "llmquant.spec",
     "QuantSpec": "llmquant.spec",
     "UserError": "llmquant.errors",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,13 +17,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from llmquant.words import clock as _clock
+from llmquant.words import short as _short
+from llmquant.words import size as _size
+from llmquant.words import spent as _seconds
+
 if TYPE_CHECKING:
-    from llmquant.eval.perplexity import Perplexity
     from llmquant.kernels.dispatch import Choice
-    from llmquant.pipeline.evaluate import Evaluation
     from llmquant.pipeline.inspect import Contents
     from llmquant.pipeline.plan import LinearPlan, Plan
     from llmquant.pipeline.report import Incident, LinearReport, Report
+    from llmquant.pipeline.verify import Verification
     from llmquant.runtime.generate import Generated
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -30,13 +35,15 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and advice of the libraries underneath off the screen: their errors are still raised."""
-    import datasets
+    """Keep the progress bars and advice of the libraries underneath off the screen: their errors are still raised.
+
+    `datasets` looks at its variable when it is imported, which a run on a local text never does: it takes 130 MiB.
+    """
     import transformers
 
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
 
 
 @contextmanager
@@ -122,7 +129,7 @@ def block_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int, str, 
             yield on_step
 
 
-PHASES = ("calibration text", "hashing the checkpoint", "finishing", "verifying")
+PHASES = ("calibration text", "hashing the checkpoint", "sensitivity", "finishing", "verifying", "samples")
 """What a quantization does before and after the blocks."""
 
 
@@ -162,8 +169,10 @@ class _BlockClock:
         return "" if self._last is None else f"  error {_short(self._last)}"
 
 
-def print_report(report: Report, model: str) -> None:
-    """What `llmquant quantize` ends with: errors beside RTN's, incidents, sizes, times, and what to type next."""
+def print_report(report: Report) -> None:
+    """What `llmquant quantize` ends with: errors beside RTN's, incidents, sizes, times, what to type next, verdict."""
+    from llmquant.checkpoints.manifest import REPORT_HTML
+
     console = Console(highlight=False)
     table = _table()
     table.add_column("linear", overflow="fold")
@@ -187,14 +196,31 @@ def print_report(report: Report, model: str) -> None:
         ("time", f"{_clock(seconds)}: {steps}"),
         ("peak memory", memory),
     ]
+    if report.allocation:
+        from llmquant.console_budget import allocation_facts
+
+        facts += allocation_facts(report.allocation)
     if report.calibration:
         used = report.calibration
         facts.append(("calibration", f"{used['source']}, {used['num_samples']} x {used['seq_len']} tokens"))
-    out, original = shlex.quote(str(report.out)), shlex.quote(model)
+    facts.append(("report", str(report.out / REPORT_HTML)))
+    out, original = shlex.quote(str(report.out)), shlex.quote(report.model)
     _print_facts(console, facts)
     # Lines to copy, so never wrapped.
     console.print(f'\n  llmquant generate {out} --prompt "Once upon a time"', soft_wrap=True)
-    console.print(f"  llmquant eval {out} --against {original}", soft_wrap=True)
+    console.print(f"  llmquant eval {out} --against {original}\n", soft_wrap=True)
+    console.print(verdict_line(report.verification), soft_wrap=True)
+
+
+def verdict_line(verification: Verification) -> str:
+    """The verdict and its reasons in one line."""
+    v = verification
+    if v.kl_mean is None:
+        return f"{v.verdict}: {v.reason}"
+    return (
+        f"{v.verdict}: perplexity {v.perplexity:.2f}, original {v.original_perplexity:.2f}; KL {v.kl_mean:.4f}; "
+        f"same first choice {v.top1_agreement:.1%}; on {v.num_tokens} held-out tokens of {v.source}"
+    )
 
 
 def _errors(linears: Sequence[LinearReport]) -> list[str]:
@@ -219,10 +245,19 @@ def _places(label: str, happened: Iterable[Incident]) -> list[tuple[str, str]]:
     return facts
 
 
+def _predicted_memory(plan: Plan) -> str:
+    from llmquant.pipeline.footprint import footprint_of
+
+    footprint = footprint_of(plan)
+    spilled = f", {_size(footprint.spilled_bytes)} of activations on the disk" if footprint.spilled_bytes else ""
+    return f"about {_size(footprint.peak_bytes)}{spilled}"
+
+
 def print_plan(plan: Plan, out: Path) -> None:
     """What `llmquant quantize --dry-run` says."""
     from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
     from llmquant.pipeline.plan import disk_bytes, free_bytes
+    from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
     from llmquant.textdata import PYTHON_DOCS
 
     def row(linear: LinearPlan) -> tuple[str, str, str]:
@@ -253,15 +288,22 @@ def print_plan(plan: Plan, out: Path) -> None:
         ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),
         ("size", f"{_size(plan.reader.total_bytes)} -> {_size(plan.output_bytes)}"),
-        ("peak memory", f"about {_size(plan.peak_bytes)}"),
+        ("peak memory", _predicted_memory(plan)),
         ("disk", f"{_size(disk_bytes(plan, out))} needed while it runs, {_size(free_bytes(out))} free"),
     ]
+    if plan.recipe.has_budget:
+        facts.append(
+            ("budget", "grids above keep it as if all weights were equally sensitive; the run measures, then chooses")
+        )
     if plan.recipe.needs_data:
         options = plan.options
         source = options.calibration
         if source == AUTO:
             source = f"{AUTO_PRESET} from the hub, or {PYTHON_DOCS} offline"
         facts.append(("calibration", f"{source}, {options.num_samples} x {options.seq_len} tokens"))
+    for name in plan.options.targets:
+        facts.append(("target", f"{TARGETS[name].name} loads it, by its rules of {RULES_DATE}"))
+    facts += [("target", needed) for needed in needs_of(plan)]
     facts.append(("dry run", "nothing is written; the same command without --dry-run does it"))
     _print_facts(console, facts)
 
@@ -369,55 +411,3 @@ def _names(names: Iterable[str]) -> str:
 
     kinds = list(dict.fromkeys(kind_of(name) or name for name in names))
     return ", ".join(kinds[:4]) + (f" and {len(kinds) - 4} more" if len(kinds) > 4 else "")
-
-
-def _size(num_bytes: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= scale:
-            value = num_bytes / scale
-            return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-    return f"{num_bytes:.0f} B"
-
-
-def _short(value: float) -> str:
-    """An error, three digits."""
-    return f"{value:.3g}" if value < 1e-4 else f"{value:.5f}"[:7]
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-
-
-def print_evaluation(result: Evaluation) -> None:
-    """The table of `llmquant eval`, and below it what was measured."""
-    compared = result.divergence
-    table = _table()
-    table.add_column("model", overflow="fold")
-    for heading in ("perplexity", "KL mean", "median", "99 %", "top-1") if compared else ("perplexity",):
-        table.add_column(heading, justify="right", no_wrap=True)
-    if compared and result.against:
-        table.add_row(result.against, _plus_minus(compared.reference))
-        kl = (f"{value:.4f}" for value in (compared.kl_mean, compared.kl_median, compared.kl_p99))
-        table.add_row(result.model, _plus_minus(compared.model), *kl, f"{compared.top1_agreement:.1%}")
-    else:
-        table.add_row(result.model, _plus_minus(result.perplexity))
-    console = Console()
-    console.print(table)
-    measured = result.perplexity
-    console.print(
-        f"{result.dataset}: {measured.num_windows} windows of {measured.seq_len} tokens, "
-        f"{result.dtype} on {result.device}" + ("; KL in nats per token" if compared else ""),
-        style="dim",
-        highlight=False,
-    )
-
-
-def _plus_minus(measured: Perplexity) -> str:
-    error = "" if measured.standard_error is None else f" ± {measured.standard_error:.2f}"
-    return f"{measured.perplexity:.2f}{error}"

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from llmquant.errors import UserError, first_words
 
+Conversation = list[dict[str, Any]]
+"""Messages in their order, each with "role" and "content"."""
 BETWEEN_ROWS = "\n\n"
 JOINS = {"rows": BETWEEN_ROWS, "text": ""}
 """What `join` may say besides "auto": a blank line between rows (the GPTQ paper), or nothing (the text as it is)."""
@@ -117,6 +119,29 @@ def load_rows(source: str, split: str = "test", join: str = "auto") -> TextRows:
     return TextRows(source=source, rows=rows, joiner=joiner if join == "auto" else JOINS[join])
 
 
+def load_conversations(source: str) -> list[Conversation]:
+    """The chats of a local .jsonl or .parquet file whose rows hold "messages", each with a role and a content.
+
+    Raises UserError for any other source.
+    """
+    path = Path(source).expanduser()
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(
+            f'{source}: holds no conversations; with --chat give a .jsonl or .parquet file whose rows hold "messages"'
+        )
+    conversations = []
+    for record, where in _records(path):
+        messages = record.get("messages") if isinstance(record, dict) else None
+        if not _are_messages(messages) or not all(isinstance(message.get("role"), str) for message in messages):
+            raise UserError(
+                f'{where}: holds no "messages" (a list with "role" and "content" strings); leave out --chat for text'
+            )
+        conversations.append(messages)
+    if not conversations:
+        raise UserError(f"{source}: holds no conversation; give a file with messages in it")
+    return conversations
+
+
 def _hub_rows(name: str, split: str) -> list[str]:
     preset = PRESETS[name]
     if split not in preset.files:
@@ -151,10 +176,8 @@ def _file_rows(source: str) -> tuple[list[str], str]:
         )
     if not path.is_file():
         raise UserError(f"{source}: no such file; give a {', '.join(FILE_TYPES)} file or one of {', '.join(PRESETS)}")
-    if path.suffix == ".jsonl":
-        return _jsonl_rows(source, _read_text(path)), BETWEEN_ROWS
-    if path.suffix == ".parquet":
-        return _parquet_rows(path), BETWEEN_ROWS
+    if path.suffix in (".jsonl", ".parquet"):
+        return [_record_text(record, where) for record, where in _records(path)], BETWEEN_ROWS
     if path.suffix == ".txt":
         return _text_rows(_read_text(path))
     raise UserError(f"{source}: type {path.suffix or 'without a suffix'} is not read; give {', '.join(FILE_TYPES)}")
@@ -185,17 +208,27 @@ def _text_rows(text: str) -> tuple[list[str], str]:
     return rows, ""
 
 
-def _jsonl_rows(source: str, text: str) -> list[str]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+def _records(path: Path) -> Iterator[tuple[Any, str]]:
+    """What each line or row holds, and where that is."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a {', '.join(FILE_TYPES)} file")
+    if path.suffix == ".parquet":
+        yield from _parquet_records(path)
+        return
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path} line {number}"
         try:
-            record = json.loads(line)
+            yield json.loads(line), where
         except json.JSONDecodeError as error:
-            raise UserError(f"{source} line {number}: not JSON ({error.msg}); one object per line is needed") from error
-        rows.append(_record_text(record, f"{source} line {number}"))
-    return rows
+            raise UserError(f"{where}: not JSON ({error.msg}); one object per line is needed") from error
+
+
+def _are_messages(value: Any) -> TypeGuard[Conversation]:
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and isinstance(message.get("content"), str) for message in value
+    )
 
 
 def _record_text(record: Any, where: str) -> str:
@@ -203,17 +236,14 @@ def _record_text(record: Any, where: str) -> str:
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
             return record["text"]
-        messages = record.get("messages")
-        if isinstance(messages, Iterable) and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages
-        ):
+        if _are_messages(messages := record.get("messages")):
             return "\n".join(message["content"] for message in messages)
     raise UserError(
         f'{where}: holds neither "text" (a string) nor "messages" (a list with "content" strings); rename the field'
     )
 
 
-def _parquet_rows(path: Path) -> list[str]:
+def _parquet_records(path: Path) -> Iterator[tuple[Any, str]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -223,4 +253,5 @@ def _parquet_rows(path: Path) -> list[str]:
         records = file.read(columns).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable parquet file ({first_words(error)}); write it anew") from error
-    return [_record_text(record, f"{path} row {number}") for number, record in enumerate(records)]
+    for number, record in enumerate(records):
+        yield record, f"{path} row {number}"

@@ -16,6 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def drawn_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write an empty report.html: most tests do not look at it, and its drawings take longer than a tiny run."""
+    monkeypatch.setattr("llmquant.pipeline.page.page", lambda report: "")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of the real small model that scripts/smollm2 makes."""

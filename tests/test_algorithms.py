@@ -191,16 +191,44 @@ def test_column_that_is_never_an_input_is_rounded_on_its_own():
 
 @pytest.mark.parametrize("features", [24, PANEL_COLUMNS + 40])
 def test_statistics_are_the_moments_of_all_tokens(features):
-    x, original, gap = random(90, features), random(90, features, seed=1), random(90, 6, seed=2)
-    statistics = InputStatistics(features, torch.device("cpu"), drift=True, residual_width=6)
-    for rows in (slice(0, 50), slice(50, 90)):
-        statistics.add(x[rows], original[rows], gap[rows])
+    x, original, weight = random(90, features), random(90, features, seed=1), random(features, 6, seed=2)
+    statistics = InputStatistics(features, torch.device("cpu"))
+    for statistics.half, rows in enumerate((slice(0, 50), slice(50, 90))):
+        statistics.add(x[rows], original[rows])
     assert statistics.num_tokens == 90
     assert torch.allclose(statistics.hessian_KK, x.T @ x / 90, atol=1e-5)
     assert torch.equal(statistics.hessian_KK, statistics.hessian_KK.T)
-    assert torch.allclose(statistics.drift_KK, (original - x).T @ x / 90, atol=1e-5)
-    assert torch.allclose(statistics.residual_KR, x.T @ gap / 90, atol=1e-5)
+    for half, rows in zip(statistics.moments_KN(weight), (slice(0, 50), slice(50, 90)), strict=True):
+        expected = x[rows].T @ ((original - x)[rows] @ weight) / 90
+        assert torch.allclose(half, expected, rtol=1e-4, atol=1e-4)
     assert torch.allclose(statistics.mean_abs_K, x.abs().mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("with_original, with_gap", [(True, True), (True, False), (False, True)])
+def test_moment_of_a_writer_to_the_residual_stream_counts_both_gaps(with_original, with_gap):
+    x, original, gap, weight = random(90, 24), random(90, 24, seed=1), random(90, 6, seed=2), random(24, 6, seed=3)
+    statistics = InputStatistics(24, torch.device("cpu"), writer_NK=weight.T)
+    for statistics.half, rows in enumerate((slice(0, 50), slice(50, 90))):
+        statistics.add(x[rows], original[rows] if with_original else None, gap[rows] if with_gap else None)
+    missing = (original - x) @ weight * with_original + gap * with_gap
+    assert torch.allclose(sum(statistics.moments_KN(weight)), x.T @ missing / 90, rtol=1e-4, atol=1e-4)
+
+
+def test_without_the_original_network_there_is_no_moment():
+    statistics = InputStatistics(24, torch.device("cpu"))
+    statistics.add(random(90, 24))
+    assert statistics.moments_KN(random(24, 6)) == []
+
+
+@pytest.mark.parametrize("exact, least, most", [(True, 0, 1e-6), (False, 1e-5, 4e-3)])
+def test_products_of_the_hessian_are_exact_or_rounded_to_the_inputs_dtype(exact, least, most):
+    x = correlated_inputs(256, PANEL_COLUMNS + 40).bfloat16()
+    statistics = InputStatistics(x.shape[1], torch.device("cpu"), exact=exact)
+    for rows in x.split(64):
+        statistics.add(rows)
+    expected = x.double().T @ x.double() / len(x)
+    worst = ((statistics.hessian_KK - expected).abs().max() / expected.abs().max()).item()
+    assert least <= worst < most
 
 
 def test_float16_inputs_do_not_overflow_the_hessian():
@@ -215,9 +243,35 @@ def test_corrected_target_is_the_least_squares_weight():
     gap = random(400, 5, seed=8).double()
     hessian = x.T @ x / 400
     factor = factor_inverse(hessian, column_order(hessian), ladder=(1e-12,))
-    target = corrected_target(weight, factor, (original - x).T @ x / 400, x.T @ gap / 400)
+    moment = x.T @ ((original - x) @ weight + gap) / 400
+    target, share = corrected_target(weight, factor, hessian, [moment])
     expected = torch.linalg.lstsq(x, original @ weight + gap).solution
-    assert torch.allclose(target, expected, atol=1e-6)
+    assert torch.allclose(target, expected, atol=1e-6) and share == 1
+
+
+@pytest.mark.parametrize("noise, lowest, highest", [(0.0, 0.95, 1.0), (25.0, 0.3, 0.9), (200.0, 0.0, 0.2)])
+def test_share_of_a_correction_is_the_best_on_other_text(noise, lowest, highest):
+    """What is wrong is partly the same on all text, and partly noise of the tokens that were fitted to."""
+    common, mixing = 0.2 * random(20, 5, seed=7).double(), random(20, 20, seed=9).double()
+
+    def text(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = random(1000, 20, seed=seed).double() @ mixing
+        return x, x @ common + noise * random(1000, 5, seed=seed + 50).double()
+
+    halves = [text(seed) for seed in (1, 2)]
+    hessian = sum(x.T @ x for x, _ in halves) / 2000
+    factor = factor_inverse(hessian, column_order(hessian), ladder=(1e-12,), dtype=torch.float64)
+    weight = torch.zeros(20, 5, dtype=torch.float64)
+    target, share = corrected_target(weight, factor, hessian, [x.T @ missing / 2000 for x, missing in halves])
+    assert lowest <= share <= highest
+    others = [text(seed) for seed in range(3, 43)]
+
+    def error(correction: torch.Tensor) -> float:
+        return sum((missing - x @ correction).square().mean().item() for x, missing in others)
+
+    whole, _ = corrected_target(weight, factor, hessian, [sum(x.T @ missing for x, missing in halves) / 2000])
+    tried = [error(part * whole) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert error(target) <= min(tried) + 0.05 * (max(tried) - min(tried))
 
 
 # --- a stage ---------------------------------------------------------------------------------------------------------
@@ -256,7 +310,7 @@ def test_linears_solved_together_are_those_solved_alone():
 def test_hessian_that_cannot_be_factored_is_told_and_rounded():
     statistics = InputStatistics(64, torch.device("cpu"))
     statistics.add(correlated_inputs(256, 64))
-    statistics._hessian_KK[0, 1] = float("inf")
+    statistics._hessian_KK[0, 1] = 1e9  # indefinite at any damping
     solved = solve_stage(
         {"a": random(8, 64)}, {"a": QuantSpec(group_size=32)}, statistics, Recipe(), Stored(torch.float16)
     )

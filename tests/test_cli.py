@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import types
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from llmquant import __version__
 from llmquant.eval.data import token_windows
 from llmquant.eval.divergence import divergence
+from llmquant.eval.perplexity import perplexity
 
 START = [sys.executable, "-c", "from llmquant.cli import main; main()"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -119,32 +123,100 @@ def test_interrupt_is_one_line():
     assert done.stderr == "llmquant: interrupted\n"
 
 
-def test_eval_prints_what_the_functions_measure(two_models, text_file, plain_loader, monkeypatch, capsys):
+def without_times(measured):
+    """What stays the same from run to run."""
+    if isinstance(measured, dict):
+        return {key: without_times(value) for key, value in measured.items() if key != "tokens_per_second"}
+    return measured
+
+
+def test_eval_prints_what_the_functions_measure(two_models, tiny_model, text_file, plain_loader, monkeypatch, capsys):
     from transformers import AutoTokenizer
 
     original, other = two_models
+    third = str(tiny_model("llama", seed=2))
     tokenizer = AutoTokenizer.from_pretrained(original)
     windows_WL = token_windows(tokenizer, "for x in range(10): print(x)\n" * 100, 64, 4)
-    expected = divergence(plain_loader(other), plain_loader(original), windows_WL)
+    expected = [divergence(plain_loader(model), plain_loader(original), windows_WL) for model in (other, third)]
 
     options = ["--dataset", text_file, "--seq-len", "64", "--windows", "4"]
-    assert command(monkeypatch, "eval", other, "--against", original, *options, "--json") == 0
+    assert command(monkeypatch, "eval", other, third, "--against", original, *options, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["divergence"] == expected.to_dict()
-    assert printed["perplexity"] == expected.model.to_dict()
-    assert (printed["model"], printed["against"], printed["dataset"]) == (other, original, text_file)
-    assert (printed["device"], printed["dtype"]) == ("cpu", "float32")
+    assert printed["dataset"] == text_file
+    for row, name, compared in zip(printed["models"], (other, third), expected, strict=True):
+        assert without_times(row["divergence"]) == without_times(compared.to_dict())
+        assert without_times(row["perplexity"]) == without_times(compared.model.to_dict())
+        assert row["perplexity"]["tokens_per_second"] > 0
+        assert (row["model"], row["device"], row["dtype"]) == (name, "cpu", "float32")
+        assert 0 < row["stored_bytes"] <= (Path(name) / "model.safetensors").stat().st_size
+    assert printed["against"]["model"] == original
+    assert without_times(printed["against"]["perplexity"]) == without_times(expected[0].reference.to_dict())
 
     assert command(monkeypatch, "eval", original, *options, "--json", "--quiet") == 0
     alone = json.loads(capsys.readouterr().out)
-    assert alone["perplexity"] == expected.reference.to_dict()
-    assert alone["divergence"] is None
+    assert without_times(alone["models"][0]["perplexity"]) == without_times(expected[0].reference.to_dict())
+    assert (alone["against"], alone["models"][0]["divergence"]) == (None, None)
 
-    assert command(monkeypatch, "eval", other, "--against", original, *options) == 0
+    assert command(monkeypatch, "eval", other, third, "--against", original, *options) == 0
     table = " ".join(capsys.readouterr().out.split())
-    for value in (f"{expected.model.perplexity:.2f} ±", f"{expected.kl_mean:.4f}", f"{expected.top1_agreement:.1%}"):
-        assert value in table
+    for compared in expected:
+        values = (f"{compared.model.perplexity:.2f} ±", f"{compared.kl_mean:.4f}", f"{compared.top1_agreement:.1%}")
+        assert all(value in table for value in values)
     assert "4 windows of 64 tokens, float32 on cpu" in table
+
+    assert command(monkeypatch, "eval", original, *options, "--stride", "32", "--batch-size", "2", "--json") == 0
+    strided = json.loads(capsys.readouterr().out)["models"][0]["perplexity"]
+    assert (strided["stride"], strided["num_tokens"]) == (32, 63 + 3 * 32)
+
+
+def test_eval_holds_one_model_at_a_time(two_models, text_file, plain_loader, monkeypatch):
+    alive = []
+    present = weakref.WeakSet()
+
+    def load(path, **options):
+        alive.append(sum(len(list(model.model.children())) > 0 for model in present))
+        model = plain_loader(path, **options)
+        present.add(model)
+        return model
+
+    monkeypatch.setattr(sys.modules["llmquant.runtime.load"], "load", load)
+    options = ["--against", two_models[0], "--dataset", text_file, "--seq-len", "64", "--windows", "1"]
+    assert command(monkeypatch, "eval", *two_models, two_models[1], *options) == 0
+    assert alive == [0, 0, 0, 0]
+
+
+def test_eval_of_conversations_puts_them_into_the_chat_template(
+    two_models, tmp_path, plain_loader, monkeypatch, capsys
+):
+    from transformers import AutoTokenizer
+
+    talk = [{"role": "user", "content": "for x in"}, {"role": "assistant", "content": "range(10)"}]
+    file = tmp_path / "talks.jsonl"
+    file.write_text((json.dumps({"messages": talk}) + "\n") * 40)
+    tokens = AutoTokenizer.from_pretrained(two_models[0])("user: for x in\nassistant: range(10)\n" * 40)["input_ids"]
+    windows_WL = torch.tensor(tokens)[: len(tokens) // 64 * 64].view(-1, 64)
+    expected = perplexity(plain_loader(two_models[0]), windows_WL)
+    options = ["eval", two_models[0], "--dataset", str(file), "--seq-len", "64", "--json"]
+    assert command(monkeypatch, *options, "--chat") == 0
+    assert json.loads(capsys.readouterr().out)["models"][0]["perplexity"]["mean_loss"] == expected.mean_loss
+    assert command(monkeypatch, *options) == 0
+    assert json.loads(capsys.readouterr().out)["models"][0]["perplexity"]["mean_loss"] != expected.mean_loss
+
+    file.write_text('{"text": "for x in"}\n')
+    assert command(monkeypatch, *options, "--chat") == 2
+    assert 'talks.jsonl line 1: holds no "messages"' in capsys.readouterr().err
+    assert command(monkeypatch, "eval", two_models[0], "--dataset", "python-docs", "--chat") == 2
+    assert "python-docs: holds no conversations" in capsys.readouterr().err
+
+
+def test_eval_of_models_with_different_tokenizers_is_refused(two_models, tmp_path, text_file, monkeypatch, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(two_models[1], other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:10]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    assert command(monkeypatch, "eval", two_models[0], str(other), "--dataset", text_file) == 2
+    assert "its tokenizer makes other tokens of the text" in capsys.readouterr().err
 
 
 def test_progress_is_plain_lines_without_a_terminal_and_nothing_when_quiet(
@@ -164,7 +236,7 @@ def test_eval_window_is_the_models_context_where_that_is_shorter(
     two_models, text_file, plain_loader, monkeypatch, capsys
 ):
     assert command(monkeypatch, "eval", two_models[0], "--dataset", text_file, "--windows", "1", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["perplexity"]["seq_len"] == 256
+    assert json.loads(capsys.readouterr().out)["models"][0]["perplexity"]["seq_len"] == 256
     assert command(monkeypatch, "eval", two_models[0], "--dataset", text_file, "--seq-len", "257") == 2
     assert "seq_len 257: the model's context is 256 tokens; use --seq-len 256 or less" in capsys.readouterr().err
 

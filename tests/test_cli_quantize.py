@@ -27,7 +27,7 @@ from llmquant.pipeline.names import block_of, kind_of
 from llmquant.pipeline.quantize import quantize
 from llmquant.runtime.generate import Sampling, generate
 
-FEW = ("--calibration", "python-docs", "--samples", "4", "--seq-len", "32")
+FEW = ("--calibration", "python-docs", "--samples", "4", "--seq-len", "32", "--no-verify")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -45,10 +45,11 @@ def small(tiny_model, tmp_path_factory) -> Path:
 
 def test_defaults_of_the_command_are_those_of_the_options():
     parameters = signatures.signature(cli.quantize_command).parameters
-    names = {"num_samples": "samples"}
+    names = {"num_samples": "samples", "targets": "target", "max_memory_bytes": "max_memory"}
     for field in fields(llmquant.Options):
         if field.name != "max_shard_bytes":  # only from Python
-            assert parameters[names.get(field.name, field.name)].default == field.default, field.name
+            default = parameters[names.get(field.name, field.name)].default
+            assert default == field.default or (default is None and not field.default), field.name
 
 
 def test_quantize_reports_what_the_function_reports(tiny_model, tmp_path, monkeypatch, capsys):
@@ -70,12 +71,15 @@ def test_quantize_reports_what_the_function_reports(tiny_model, tmp_path, monkey
 
 def test_every_option_reaches_the_recipe(tiny_model, tmp_path, monkeypatch, capsys):
     options = ["--method", "rtn", "--bits", "8", "--group-size", "-1", "--asym", "--skip", "*.o_proj", "--dtype"]
-    options += ["bfloat16", "--skip", "*.down_proj", "--effort", "best"]
+    options += ["bfloat16", "--skip", "*.down_proj", "--effort", "best", "--override", "*.up_proj:bits=4,sym"]
     assert command(monkeypatch, "quantize", tiny_model("llama"), tmp_path / "out", *options, "--json", "--quiet") == 0
     recipe = json.loads(capsys.readouterr().out)["recipe"]
     assert recipe["method"] == "rtn"
     assert recipe["spec"] == {"bits": 8, "group_size": -1, "symmetric": False}
     assert recipe["skip"] == ["*.o_proj", "*.down_proj"]
+    assert [(each["pattern"], each["bits"], each["symmetric"]) for each in recipe["overrides"]] == [
+        ("*.up_proj", 4, True)
+    ]
     assert recipe["descent_sweeps"] > 0
     assert CheckpointReader(tmp_path / "out").info("model.embed_tokens.weight").dtype == torch.bfloat16
 

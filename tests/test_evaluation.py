@@ -9,9 +9,11 @@ from tiny_models import ARCHITECTURES, VOCAB_SIZE, random_model, tiny_tokenizer
 from torch import nn
 
 from llmquant.errors import UserError
-from llmquant.eval.data import token_windows
-from llmquant.eval.divergence import divergence, token_divergence
-from llmquant.eval.perplexity import perplexity, summarize, window_loss
+from llmquant.eval import perplexity as perplexity_module
+from llmquant.eval.data import cut, first_target, token_windows
+from llmquant.eval.divergence import divergence, record, token_divergence
+from llmquant.eval.halves import Halves
+from llmquant.eval.perplexity import perplexity, summarize, token_losses
 
 
 class FixedLogits(nn.Module):
@@ -106,23 +108,115 @@ def test_a_model_does_not_diverge_from_itself():
     assert (measured.kl_mean, measured.kl_p99, measured.top1_agreement) == (0.0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 39, 1000])
-def test_chunks_do_not_change_the_result(chunk):
-    generator = torch.Generator().manual_seed(0)
-    logits_TV, other_TV = torch.randn(2, 39, 50, generator=generator)
-    tokens_L = torch.randint(50, (40,), generator=generator)
-    assert window_loss(logits_TV, tokens_L, 0, chunk) == pytest.approx(window_loss(logits_TV, tokens_L, 0), rel=1e-12)
-    for got, expected in zip(
-        token_divergence(logits_TV, other_TV, chunk), token_divergence(logits_TV, other_TV), strict=True
-    ):
-        assert torch.equal(got, expected)
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("architecture", ["llama", "cohere2"])
+def test_chunks_do_not_change_the_result(architecture, chunk, monkeypatch):
+    config = ARCHITECTURES[architecture]()
+    model, reference, windows_WL = random_model(config, seed=1), random_model(config), random_windows()
+    expected = divergence(model, reference, windows_WL)
+    split = perplexity_module.ScoredWindow.chunks
+    monkeypatch.setattr(perplexity_module.ScoredWindow, "chunks", lambda self: split(self, chunk))
+    monkeypatch.setattr("llmquant.eval.divergence.CHUNK_POSITIONS", chunk)
+    measured = divergence(model, reference, windows_WL)
+    assert measured.kl_mean == pytest.approx(expected.kl_mean, rel=1e-5)
+    assert measured.top1_agreement == expected.top1_agreement
+    assert measured.model.mean_loss == pytest.approx(expected.model.mean_loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_halves_give_the_logits_of_the_whole_and_hold_few_of_them(architecture):
+    model = random_model(ARCHITECTURES[architecture]())
+    windows_BL = random_windows(2)
+    with torch.inference_mode():
+        whole_BLV = model(input_ids=windows_BL).logits
+    widths = []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, out: widths.append(out.shape[:-1].numel()))
+    halves = Halves(model)
+    hidden_BLD = halves.hidden(windows_BL)
+    assert hidden_BLD.shape == (2, 40, 64)
+    halves.forget_body()
+    for hidden_LD, whole_LV in zip(hidden_BLD, whole_BLV, strict=True):
+        parts = torch.cat([halves.logits(hidden_CD) for hidden_CD in hidden_LD.split(7)])
+        assert torch.allclose(parts, whole_LV, rtol=1e-4, atol=1e-4)
+    assert max(widths) == 7
+
+
+def test_a_model_whose_logits_are_not_made_of_its_bodys_states_is_taken_as_a_whole():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = random_model(ARCHITECTURES["llama"]())
+            self.config = self.inner.config
+
+        def forward(self, input_ids, use_cache):
+            output = self.inner.model(input_ids=input_ids, use_cache=use_cache)
+            bias_LV = nn.functional.one_hot(input_ids[0], VOCAB_SIZE)
+            output.logits = self.inner.lm_head(output.last_hidden_state) + bias_LV
+            return output
+
+    model = Mixed().eval()
+    windows_WL = random_windows()
+    with torch.inference_mode():
+        losses = [plain_losses(model(tokens_L[None], False).logits[0], tokens_L) for tokens_L in windows_WL]
+    assert Halves(model).hidden(windows_WL[:1]).shape == (1, 40, VOCAB_SIZE)
+    assert perplexity(model, windows_WL).mean_loss == pytest.approx(math.fsum(map(math.fsum, losses)) / 117, rel=1e-6)
+
+
+def test_batches_do_not_change_the_result():
+    config = ARCHITECTURES["llama"]()
+    model, reference, windows_WL = random_model(config, seed=1), random_model(config), random_windows(5)
+    expected = divergence(model, reference, windows_WL)
+    measured = divergence(model, reference, windows_WL, batch_size=2)
+    assert measured.kl_mean == pytest.approx(expected.kl_mean, rel=1e-5)
+    assert measured.model.perplexity == pytest.approx(expected.model.perplexity, rel=1e-6)
+    with pytest.raises(UserError, match="batch_size 0: must be at least 1"):
+        perplexity(model, windows_WL, batch_size=0)
+
+
+def test_a_reference_is_run_once_for_several_models():
+    config = ARCHITECTURES["llama"]()
+    reference, windows_WL = random_model(config), random_windows()
+    expected = [divergence(random_model(config, seed=seed), reference, windows_WL) for seed in (1, 2)]
+    recorded = record(reference, windows_WL)
+    recorded.halves.forget_body()
+    assert not list(reference.model.children())
+    assert [divergence(random_model(config, seed=seed), recorded, windows_WL) for seed in (1, 2)] == expected
+
+
+@pytest.mark.parametrize("stride", [1, 15, 39, 40])
+def test_strided_windows_score_every_token_once_from_the_longest_context(stride):
+    model = random_model(ARCHITECTURES["llama"]())
+    tokens_T = torch.randint(2, VOCAB_SIZE, (100,), generator=torch.Generator().manual_seed(0))
+    windows_WL = cut(tokens_T, 40, stride)
+    losses, end = [], 1
+    with torch.inference_mode():
+        for begin in range(0, 100 - 40 + 1, stride):
+            window_losses = plain_losses(model(tokens_T[None, begin : begin + 40]).logits[0], tokens_T[begin:][:40])
+            end = max(end, begin + 1)
+            losses += window_losses[end - begin - 1 :]
+            end = begin + 40
+    measured = perplexity(model, windows_WL, stride=stride)
+    assert measured.num_tokens == len(losses)
+    assert measured.mean_loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-6)
+    assert (measured.num_windows, measured.stride) == (len(windows_WL), stride)
+
+
+def test_first_target_of_overlapping_windows():
+    assert [first_target(index, 8, 3) for index in (0, 1, 2)] == [1, 5, 5]
+    assert [first_target(index, 8, 8) for index in (0, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize("stride", [0, 41])
+def test_stride_that_repeats_or_leaves_out_text_is_refused(stride):
+    with pytest.raises(UserError, match=rf"stride {stride}: must lie between 1 and the window's 40 tokens"):
+        cut(torch.arange(100), 40, stride)
 
 
 def test_loss_is_computed_in_float32_for_a_half_precision_model():
     logits_TV = (torch.randn(39, 5000, generator=torch.Generator().manual_seed(0)) * 3).bfloat16()
     tokens_L = torch.arange(40)
     exact = math.fsum(plain_losses(torch.cat([logits_TV, logits_TV[-1:]]), tokens_L)) / 39
-    assert window_loss(logits_TV, tokens_L, 0) == pytest.approx(exact, rel=1e-6)
+    assert token_losses(logits_TV, tokens_L[1:]).mean().item() == pytest.approx(exact, rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -156,7 +250,8 @@ def test_models_with_different_vocabularies_are_refused():
 
 
 def test_one_window_has_no_standard_error():
-    assert summarize([1.0], seq_len=8).standard_error is None
+    windows_WL = torch.zeros(1, 8, dtype=torch.int64)
+    assert summarize([torch.ones(7, dtype=torch.float64)], windows_WL, None, 1.0).standard_error is None
 
 
 def test_on_window_is_told_of_every_window():
@@ -214,3 +309,40 @@ def test_measures_of_the_real_model_equal_plain_loops(smollm2):
     # A model that read garbage would be far above.
     assert 2 < measured.reference.perplexity < 40
     assert measured.reference == perplexity(reference, windows_WL)
+
+
+@pytest.mark.model
+def test_eval_of_a_quantized_checkpoint_against_the_original_equals_a_plain_loop(smollm2, tmp_path):
+    """The loop runs transformers' own model on the weights that the codes stand for."""
+    from pydoc_data.topics import topics
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import llmquant
+    from llmquant.checkpoints.quantized import read_quantized, validate_quantized
+    from llmquant.checkpoints.reader import CheckpointReader
+    from llmquant.pipeline.evaluate import evaluate
+
+    llmquant.quantize(
+        smollm2, tmp_path / "small", llmquant.Recipe(method="rtn", spec=llmquant.QuantSpec(group_size=64))
+    )
+    text = tmp_path / "text.txt"
+    text.write_text(topics["assignment"])
+    models = [
+        AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, local_files_only=True).eval() for _ in "ab"
+    ]
+    reader = CheckpointReader(tmp_path / "small")
+    for name, packed in validate_quantized(reader).items():
+        models[1].get_submodule(name).weight.data.copy_(read_quantized(reader, packed).dequantize())
+    tokens_T = torch.tensor(AutoTokenizer.from_pretrained(smollm2)(text.read_text())["input_ids"])
+    losses, kls = [], []
+    with torch.inference_mode():
+        for tokens_L in tokens_T[:192].view(2, 96):
+            log_p_LV, log_q_LV = (model(tokens_L[None]).logits[0].double().log_softmax(-1) for model in models)
+            losses += [-log_q_LV[at - 1, tokens_L[at]].item() for at in range(1, 96)]
+            kls += (log_p_LV.exp() * (log_p_LV - log_q_LV)).sum(-1)[:-1].tolist()
+    small = str(tmp_path / "small")
+    measured = evaluate([small], str(smollm2), dataset=str(text), seq_len=96, num_windows=2, dtype="float32").models[0]
+    assert measured.divergence.kl_mean == pytest.approx(math.fsum(kls) / len(kls), rel=1e-4)
+    assert measured.perplexity.mean_loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-5)
+    assert 0.05 < measured.divergence.kl_mean < 2

@@ -4,6 +4,7 @@ allocated."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -21,6 +22,7 @@ from llmquant.checkpoints import reader as reader_module
 from llmquant.checkpoints.quantized import validate_quantized
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
+from llmquant.formats.format import runs_away
 from llmquant.formats.registry import FORMATS
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -31,14 +33,15 @@ SPEC = QuantSpec(bits=4, group_size=16, symmetric=False)
 
 
 def good_checkpoint(folder: Path, name: str = "gptq") -> Path:
-    """Two linears in two shards, with an index."""
+    """Two linears in two shards, with an index; no zero-point is the middle code."""
     folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
     weight_map = {}
     for i, shard in enumerate(SHARDS):
         weight = QuantizedWeight(
-            codes_NK=torch.randint(0, 16, (32, 32), dtype=torch.uint8),
-            scale_NG=torch.rand(32, 2).half() + 0.1,
-            zero_NG=torch.randint(1, 16, (32, 2), dtype=torch.uint8),
+            codes_NK=torch.randint(0, 16, (32, 32), dtype=torch.uint8, generator=generator),
+            scale_NG=torch.rand(32, 2, generator=generator).half() + 0.1,
+            zero_NG=torch.randint(1, 8, (32, 2), dtype=torch.uint8, generator=generator),
             spec=SPEC,
         )
         tensors = {f"layers.{i}.up.{suffix}": tensor for suffix, tensor in FORMATS[name].pack(weight).items()}
@@ -335,6 +338,65 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "qweight a number": (tensor("qweight", lambda good: good[0, 0]), r"layers.0.up.qweight: int32 \[\]"),
     "qzeros missing": (tensor("qzeros", lambda good: None), "layers.0.up.qzeros: missing"),
     "qzeros for one group": (tensor("qzeros", lambda good: good[:1]), "layers.0.up.qzeros"),
+    "scales denormal to zero": (tensor("scales", filled(1e-9)), "layers.0.up.scales: .* zero or negative"),
+    "scales of float64": (tensor("scales", lambda good: good.double()), "layers.0.up.scales: float64"),
+    "scales of float8": (tensor("scales", lambda good: good.to(torch.float8_e4m3fn)), "layers.0.up.scales: float8"),
+    "qweight of int64": (tensor("qweight", lambda good: good.long()), "layers.0.up.qweight: int64"),
+    "qweight with a dimension more": (tensor("qweight", lambda good: good[None]), "layers.0.up.qweight: int32"),
+    "qzeros of int64": (tensor("qzeros", lambda good: good.long()), "layers.0.up.qzeros: int64"),
+    "qzeros for more columns": (tensor("qzeros", lambda good: good.repeat(1, 2)), "layers.0.up.qzeros"),
+    "g_idx of float": (tensor("g_idx", lambda good: good.float()), "layers.0.up.g_idx: float32"),
+    "g_idx a matrix": (tensor("g_idx", lambda good: good[None]), "layers.0.up.g_idx: int32"),
+    "g_idx lowest int32": (tensor("g_idx", at_five(-(2**31))), "layers.0.up.g_idx: groups from -2147483648"),
+    "a tensor of another format beside": (
+        tensor("weight_packed", lambda good: torch.zeros(4, 4, dtype=torch.int32)),
+        "layers.0.up.weight_packed belongs to compressed-tensors",
+    ),
+    "bits a string": (quantization(bits="4"), "bits '4'"),
+    "bits a truth": (quantization(bits=True), "bits True"),
+    "bits absurd": (quantization(bits=10**30), "bits 1000"),
+    "group size a float": (quantization(group_size=16.0), "group_size 16.0"),
+    "group size -2": (quantization(group_size=-2), "group_size -2"),
+    "group size absurd": (quantization(group_size=10**30), "group_size 1000|layers.0.up"),
+    "sym a number": (quantization(sym=1), "sym 1"),
+    "bits missing": (
+        lambda f: edit_json(f / "config.json", lambda c: c["quantization_config"].pop("bits")),
+        "bits is missing",
+    ),
+    "checkpoint_format unknown": (quantization(checkpoint_format="marlin"), "checkpoint_format 'marlin'"),
+    "pack_dtype unknown": (quantization(pack_dtype="int64"), "pack_dtype 'int64'"),
+    "quant_method a list": (quantization(quant_method=["gptq"]), "quant_method .'gptq'. cannot be read"),
+    "quant_method unknown": (quantization(quant_method="exl3"), "quant_method 'exl3' cannot be read"),
+    "a key that nobody knows": (quantization(rotation="hadamard"), "unknown key 'rotation'"),
+    "dynamic with bits of its own packing": (quantization(dynamic={"layers.0": {"bits": 8}}), "layers.0.up.q"),
+    "dynamic that never ends": (quantization(dynamic={"(a+)+$": {}}), "could take for ever"),
+    "dynamic that never ends, hidden": (quantization(dynamic={"(?#[)((.|.)*)*x": {}}), "could take for ever"),
+    "dynamic of many stars": (quantization(dynamic={".*" * 30 + "x": {}}), "could take for ever"),
+    "dynamic of a megabyte": (quantization(dynamic={"(" * 2**20: {}}), "not a regular expression|for ever"),
+    "dynamic beyond repeats": (quantization(dynamic={"a{99999999999}": {}}), "not a regular expression"),
+    "a megabyte of a value": (quantization(sym="x" * 2**20), "sym 'xxx"),
+    "config of 100,000 brackets": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        "config.json: not valid JSON",
+    ),
+    "config with NaN for bits": (
+        lambda f: (f / "config.json").write_text('{"quantization_config":{"quant_method":"gptq","bits":NaN}}'),
+        "config.json: quantization_config",
+    ),
+    "config with half a character": (
+        lambda f: (f / "config.json").write_text('{"quantization_config":{"quant_method":"\\ud800"}}'),
+        "config.json: quantization_config",
+    ),
+    "tensor name with half a character": (rename_tensor("a\ud800"), "is not a name"),
+    "tensor without a module's name": (rename_tensor("qweight"), "qweight"),
+    "index of two shards that are one file": (
+        lambda f: ((f / SHARDS[1]).unlink(), os.link(f / SHARDS[0], f / SHARDS[1])),
+        f"{SHARDS[1]}: holds 'layers.0",
+    ),
+    "single file and no config key": (
+        lambda f: ((f / "model.safetensors").write_bytes(b"{}" * 50),),
+        "model.safetensors: header of",
+    ),
     "weight beside qweight": (tensor("weight", lambda good: torch.zeros(32, 32)), "layers.0.up has both weight and"),
 }
 
@@ -343,7 +405,15 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_hostile_checkpoints_end_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object], message: str
 ) -> None:
-    folder = good_checkpoint(tmp_path / "model")
+    ends_in_one_line(tmp_path, monkeypatch, "gptq", damage, message)
+
+
+def ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, damage: Callable[[Path], object], message: str
+) -> None:
+    """Damages a good checkpoint: reading it is one UserError that names the file or the tensor, without a large
+    allocation."""
+    folder = good_checkpoint(tmp_path / "model", format)
     validate_quantized(CheckpointReader(folder))
     damage(folder)
     empty = torch.empty
@@ -361,8 +431,132 @@ def test_hostile_checkpoints_end_in_one_line(
     assert str(folder) in str(error.value)
 
 
+def row_of(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda good: good.index_fill(0, torch.tensor([3]), value)
+
+
+def shape_of(*sizes: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda good: torch.tensor(sizes)
+
+
+def weights(**changes: object) -> Callable[[Path], None]:
+    def edit(config: dict) -> None:
+        config["quantization_config"]["config_groups"]["group_0"]["weights"].update(changes)
+
+    return lambda folder: edit_json(folder / "config.json", edit)
+
+
+# format -> name -> (what to do to a good checkpoint of that format, what the message must contain)
+HOSTILE_ELSEWHERE: dict[str, dict[str, tuple[Callable[[Path], object], str]]] = {
+    "awq": {
+        "scales NaN": (tensor("scales", filled(float("nan"))), "layers.0.up.scales: .* NaN or inf"),
+        "scales negative": (tensor("scales", filled(-0.5)), "layers.0.up.scales: .* zero or negative"),
+        "scales missing": (tensor("scales", lambda good: None), "layers.0.up.scales: missing"),
+        "qzeros missing": (tensor("qzeros", lambda good: None), "layers.0.up.qzeros: missing"),
+        "qzeros of another shape": (tensor("qzeros", lambda good: good.T), "layers.0.up.qzeros: int32"),
+        "qweight too narrow": (tensor("qweight", lambda good: good[:, :1]), "layers.0.up.q"),
+        "qweight of float": (tensor("qweight", lambda good: good.float()), "layers.0.up.qweight: float32"),
+        "g_idx of gptq beside": (
+            tensor("g_idx", lambda good: torch.zeros(32, dtype=torch.int32)),
+            "layers.0.up.g_idx belongs to gptq",
+        ),
+        "bits 3": (quantization(bits=3), "bits 3"),
+        "group size 0": (quantization(group_size=0), "group_size 0"),
+        "group size that splits nothing": (quantization(group_size=24), "not a multiple of group_size 24"),
+        "version gemv": (quantization(version="gemv"), "version 'gemv'"),
+        "two group sizes": (quantization(q_group_size=64), "group_size 16 contradicts q_group_size 64"),
+        "zero_point that contradicts sym": (quantization(sym=True), "contradicts sym"),
+        "modules_to_not_convert a string": (quantization(modules_to_not_convert="lm_head"), "list of strings"),
+        "desc_act": (quantization(desc_act=True), "desc_act is a key of gptq"),
+    },
+    "compressed-tensors": {
+        "scales inf": (tensor("weight_scale", row_of(float("inf"))), "layers.0.up.weight_scale: .* NaN or inf"),
+        "scales negative": (tensor("weight_scale", row_of(-0.5)), "layers.0.up.weight_scale: .* zero or negative"),
+        "scales missing": (tensor("weight_scale", lambda good: None), "layers.0.up.weight_scale: missing"),
+        "shape missing": (tensor("weight_shape", lambda good: None), "layers.0.up.weight_shape: missing"),
+        "shape of other words": (tensor("weight_shape", shape_of(32, 64)), "weight_shape: .32, 64. does not fit"),
+        "shape turned round": (tensor("weight_shape", shape_of(16, 64)), "weight_shape: .16, 64. does not fit"),
+        "shape absurd": (tensor("weight_shape", shape_of(2**62, 2**62)), "weight_shape: .* does not fit"),
+        "shape negative": (tensor("weight_shape", shape_of(32, -32)), "weight_shape: .* does not fit"),
+        "shape of overflowing product": (tensor("weight_shape", shape_of(32, 2**61)), "weight_shape: .* does not fit"),
+        "shape of three": (tensor("weight_shape", shape_of(32, 32, 1)), "weight_shape: .* must be int64"),
+        "shape of float": (tensor("weight_shape", lambda good: good.float()), "weight_shape: .* must be int64"),
+        "shape of a megabyte": (tensor("weight_shape", lambda good: torch.zeros(2**17).long()), "weight_shape"),
+        "zero-points missing": (
+            tensor("weight_zero_point", lambda good: None),
+            "layers.0.up.weight_zero_point: missing",
+        ),
+        "zero-points of bytes out of range": (
+            tensor("weight_zero_point", lambda good: torch.full((32, 2), 100, dtype=torch.int8)),
+            "weight_zero_point: outside -8",
+        ),
+        "zero-points of another shape": (
+            tensor("weight_zero_point", lambda good: good[:1]),
+            "weight_zero_point: int32",
+        ),
+        "packed of int64": (tensor("weight_packed", lambda good: good.long()), "weight_packed: int64"),
+        "g_idx beyond the groups": (
+            tensor("weight_g_idx", lambda good: torch.full((32,), 2, dtype=torch.int32)),
+            "weight_g_idx: groups from 2 to 2; must lie in 0",
+        ),
+        "g_idx negative": (
+            tensor("weight_g_idx", lambda good: torch.full((32,), -1, dtype=torch.int32)),
+            "weight_g_idx: groups from -1",
+        ),
+        "g_idx too short": (
+            tensor("weight_g_idx", lambda good: torch.zeros(31, dtype=torch.int32)),
+            "weight_g_idx: int32 .31.",
+        ),
+        "bits 6": (weights(num_bits=6), "bits 6"),
+        "group size 0": (weights(group_size=0), "group_size 0"),
+        "group size -1 by group": (weights(group_size=-1), "contradicts strategy group"),
+        "strategy block": (weights(strategy="block"), "strategy 'block'"),
+        "type float": (weights(type="float"), "only static integer weights"),
+        "dynamic": (weights(dynamic=True), "only static integer weights"),
+        "symmetric with zero-points": (weights(symmetric=True), "layers.0.up.weight_zero_point: zero-points from"),
+        "actorder unknown": (weights(actorder="sideways"), "actorder 'sideways'"),
+        "actorder without its index": (weights(actorder="group"), "layers.0.up.weight_g_idx: missing"),
+        "a key of a group that nobody knows": (weights(codebook=[1]), "unknown key 'codebook'"),
+        "ignored and packed": (quantization(ignore=["layers.0.up"]), "config.json leaves layers.0.up in 16 bit"),
+        "ignore that never ends": (quantization(ignore=["re:(l+)+$"]), "could take for ever"),
+        "sparse": (quantization(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is set"),
+        "keys of gptq": (quantization(bits=4), "'bits' is a key of gptq"),
+    },
+}
+ELSEWHERE = [(format, *case) for format, cases in HOSTILE_ELSEWHERE.items() for case in cases.values()]
+
+
+@pytest.mark.parametrize(
+    ("format", "damage", "message"),
+    ELSEWHERE,
+    ids=[f"{f}: {name}" for f, cs in HOSTILE_ELSEWHERE.items() for name in cs],
+)
+def test_hostile_checkpoints_of_other_formats_end_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, damage: Callable[[Path], object], message: str
+) -> None:
+    ends_in_one_line(tmp_path, monkeypatch, format, damage, message)
+
+
 def test_there_are_enough_hostile_files() -> None:
-    assert len(HOSTILE) >= 60
+    assert len(HOSTILE) + len(ELSEWHERE) >= 60
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"^(?:model\.layers\.\d+\.mlp\.up|model\.layers\.\d+\.mlp\.gate)$", False),
+        (r"^(?!.*layers\.[0-9]+\.mlp).*proj$", False),
+        (r"|".join([r"a\.\d+\.b\.\d+"] * 50), False),
+        (r"(?:.*\.)?q_proj", False),
+        (r"\(a+\)+[)*+]", False),
+        (r"(a|a)*$", True),
+        (r"(?:a?){30}", True),
+        (r".*.*.*(|).*.*.*.*", True),
+        (r"(?x)(a #[\n+)+", True),
+    ],
+)
+def test_expressions_that_could_run_for_ever_are_told_from_those_that_tools_write(pattern: str, expected: bool) -> None:
+    assert runs_away(pattern) == expected
 
 
 @pytest.mark.parametrize(
@@ -434,7 +628,109 @@ def test_a_huge_json_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.
         CheckpointReader(folder)
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+FUZZ = int(os.environ.get("LLMQUANT_FUZZ", "30"))
+"""Examples of each fuzz test."""
+NAMES = ["", "layers.0.up", "layers.0.up.qweight", "*", "re:.*", "F16", "I32", "gptq", "\ud800", "\n", "../x", "9" * 40]
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.sampled_from([2**31, 2**62, 2**64, -(2**63), 10**40]),
+    st.floats(),
+    st.sampled_from(NAMES),
+    st.text(max_size=4),
+)
+ANY_JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(max_size=3)), inner)
+    ),
+    max_leaves=6,
+)
+
+
+def mutate(data: st.DataObject, value: Any) -> Any:
+    """JSON with one thing replaced, added, renamed or left out, anywhere in it."""
+    if isinstance(value, dict) and value and data.draw(st.integers(0, 4)):
+        key = data.draw(st.sampled_from(sorted(value)))
+        what = data.draw(st.sampled_from(["deeper", "deeper", "deeper", "remove", "rename", "add"]))
+        if what == "deeper":
+            return value | {key: mutate(data, value[key])}
+        rest = {other: inner for other, inner in value.items() if other != key}
+        if what == "remove":
+            return rest
+        if what == "rename":
+            return rest | {data.draw(st.sampled_from([*NAMES, *sorted(value)])): value[key]}
+        return value | {data.draw(st.sampled_from(NAMES)): data.draw(ANY_JSON)}
+    if isinstance(value, list) and value and data.draw(st.integers(0, 4)):
+        place = data.draw(st.integers(0, len(value) - 1))
+        return [*value[:place], mutate(data, value[place]), *value[place + 1 :]]
+    return data.draw(ANY_JSON)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck), deadline=None)
+@given(data=st.data())
+def test_any_json_anywhere_ends_in_a_clear_line_or_is_read_as_it_is(
+    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
+) -> None:
+    """Changes what headers, the index and the configuration say, in valid JSON."""
+    folder = fuzzed_folder(tmp_path_factory, format)
+    good = {name: (folder / name).read_bytes() for name in (*SHARDS, INDEX, "config.json")}
+    try:
+        for _ in range(data.draw(st.integers(1, 3))):
+            name = data.draw(st.sampled_from([*SHARDS, INDEX, "config.json", "config.json"]))
+            if name in SHARDS:
+                length = struct.unpack("<Q", (content := (folder / name).read_bytes())[:8])[0]
+                header = mutate(data, json.loads(content[8 : 8 + length]))
+                (folder / name).write_bytes(raw_safetensors(json.dumps(header).encode(), content[8 + length :]))
+            else:
+                write_json(folder / name, mutate(data, json.loads((folder / name).read_bytes())))
+        validate_quantized(CheckpointReader(folder))
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1500
+        str(error).encode("utf-8", "backslashreplace")
+    finally:
+        for name, content in good.items():
+            (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck), deadline=None)
+@given(data=st.data())
+def test_any_tensor_in_the_place_of_another_ends_in_a_clear_line_or_is_read_as_it_is(
+    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
+) -> None:
+    """Tensors of any dtype, shape and content: well-formed files that no tool would write."""
+    folder = fuzzed_folder(tmp_path_factory, format)
+    good = (folder / SHARDS[0]).read_bytes()
+    tensors = load_file(folder / SHARDS[0])
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    dtype = data.draw(st.sampled_from([tensors[name].dtype, torch.int32, torch.int64, torch.float16, torch.uint8]))
+    shape = data.draw(st.sampled_from([tuple(tensors[name].shape), (2,), (32,), (32, 32), (2, 32), (1, 4, 32), ()]))
+    content = torch.tensor(data.draw(st.lists(st.integers(0, 255), min_size=8, max_size=64)), dtype=torch.uint8)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    tensors[name] = content.repeat(num_bytes // len(content) + 1)[:num_bytes].view(dtype).reshape(shape)
+    try:
+        save_file(tensors, folder / SHARDS[0])
+        validate_quantized(CheckpointReader(folder))
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        (folder / SHARDS[0]).write_bytes(good)
+
+
+FUZZED: dict[str, Path] = {}
+
+
+def fuzzed_folder(tmp_path_factory: pytest.TempPathFactory, format: str) -> Path:
+    """A good checkpoint, made once; every example puts back what it changes."""
+    if format not in FUZZED:
+        FUZZED[format] = good_checkpoint(tmp_path_factory.mktemp(format) / "model", format)
+    return FUZZED[format]
+
+
+@settings(max_examples=max(FUZZ, 300), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
 def test_any_damage_to_the_bytes_ends_in_a_clear_line_or_is_read_as_it_is(tmp_path: Path, data: st.DataObject) -> None:
     """Flips, cuts and inserts bytes anywhere in a shard, its index or the configuration."""

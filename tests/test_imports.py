@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
         "accelerate",
         "greenlet",
     },
-    "llmquant.eval": {"llmquant.errors", "torch", "transformers"},
+    "llmquant.eval": {"llmquant.errors", "torch", "transformers", "lm_eval"},
 }
 NOT_ALLOWED: dict[str, set[str]] = {
     # The kernels are reached through the runtime alone; the command line is on top of everything.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llmquant.algorithms.affine import find_grid, group_slices, round_to_grid, values_on_grid
-from llmquant.algorithms.targets import output_error
+from llmquant.algorithms.statistics import output_errors
 from llmquant.spec import QuantSpec
 
 NUM_RATIOS = 20
@@ -153,4 +153,4 @@ def scaled_error(
     importance_K = hessian_KK.diagonal() / scale_K.square() if range_steps else None
     grid = find_grid(scaled_KN, importance_K, spec, scale_dtype, min_zero, range_steps)
     rounded_KN = values_on_grid(round_to_grid(scaled_KN, grid, spec), grid, spec)
-    return output_error(rounded_KN / scale_K[:, None] - weight_KN, hessian_KK).item()
+    return output_errors(rounded_KN / scale_K[:, None] - weight_KN, hessian_KK).sum(dtype=torch.float64).item()

@@ -52,27 +52,29 @@ def column_order(hessian_KK: Tensor, by_activation: bool = True) -> Tensor:
     return torch.argsort(diagonal_K, descending=True, stable=True)
 
 
-def damping_unit(hessian_KK: Tensor, scale_K: Tensor | None = None) -> Tensor:
-    """What the diagonal is raised by at a damping of 1, float [K]: its mean.
+def damping_unit(diagonal_K: Tensor, scale_K: Tensor | None = None) -> Tensor:
+    """What the diagonal of a Hessian is raised by at a damping of 1, float [K]: its mean.
 
     scale_K: what AWQ divided the inputs by. Scaling levels the diagonal, and the mean with it; so it is the mean of the
     undivided inputs that counts, divided as they are: the damped problem stays the one it is without scales. Otherwise
     the targets of `targets.py` fit the noise of the calibration text.
     """
-    diagonal_K = hessian_KK.diagonal()
     if scale_K is None:
         return diagonal_K.mean().expand_as(diagonal_K)
     square_K = scale_K.to(diagonal_K.dtype).square()
     return (diagonal_K * square_K).mean() / square_K
 
 
+def damped_diagonal(diagonal_K: Tensor, damping: float, scale_K: Tensor | None = None) -> Tensor:
+    """The diagonal of a Hessian raised by a fraction of `damping_unit`, float [K]; 1 for a dead column."""
+    raised_K = diagonal_K + damping * damping_unit(diagonal_K, scale_K)
+    return torch.where(diagonal_K > 0, raised_K, torch.ones_like(diagonal_K))
+
+
 def damped(hessian_KK: Tensor, damping: float, scale_K: Tensor | None = None) -> Tensor:
-    """The Hessian with its diagonal raised by a fraction of `damping_unit`; 1 on the diagonal of a dead column."""
-    diagonal_K = hessian_KK.diagonal()
-    raised_K = diagonal_K + damping * damping_unit(hessian_KK, scale_K)
-    raised_K = torch.where(diagonal_K > 0, raised_K, torch.ones_like(diagonal_K))
+    """The Hessian with a `damped_diagonal`."""
     damped_KK = hessian_KK.clone()
-    damped_KK.diagonal().copy_(raised_K)
+    damped_KK.diagonal().copy_(damped_diagonal(hessian_KK.diagonal(), damping, scale_K))
     return damped_KK
 
 
@@ -94,14 +96,17 @@ def factor_inverse(
         return None
     flipped_K = order_K.flip(0)
     flipped_KK = hessian_KK[flipped_K][:, flipped_K].double()
-    flipped_scale_K = None if scale_K is None else scale_K[flipped_K]
+    diagonal_K = hessian_KK.diagonal().double()
     for damping in ladder:
-        lower_KK, failed = torch.linalg.cholesky_ex(damped(flipped_KK, damping, flipped_scale_K))
+        # Of matrices this large, no more than two are held in float64 at a time.
+        flipped_KK.diagonal().copy_(damped_diagonal(diagonal_K, damping, scale_K)[flipped_K])
+        lower_KK, failed = torch.linalg.cholesky_ex(flipped_KK)
         if failed.item() == 0:
             del flipped_KK
             # H = M M^T with M = flip(L), so U = M^-1 = flip(L^-1).
-            identity_KK = torch.eye(len(order_K), dtype=torch.float64, device=hessian_KK.device)
-            inverse_KK = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False)
+            inverse_KK = torch.eye(len(order_K), dtype=torch.float64, device=hessian_KK.device)
+            torch.linalg.solve_triangular(lower_KK, inverse_KK, upper=False, out=inverse_KK)
+            del lower_KK
             return InverseFactor(inverse_KK.to(dtype).flip(0, 1), order_K, damping)
     return None
 

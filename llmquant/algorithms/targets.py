@@ -8,36 +8,40 @@ GPTAQ and QEP), and so is the part of the error already in the residual stream t
     W*^T = W^T + (H + damping)^-1 (X^T dX W^T + X^T dh) / T        dX = X_fp - X,  dh = h_fp - h
 
 Rounding W* with the same Hessian minimises the error of the output that the next layer reads, at no cost when the model
-runs. It is a fit to the calibration tokens, so the damping decides what it is worth (CONTRIBUTING.md has the figures).
+runs. It is a fit to the calibration tokens, and much of it fits what is peculiar to them. So only a share of it is
+taken: the one that is best on text it was not fitted to, estimated from two halves A and B of the calibration text.
+With c = W* - W fitted to all of it, and m_B the moment of half B, the mean squared error on other text changes by
 
-Letters: N out_features, K in_features (N is the width of the residual stream where its term is given).
+    g^2 <c, H c> - 2 g <c, m>      <c, m> is estimated by <c_A, m_B>, which are independent
+
+and is least at g = <c_A, m_B> / <c, H c>.
+
+Letters: N out_features, K in_features.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from llmquant.algorithms.gptq import InverseFactor, solve_with_hessian
 
 
 def corrected_target(
-    weight_KN: Tensor, factor: InverseFactor, drift_KK: Tensor | None, residual_KN: Tensor | None
-) -> Tensor:
-    """The weight to round instead of weight_KN, float32 [K, N].
+    weight_KN: Tensor, factor: InverseFactor, hessian_KK: Tensor, moments_KN: Sequence[Tensor]
+) -> tuple[Tensor, float]:
+    """The weight to round instead of weight_KN, float32 [K, N], and the share of the correction that was taken.
 
-    drift_KK: mean of (x_fp - x) x^T. residual_KN: mean of x (h_fp - h)^T. Either may be None.
+    moments_KN: X^T (dX W^T + dh) / T of two halves of the text, which add up to the mean
+    (`InputStatistics.moments_KN`); of a single one the correction is taken whole.
     """
-    moment_KN = None
-    if drift_KK is not None:
-        moment_KN = drift_KK.T @ weight_KN
-    if residual_KN is not None:
-        moment_KN = residual_KN if moment_KN is None else moment_KN + residual_KN
-    if moment_KN is None:
-        return weight_KN
-    return weight_KN + solve_with_hessian(factor, moment_KN)
-
-
-def output_error(error_KN: Tensor, hessian_KK: Tensor) -> Tensor:
-    """tr(E H E^T): the mean squared output error over the calibration tokens, summed over outputs, float64 scalar."""
-    return (error_KN * (hessian_KK @ error_KN)).sum(dtype=torch.float64)
+    changes_KN = [solve_with_hessian(factor, moment_KN) for moment_KN in moments_KN]
+    change_KN = sum(changes_KN[1:], changes_KN[0])
+    share = 1.0
+    if len(changes_KN) == 2:
+        # Each is of half the tokens over all of them: half of the half's own mean.
+        common = 4 * (changes_KN[0] * moments_KN[1]).sum().item()
+        whole = (change_KN * (hessian_KK @ change_KN)).sum().item()
+        share = min(max(common / whole, 0.0), 1.0) if whole > 0 else 0.0
+    return weight_KN + share * change_KN, share

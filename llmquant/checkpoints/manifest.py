@@ -13,6 +13,9 @@ from llmquant.checkpoints.reader import file_sha256
 from llmquant.errors import UserError
 
 MANIFEST_FILE = "llmquant.json"
+REPORT_JSON, REPORT_HTML = REPORT_FILES = ("quantize_report.json", "report.html")
+"""What is told of the run that made a checkpoint. It holds times and memory, which differ from run to run, so it has no
+part in the promise of same bytes, and no hash in the manifest: it can be made anew without harm."""
 
 
 def build_manifest(content: dict[str, Any], files: dict[str, FileRecord]) -> bytes:

@@ -9,7 +9,9 @@ Letters: N out_features, K in_features.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -86,6 +88,20 @@ def validate_quantized(reader: CheckpointReader) -> dict[str, QuantizedModule]:
     for module in modules.values():
         read_quantized(reader, module)
     return modules
+
+
+def check_digests(out: Path, digests: Mapping[str, str]) -> None:
+    """Reopen a checkpoint as any reader would and compare its packed linears with what they should be; UserError if one
+    differs. digests: name in the checkpoint -> `QuantizedWeight.digest()`."""
+    reader = CheckpointReader(out)
+    parsed = parsed_quantization(reader)
+    packed = {} if parsed is None else find_quantized_modules(reader, parsed)
+    for name, digest in digests.items():
+        if name not in packed or read_quantized(reader, packed[name]).digest() != digest:
+            raise UserError(
+                f"{out}: '{name}' does not come back from the disk as it was solved; "
+                "do not use this folder, check the disk, and begin anew with --restart"
+            )
 
 
 def _check_module(

@@ -5,6 +5,7 @@ While it is made it is a folder `<out>.partial` beside OUT:
     journal.json     what was asked, and which files are complete
     lock             held by the one run that writes here; the system frees it when that run dies
     parts/           one safetensors file per part (the tensors of one decoder block, say)
+    scratch/         what a run has put aside for itself; nothing that a later one could use
     checkpoint/      what OUT will be, filled by `finish`
     replaced/        the old OUT, between the last two renames of a run with overwrite
 
@@ -31,13 +32,13 @@ from torch import Tensor
 from llmquant.checkpoints.durable import TEMPORARY_SUFFIX, disk_errors, make_folder, sync_folder, write_atomically
 from llmquant.checkpoints.header import TensorInfo, build_header, layout_order, read_header
 from llmquant.checkpoints.journal import JOURNAL_FILE, FileRecord, Journal, Plan, as_json, differences
-from llmquant.checkpoints.manifest import MANIFEST_FILE, build_manifest
+from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES, build_manifest
 from llmquant.checkpoints.reader import INDEX_FILE, SINGLE_FILE, file_sha256, read_tensor, tensor_chunks
 from llmquant.errors import UserError
 from llmquant.spec import Options
 
 MAX_SHARD_BYTES = Options().max_shard_bytes
-LOCK_FILE, PARTS, CHECKPOINT, REPLACED = "lock", "parts", "checkpoint", "replaced"
+LOCK_FILE, PARTS, SCRATCH, CHECKPOINT, REPLACED = "lock", "parts", "scratch", "checkpoint", "replaced"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,11 @@ class PartialCheckpoint:
         _remove_if_empty(self.folder)
         self.close()
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for what only this run needs; it may be made. It goes when the run ends, or when the next begins."""
+        return self.folder / SCRATCH
+
     # --- parts -------------------------------------------------------------------------------------------------------
 
     @property
@@ -179,7 +185,17 @@ class PartialCheckpoint:
 
     # --- finishing ---------------------------------------------------------------------------------------------------
 
-    def finish(
+    def finish(self, part_order: Sequence[str], extra_files: Mapping[str, bytes], **options: Any) -> None:
+        """`assemble` and `publish`."""
+        self.assemble(part_order, extra_files, **options)
+        self.publish()
+
+    def complete(self) -> None:
+        """Does what is left of `finish`, from the journal alone."""
+        self._assemble()
+        self.publish()
+
+    def assemble(
         self,
         part_order: Sequence[str],
         extra_files: Mapping[str, bytes],
@@ -187,29 +203,34 @@ class PartialCheckpoint:
         manifest: Mapping[str, Any] | None = None,
         metadata: Mapping[str, str] | None = None,
         max_shard_bytes: int = MAX_SHARD_BYTES,
-    ) -> None:
-        """Turns the parts, in this order, into OUT; extra_files (config.json, tokenizer) go beside the shards.
+    ) -> Path:
+        """Turns the parts, in this order, into the folder that `publish` will make OUT, and gives it.
 
-        A part is split only if it is larger than a shard may be. May be called again after it died.
+        extra_files (config.json, tokenizer) go beside the shards. A part is split only if it is larger than a shard
+        may be. May be called again after it died. `REPORT_FILES` may be added to the folder, and nothing else.
         """
         if not self.is_finishing:
             self._begin_finishing(
                 part_order, extra_files, manifest or {}, metadata or {"format": "pt"}, max_shard_bytes
             )
-        self.complete()
+        return self._assemble()
 
-    def complete(self) -> None:
-        """Does what is left of `finish`, from the journal alone."""
-        plan = self._plan
+    def publish(self) -> None:
+        """OUT appears, in place of what was there, and nothing else is left."""
         if not self.is_finished:
-            for shard in plan.shards:
-                if shard not in self._journal.shards:
-                    self._write_shard(shard)
-                self._remove_consumed_parts()
-            self._write_index()
-            self._write_manifest()
             self._publish()
         self.discard()
+
+    def _assemble(self) -> Path:
+        if self.is_finished:
+            return self.out
+        for shard in self._plan.shards:
+            if shard not in self._journal.shards:
+                self._write_shard(shard)
+            self._remove_consumed_parts()
+        self._write_index()
+        self._write_manifest()
+        return self.folder / CHECKPOINT
 
     def _begin_finishing(
         self,
@@ -287,7 +308,8 @@ class PartialCheckpoint:
         files = dict(self._journal.shards)
         for file in checkpoint.rglob("*"):
             name = file.relative_to(checkpoint).as_posix()
-            if file.is_file() and name not in files and name != MANIFEST_FILE and not name.endswith(TEMPORARY_SUFFIX):
+            unlisted = name in (MANIFEST_FILE, *REPORT_FILES) or name.endswith(TEMPORARY_SUFFIX)
+            if file.is_file() and name not in files and not unlisted:
                 files[name] = FileRecord(bytes=file.stat().st_size, sha256=file_sha256(file))
         write_atomically(checkpoint / MANIFEST_FILE, [build_manifest(plan.manifest, files)])
 
@@ -340,7 +362,7 @@ class PartialCheckpoint:
         if self.discarded:
             journal.save()
         with disk_errors(self.folder):
-            for name in (CHECKPOINT, REPLACED):
+            for name in (SCRATCH, CHECKPOINT, REPLACED):
                 if (self.folder / name).exists():
                     shutil.rmtree(self.folder / name)
             known = {self._part_file(part) for part in journal.parts}
@@ -429,7 +451,7 @@ def _restore_replaced(out: Path, folder: Path) -> None:
 def _remove_contents(folder: Path) -> None:
     """Removes everything of ours but the lock; the journal last, because it tells that the rest is ours."""
     with disk_errors(folder):
-        for name in (PARTS, CHECKPOINT, REPLACED):
+        for name in (PARTS, SCRATCH, CHECKPOINT, REPLACED):
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
         for name in (JOURNAL_FILE + TEMPORARY_SUFFIX, JOURNAL_FILE):

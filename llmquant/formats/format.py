@@ -9,6 +9,7 @@ Letters: N out_features, K in_features, G groups of group_size columns (the last
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -230,12 +231,55 @@ def make_grid(bits: Any, group_size: Any, symmetric: Any, moving_groups: Any, wh
     return ModuleGrid(spec=spec, moving_groups=moving_groups)
 
 
+MAX_REPEATS = 6
+"""Repetitions without end in one alternative of a regular expression."""
+
+
 def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
-    """A regular expression from a file; UserError if it is not one."""
+    """A regular expression from a file; UserError if it is not one, or one that could match for ever."""
+    if runs_away(pattern):
+        raise UserError(
+            f"{where}: {pattern!r:.60} repeats a group, or has more than {MAX_REPEATS} repetitions in one alternative: "
+            "matching it could take for ever; write it without"
+        )
     try:
-        return re.compile(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a later version of Python may read otherwise
+            return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{where}: {pattern!r:.60} is not a regular expression ({error})") from None
+
+
+def runs_away(pattern: str) -> bool:
+    """Whether backtracking could take exponential time (a repeated group), or a high power of the name's length. The
+    names of linears need neither."""
+    if re.search(r"\(\?(#|[aiLmsu]*x)", pattern):
+        return True  # comments, which could hide what follows from the scan below
+    # Per open group: repetitions of the longest alternative so far, and of the one that is read.
+    longest, current = [0], [0]
+    in_set, previous = False, ""
+    characters = iter(pattern)
+    for character in characters:
+        if character == "\\":
+            next(characters, None)
+        elif in_set:
+            in_set = character != "]"
+        elif character == "[":
+            in_set = True
+        elif character == "(":
+            longest.append(0)
+            current.append(0)
+        elif character == "|":
+            longest[-1], current[-1] = max(longest[-1], current[-1]), 0
+        elif character == ")" and len(current) > 1:
+            inside = max(longest.pop(), current.pop())
+            current[-1] += inside
+        elif character in "*+{":
+            if previous == ")":
+                return True
+            current[-1] += 1
+        previous = character
+    return any(max(pair) > MAX_REPEATS for pair in zip(longest, current, strict=True))
 
 
 def string_list(value: Any, where: str) -> list[str]:

@@ -43,6 +43,7 @@ from llmquant.formats.format import (
     num_features,
     string_list,
 )
+from llmquant.formats.fused import with_fused_names
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -174,9 +175,10 @@ def config(
     """The `quantization_config`.
 
     specs has every linear of the model, None for one that stays in 16 bit. What differs from the default goes into
-    `dynamic`, as one regular expression per treatment. An engine that fuses linears looks the fused name up, so specs
-    may have those names too.
+    `dynamic`, as one regular expression per treatment. An engine that fuses linears looks the fused name up, so those
+    names are in it too.
     """
+    specs = with_fused_names(specs)
     lm_heads = {name: spec for name, spec in specs.items() if _is_lm_head(name)}
     result: dict[str, Any] = {
         "quant_method": "gptq",

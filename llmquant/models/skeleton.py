@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llmquant.errors import UserError
+from llmquant.errors import UserError, first_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,10 +34,9 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a local checkpoint, refused when it is not a causal language model."""
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever transformers stumbles over in a file that anybody may have written
         raise UserError(
-            f"{path}/config.json: transformers cannot read it ({reason}); is it a supported model?"
+            f"{path}/config.json: transformers cannot read it ({first_words(error)}); is it a supported model?"
         ) from error
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -58,6 +57,16 @@ def _generates_text(architecture: str) -> bool:
     return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
+def check_size(config: Any, reader: CheckpointReader) -> None:
+    """UserError when a config asks for more decoder blocks than the checkpoint has tensors, before they are built."""
+    num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(num_blocks, int) and num_blocks > len(reader.tensors):
+        raise UserError(
+            f"{reader.path / 'config.json'}: num_hidden_layers {num_blocks}, but the checkpoint has "
+            f"{len(reader.tensors)} tensors; the checkpoint and its config do not belong together"
+        )
+
+
 def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
     """The dtype most bytes of the checkpoint are stored in: the one to keep. The config's where it has none."""
     bytes_of: dict[torch.dtype, int] = {}
@@ -69,11 +78,22 @@ def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
     return config.dtype or torch.float32
 
 
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: float16 products are emulated on processors; float32 gives the same numbers, faster."""
+    return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
+
+
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a config: parameters on meta in dtype, computed buffers real, in eval mode."""
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.tie_weights()
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        model.tie_weights()
+    except Exception as error:  # sizes that contradict each other fail in as many ways as there are models
+        raise UserError(
+            f"config.json: transformers cannot build the model it describes ({type(error).__name__}: "
+            f"{first_words(error)}); restore or download it again"
+        ) from error
     return model.eval().requires_grad_(False)
 
 
@@ -122,6 +142,8 @@ class Skeleton:
     device: torch.device
     dtype: torch.dtype
     """The dtype the network computes in."""
+    computed: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    """Values, by parameter name, that are no tensor of the checkpoint and are computed whenever they are loaded."""
     _empty: dict[str, nn.Parameter] = field(default_factory=dict)
 
     @classmethod
@@ -129,6 +151,7 @@ class Skeleton:
         cls, reader: CheckpointReader, config: Any, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
     ) -> Skeleton:
         """Build the module tree and move its computed buffers to the device."""
+        check_size(config, reader)
         model = build_empty(config, dtype, trust_remote_code)
         for module in model.modules():
             for key, buffer in module._buffers.items():
@@ -158,6 +181,8 @@ class Skeleton:
             name = f"{prefix}.{key}" if prefix else key
             if replacements is not None and name in replacements:
                 value = replacements[name]
+            elif name in self.computed:
+                value = self.computed[name]()
             elif name in self.names:
                 value = self.reader.read(self.names[name])
             elif isinstance(tensor, nn.Parameter):

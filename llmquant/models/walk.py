@@ -6,8 +6,10 @@ masks, position embeddings, per-layer arguments and whatever else happens betwee
 one pass is enough: when all sequences wait in front of a linear, its input statistics are complete, it is quantized,
 and they go on from there with its new weight. Only one greenlet runs at a time, always in the same order.
 
-Each sequence can walk twice, in lockstep: as `quantized`, through the blocks as they are stored, and as `original`,
-through the weights of the checkpoint. The originals pass each linear before its weight is replaced.
+Each sequence can walk twice: as `quantized`, through the blocks as they are stored, and as `original`, through the
+weights of the checkpoint. The two come to a stage one sequence after the other, when it is asked for. An original goes
+on at once from a linear that writes to the residual stream, and waits in front of the others: so, of what a sublayer
+holds on its way, there is little at a time. The weights that it still needs are lent to the block while it runs.
 
 Letters: S sequences, L tokens of a sequence, T tokens, K in_features.
 """
@@ -15,7 +17,7 @@ Letters: S sequences, L tokens of a sequence, T tokens, K in_features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +27,11 @@ from torch import Tensor, nn
 from llmquant.memory import give_back
 from llmquant.models.blocks import BlockPlan, find_blocks, first_tensor, watch
 from llmquant.models.skeleton import Skeleton
+from llmquant.models.spill import Kept, Spill
 
 SEQUENCES_BETWEEN_TRIMS = 8
+SEQUENCES_AT_ONCE = 4
+"""Arrivals that the caller of `Walk.stages` keeps at a time, to add up their statistics together."""
 END = -1
 """`Sequence.block` of a sequence that has left the last block."""
 
@@ -34,18 +39,20 @@ END = -1
 class Sequence(greenlet):
     """One sequence on its way through the network."""
 
-    def __init__(self, run: Callable[[], Any]) -> None:
+    def __init__(self, run: Callable[[], Any], is_original: bool) -> None:
         super().__init__(run)
+        self.is_original = is_original
         self.block: int | None = None
         """Index of the block it is in or waits in front of; END behind the last one; None before the first."""
         self.call: tuple[tuple, dict] = ((), {})
-        """What the block it waits in front of was called with."""
+        """What the block it waits in front of was called with; behind the last one, what that gave."""
         self.stage = END
         """Index of the last stage of that block it has come to."""
         self.x: Tensor | None = None
         """The input of the stage it waits in front of; None when it does not wait in front of one."""
         self.streams: dict[str, Tensor] = {}
         """Inputs of modules that are sources of a residual stream, by module name within the block."""
+        self.kept = Kept()
 
     def go_on(self) -> None:
         """Run until the next pause."""
@@ -62,6 +69,8 @@ class Sequence(greenlet):
 class Arrival:
     """One sequence in front of a stage."""
 
+    sample: int
+    """Which sequence it is."""
     x_TK: Tensor
     """Its input in the quantized network."""
     original_x_TK: Tensor | None
@@ -71,27 +80,41 @@ class Arrival:
 
 
 class Walk:
-    """A set of sequences in front of the network; call `enter`, then `stages`, block after block."""
+    """A set of sequences in front of the network; call `enter`, then `stages`, block after block.
 
-    def __init__(self, skeleton: Skeleton, tokens_SL: Tensor, *, with_original: bool) -> None:
+    to_the_end: behind the last block, `outcome` lets a sequence go on through the head. spill: where activations go
+    that do not fit in memory. first_sample: the number of the first of the sequences.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens_SL: Tensor,
+        *,
+        with_original: bool,
+        to_the_end: bool = False,
+        spill: Spill | None = None,
+        first_sample: int = 0,
+    ) -> None:
         self.skeleton = skeleton
+        self._spill, self._first_sample = spill, first_sample
         _, self.block_names = find_blocks(skeleton.model)
         self._blocks = [skeleton.model.get_submodule(name) for name in self.block_names]
-        # The network without its head: nothing behind the last block is run.
-        self._network = skeleton.model.base_model
-        self.quantized = [self._start(tokens_L) for tokens_L in tokens_SL]
-        self.original = [self._start(tokens_L) for tokens_L in tokens_SL] if with_original else []
+        # Without its head where that is not asked for: nothing behind the last block is run then.
+        self._network = skeleton.model if to_the_end else skeleton.model.base_model
+        self.quantized = [self._start(tokens_L, False) for tokens_L in tokens_SL]
+        self.original = [self._start(tokens_L, True) for tokens_L in tokens_SL] if with_original else []
         self._handles: list[Any] = []
-        self._own: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-        self._pending: list[Sequence] = []
+        self._own: dict[str, nn.Parameter] = {}
+        """Parameters that the originals walk through, by name within the block, where it holds others by now."""
         self._outside = self._hook_outside()
         for index, block in enumerate(self._blocks):
             self._handles.append(block.register_forward_pre_hook(self._at_door(index), with_kwargs=True))
         self._handles.append(self._blocks[-1].register_forward_hook(self._behind_last))
 
-    def _start(self, tokens_L: Tensor) -> Sequence:
+    def _start(self, tokens_L: Tensor, is_original: bool) -> Sequence:
         tokens = tokens_L[None].to(self.skeleton.device)
-        return Sequence(lambda: self._network(input_ids=tokens, use_cache=False))
+        return Sequence(lambda: self._network(input_ids=tokens, use_cache=False), is_original)
 
     def __enter__(self) -> Walk:
         return self
@@ -100,13 +123,16 @@ class Walk:
         self.close()
 
     def close(self) -> None:
-        """End every sequence and take the hooks away."""
+        """End every sequence, take the hooks away, and give back the weights outside the blocks."""
         for sequence in (*self.quantized, *self.original):
             if sequence and not sequence.dead:
                 sequence.throw()
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._drop_outside()
+        if self._spill is not None:
+            self._spill.close()
 
     # --- between blocks ----------------------------------------------------------------------------------------------
 
@@ -120,6 +146,16 @@ class Walk:
     def leave(self, index: int) -> None:
         """Give back the weights of a block that every sequence has left."""
         self.skeleton.drop(self.block_names[index])
+
+    def cross(self, index: int) -> None:
+        """Bring every sequence behind block `index`, which must be next, on its weights as they are loaded."""
+        self.enter(index)
+        self._advance([*self.original, *self.quantized])
+        self.leave(index)
+
+    def outcome(self, number: int) -> Any:
+        """Behind the last block: let one sequence run to its end; gives what the network returns."""
+        return self.quantized[number].switch()
 
     def pass_through(self, index: int, replacements: Mapping[str, Tensor]) -> None:
         """Walk through a finished block: the originals with the checkpoint's weights, the others with replacements."""
@@ -142,29 +178,36 @@ class Walk:
         sequence = getcurrent()
         if isinstance(sequence, Sequence):
             sequence.block = END
+            sequence.call = (output if isinstance(output, tuple) else (output,), {})
             sequence.pause()
+            sequence.call = ((), {})
 
     # --- inside a block ----------------------------------------------------------------------------------------------
 
     def plan(self, index: int) -> BlockPlan:
         """Watch one sequence run the block that all of them stand in front of."""
-        args, kwargs = self.quantized[0].call
+        ((args, kwargs),) = self.calls(1)
         return watch(self._blocks[index], lambda: self._blocks[index](*args, **kwargs))
+
+    def calls(self, count: int) -> list[tuple[tuple, dict]]:
+        """What the first sequences call the block with that all of them stand in front of."""
+        if self._spill is not None:
+            for sequence in self.quantized[:count]:
+                self._spill.fetch(sequence.kept)
+        return [sequence.call for sequence in self.quantized[:count]]
 
     def stages(
         self, index: int, plan: BlockPlan, own: Mapping[str, nn.Parameter] | None = None
-    ) -> Iterator[tuple[int, list[Arrival]]]:
-        """Lead all sequences through a block; yields (stage index, arrivals) each time one's input is complete.
+    ) -> Iterator[tuple[int, Iterator[Arrival]]]:
+        """Lead all sequences through a block, stage by stage: yields (stage index, arrivals).
 
         own: parameters of the checkpoint by name within the block, where the block now holds others: the original
-        network walks through these. Before asking for the next stage, the caller calls `release_originals` and then
-        replaces this one's weights.
+        network walks through these. The caller goes through the arrivals, keeping few of them (they come as they
+        are asked for, and there is none where no sequence comes by), then replaces the weights of the stage's linears,
+        then asks for the next stage.
         """
         block = self._blocks[index]
-        self._own = []
-        for name, parameter in (own or {}).items():
-            owner, _, leaf = name.rpartition(".")
-            self._own.append((block.get_submodule(owner)._parameters, leaf, parameter))
+        self._own = dict(own or {})
         handles = []
         for number, stage in enumerate(plan.stages):
             for name in stage.linears:
@@ -178,58 +221,98 @@ class Walk:
         try:
             for sequence in (*self.original, *self.quantized):
                 sequence.streams = {"": tensor} if (tensor := first_tensor(*sequence.call)) is not None else {}
-            with self._own_parameters():
-                self._advance(self.original)
-            self._advance(self.quantized)
-            while waiting := [sequence for sequence in self.quantized if sequence.x is not None]:
-                number = min(sequence.stage for sequence in waiting)
-                self._pending = [s for s in self.original if s.x is not None and s.stage == number]
-                yield number, list(self._arrivals(number, plan.stages[number].residual_source))
-                self.release_originals()
-                self._advance([sequence for sequence in waiting if sequence.stage == number])
+            for number, stage in enumerate(plan.stages):
+                # The weights that the caller is about to replace.
+                replaced = {
+                    f"{name}.weight": weight
+                    for name in (stage.linears if self.original else ())
+                    if isinstance(weight := block.get_submodule(name).weight, nn.Parameter)
+                }
+                yield number, self._arrivals(index, number, plan)
+                self._own = replaced | self._own
+            for count, sequence in enumerate((*self.quantized, *self.original)):
+                if count % SEQUENCES_BETWEEN_TRIMS == 0:
+                    give_back()
+                self._lead(sequence, index, len(plan.stages))
+            self._own = {}
         finally:
             for handle in handles:
                 handle.remove()
 
-    def release_originals(self) -> None:
-        """Let the original network's sequences pass the stage, which still has its original weights."""
-        with self._own_parameters():
-            self._advance(self._pending)
-        self._pending = []
+    def _lead(self, sequence: Sequence, index: int, number: int) -> None:
+        """Lead a sequence to a stage of a block, or out of it, unless it is there or farther."""
+        with self._own_parameters(self._blocks[index]) if sequence.is_original else nullcontext():
+            while sequence.block == index and sequence.stage < number:
+                self._go_on(sequence)
 
     @contextmanager
-    def _own_parameters(self) -> Iterator[None]:
+    def _own_parameters(self, block: nn.Module) -> Iterator[None]:
         """Lend the block the parameters that the original network walks through."""
-        present = [parameters[leaf] for parameters, leaf, _ in self._own]
-        for parameters, leaf, own in self._own:
+        present = []
+        for name, own in self._own.items():
+            owner, _, leaf = name.rpartition(".")
+            parameters = block.get_submodule(owner)._parameters
+            present.append((parameters, leaf, parameters[leaf]))
             parameters[leaf] = own
         try:
             yield
         finally:
-            for (parameters, leaf, _), parameter in zip(self._own, present, strict=True):
+            for parameters, leaf, parameter in present:
                 parameters[leaf] = parameter
 
     def _advance(self, sequences: list[Sequence]) -> None:
         for count, sequence in enumerate(sequences):
             if count % SEQUENCES_BETWEEN_TRIMS == 0:
                 give_back()
-            sequence.go_on()
+            self._go_on(sequence)
 
-    def _arrivals(self, number: int, source: str | None) -> Iterator[Arrival]:
+    def _go_on(self, sequence: Sequence) -> None:
+        with self._running(sequence):
+            sequence.go_on()
+        if self._spill is not None:
+            self._spill.settle(sequence.kept)
+
+    def _running(self, sequence: Sequence | None) -> AbstractContextManager[None]:
+        """Around all that computes with the tensors of sequences; what is made inside belongs to this one, if any."""
+        return nullcontext() if self._spill is None else self._spill.running(sequence.kept if sequence else None)
+
+    def _arrivals(self, index: int, number: int, plan: BlockPlan) -> Iterator[Arrival]:
+        source = plan.stages[number].residual_source
+        goes_on = source is not None or number == len(plan.stages) - 1
         originals: list[Sequence | None] = list(self.original) or [None] * len(self.quantized)
-        for sequence, original in zip(self.quantized, originals, strict=True):
+        for sample, (sequence, original) in enumerate(zip(self.quantized, originals, strict=True)):
+            if sample % SEQUENCES_BETWEEN_TRIMS == 0:
+                give_back()
+            self._lead(sequence, index, number)
+            if original is not None:
+                self._lead(original, index, number)
             if sequence.x is None or sequence.stage != number:
                 continue
-            x_TK = sequence.x.flatten(0, -2)
-            original_x_TK = gap_TR = None
-            if original is not None and original.x is not None and original.stage == number:
-                if original.x.shape == sequence.x.shape:
-                    original_x_TK = original.x.flatten(0, -2)
-                if source is not None and source in sequence.streams and source in original.streams:
-                    here, there = sequence.streams[source], original.streams[source]
-                    if here.shape == there.shape and here.shape[:-1] == sequence.x.shape[:-1]:
-                        gap_TR = (there - here).flatten(0, -2)
-            yield Arrival(x_TK, original_x_TK, gap_TR)
+            with self._running(None):
+                arrival = self._arrival(self._first_sample + sample, sequence, original, source)
+            if self._spill is not None:
+                self._spill.settle(sequence.kept)
+                if original is not None:
+                    self._spill.settle(original.kept)
+            yield arrival
+            del arrival
+            if original is not None and goes_on:
+                self._lead(original, index, number + 1)
+
+    def _arrival(self, sample: int, sequence: Sequence, original: Sequence | None, source: str | None) -> Arrival:
+        # What goes to the disk is emptied in place: a copy remains.
+        copied = (lambda x: x.clone()) if self._spill is not None else (lambda x: x)
+        assert sequence.x is not None
+        x_TK = copied(sequence.x.flatten(0, -2))
+        original_x_TK = gap_TR = None
+        if original is not None and original.x is not None and original.stage == sequence.stage:
+            if original.x.shape == sequence.x.shape:
+                original_x_TK = copied(original.x.flatten(0, -2))
+            if source is not None and source in sequence.streams and source in original.streams:
+                here, there = sequence.streams[source], original.streams[source]
+                if here.shape == there.shape and here.shape[:-1] == sequence.x.shape[:-1]:
+                    gap_TR = (there - here).flatten(0, -2)
+        return Arrival(sample, x_TK, original_x_TK, gap_TR)
 
     def _at_stage(self, number: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -268,7 +351,8 @@ class Walk:
     def _fill(self, name: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
             if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                self.skeleton.load(name, recurse=False)
+                with nullcontext() if self._spill is None else self._spill.nobodys():
+                    self.skeleton.load(name, recurse=False)
 
         return hook
 

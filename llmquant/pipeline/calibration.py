@@ -1,10 +1,11 @@
 """The tokens that a quantization looks at: windows drawn from a text, and an account of what was used and what was not.
 
 The text is tokenized as a whole and cut into windows that do not overlap; `num_samples` of them are drawn at random,
-by a seed. Where the tokenizer starts a text with special tokens (a BOS), so does every window: the first token's large
+by a seed, and the next few of the draw are held out: the finished model is measured on text that it was not fitted
+to. Where the tokenizer starts a text with special tokens (a BOS), so does every window: the first token's large
 activations are part of what a model sees in use.
 
-Letters: S samples, L tokens of a sample.
+Letters: S samples, L tokens of a sample, W held-out windows.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 AUTO = "auto"
 """The default source: a broad one from the hub, or, where the hub cannot be reached, the one that is always there."""
 AUTO_PRESET = "c4"
+MIN_HELD_OUT, MAX_HELD_OUT, SAMPLES_PER_HELD_OUT = 2, 8, 32
+"""Windows held out: one for so many samples, so that measuring on them costs a few percent of the run; at least two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,8 @@ class CalibrationTokens:
 
     tokens_SL: Tensor
     """int64 [S, L]."""
+    held_out_WL: Tensor
+    """int64 [W, L], windows that are not among the samples; fewer than wanted, or none, where the text is too short."""
     source: str
     """Preset or path the text came from."""
     seed: int
@@ -56,7 +61,8 @@ class CalibrationTokens:
 
     def audit(self) -> dict[str, object]:
         """Everything but the tokens, as plain values."""
-        counts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "tokens_SL"}
+        tokens = ("tokens_SL", "held_out_WL")
+        counts = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in tokens}
         num_samples, seq_len = self.tokens_SL.shape
         return counts | {"incidents": list(self.incidents), "num_samples": num_samples, "seq_len": seq_len}
 
@@ -84,23 +90,29 @@ def calibration_tokens(
             f"{text_rows.source}: {len(tokens_T)} tokens make {available} samples of {seq_len}, and {num_samples} are "
             f"asked for; give a longer text, or use --samples {max(available, 1)} or a shorter --seq-len"
         )
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
-    drawn_SL = tokens_T[: available * window].view(available, window)[order]
-    prefix_SL = torch.tensor(prefix, dtype=torch.int64).expand(num_samples, len(prefix))
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    windows = tokens_T[: available * window].view(available, window)[order[: num_samples + num_held_out(num_samples)]]
+    windows = torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(len(windows), len(prefix)), windows], dim=1)
     texts = [row for row in text_rows.rows if row.strip()]
     return CalibrationTokens(
-        tokens_SL=torch.cat([prefix_SL, drawn_SL], dim=1),
+        tokens_SL=windows[:num_samples],
+        held_out_WL=windows[num_samples:],
         source=text_rows.source,
         seed=seed,
         num_rows=len(text_rows.rows),
         num_blank_rows=len(text_rows.rows) - len(texts),
         num_duplicate_rows=sum(count - 1 for count in Counter(texts).values()),
         num_tokens_available=len(tokens_T),
-        num_tokens_used=drawn_SL.numel(),
+        num_tokens_used=num_samples * window,
         num_windows_available=available,
         num_tokens_left_over=len(tokens_T) - available * window,
         incidents=incidents,
     )
+
+
+def num_held_out(num_samples: int) -> int:
+    """Windows to hold out beside so many samples."""
+    return min(max(num_samples // SAMPLES_PER_HELD_OUT, MIN_HELD_OUT), MAX_HELD_OUT)
 
 
 def is_local(source: str) -> bool:

@@ -7,22 +7,29 @@ the head) is one part too, copied piece by piece.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES
+from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream
 from llmquant.models.blocks import weight_as_NK
 from llmquant.models.skeleton import DTYPES
-from llmquant.pipeline.plan import LinearPlan, Plan, read_finite
+from llmquant.pipeline.plan import LinearPlan, Plan, check_finite, read_finite
 from llmquant.pipeline.report import ReportBuilder
-from llmquant.pipeline.solve import Solved
+from llmquant.pipeline.solve import Solved, Stored, solve_without_data
 
 # Files beside the weights that belong to the model: tokenizer, generation settings, licence; code only if it is used.
 KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+# What else says how weights are stored: ours, and AutoGPTQ's, AutoAWQ's and AutoRound's.
+STORAGE_FILES = (MANIFEST_FILE, *REPORT_FILES, "quantize_config.json", "quant_config.json", "quantization_config.json")
+OUTSIDE = "outside"
+"""The part of what belongs to no block."""
 
 
 def part_names(plan: Plan) -> list[str]:
@@ -41,16 +48,22 @@ def pack_part(
 
     folded: by name in the model, what replaces the checkpoint's values.
     """
-    tensors: dict[str, Tensor] = {}
+    tensors = packed_tensors(plan, linears, solved)
     replaced = {plan.skeleton.names[name]: value.to("cpu") for name, value in (folded or {}).items()}
     packed = {f"{linear.source}.weight" for linear in linears.values()}
     for name in plan.tensors_of_block(index):
         if name not in packed:
             tensors[name] = replaced[name] if name in replaced else converted(plan, read_finite(plan, name))
-    for name, linear in linears.items():
-        for suffix, tensor in plan.format.pack(solved[name].weight.to("cpu")).items():
-            tensors[f"{linear.source}.{suffix}"] = tensor
     return tensors
+
+
+def packed_tensors(plan: Plan, linears: Mapping[str, LinearPlan], solved: Mapping[str, Solved]) -> dict[str, Tensor]:
+    """Quantized linears as they are stored, by the names of the tensors."""
+    return {
+        f"{linear.source}.{suffix}": tensor
+        for name, linear in linears.items()
+        for suffix, tensor in plan.format.pack(solved[name].weight.to("cpu")).items()
+    }
 
 
 def unpack_part(plan: Plan, linears: Mapping[str, LinearPlan], tensors: Mapping[str, Tensor]) -> dict[str, Solved]:
@@ -90,34 +103,70 @@ def converted(plan: Plan, tensor: Tensor) -> Tensor:
 
 
 def write_outside(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder) -> None:
-    """Copy the tensors that belong to no block, one after the other: embeddings, the last norm, the head."""
-    if partial.has_part("outside"):
-        return
+    """Copy the tensors that belong to no block, one after the other: embeddings, the last norm, the head.
 
-    def pieces(name: str) -> Callable[[], Iterable[memoryview]]:
+    A linear among them that an override quantizes is rounded to nearest: what it reads is known only when the last
+    block is done, and by then this part is written.
+    """
+    if partial.has_part(OUTSIDE):
+        report.recall(partial.part_note(OUTSIDE))
+        return
+    linears = plan.outside
+    solved = {}
+    for name, linear in linears.items():
+        with report.timed("solving"):
+            solved[name] = round_alone(plan, linear)
+        report.linear(linear, solved[name])
+        if plan.recipe.needs_data:
+            report.remark(name, "outside the decoder blocks: rounded to nearest, without calibration")
+
+    def pieces(name: str, dtype: torch.dtype) -> Callable[[], Iterable[memoryview]]:
         def read() -> Iterable[memoryview]:
-            tensor = converted(plan, read_finite(plan, name)).contiguous()
-            yield tensor.view(-1).view(torch.uint8).numpy().data
+            for piece in plan.reader.chunks(name):
+                tensor_P = torch.frombuffer(piece, dtype=dtype)
+                check_finite(plan, name, tensor_P)
+                yield converted(plan, tensor_P).view(torch.uint8).numpy().data
 
         return read
 
     with report.timed("writing"):
-        streams = {}
+        streams: dict[str, Tensor | TensorStream] = {**packed_tensors(plan, linears, solved)}
+        replaced = {f"{linear.source}.weight" for linear in linears.values()}
         for name, info in plan.tensors_outside().items():
+            if name in replaced:
+                continue
             dtype = plan.dtype if info.dtype in DTYPES.values() else info.dtype
-            streams[name] = TensorStream(dtype=dtype, shape=tuple(info.shape), chunks=pieces(name))
-        partial.add_part("outside", streams)
+            streams[name] = TensorStream(dtype=dtype, shape=tuple(info.shape), chunks=pieces(name, info.dtype))
+        partial.add_part(OUTSIDE, streams, report.note(linears.values()))
+
+
+def round_alone(plan: Plan, linear: LinearPlan) -> Solved:
+    """A linear's own weight, read from the checkpoint and rounded to nearest."""
+    weight = read_finite(plan, f"{linear.source}.weight")
+    weight_NK = weight_as_NK(plan.skeleton.model.get_submodule(linear.name), weight)
+    return solve_without_data(weight_NK, linear.grid, stored_numbers(plan))
+
+
+def stored_numbers(plan: Plan) -> Stored:
+    """How the format of a run wants its numbers."""
+    return Stored(plan.scale_dtype, plan.format.min_zero)
+
+
+def files_beside(reader: CheckpointReader) -> dict[str, bytes]:
+    """The files of a checkpoint that belong to the model and say nothing about how its weights are stored."""
+    files = {}
+    for file in sorted(reader.path.iterdir()):
+        kept = file.suffix in KEPT_SUFFIXES or file.name in KEPT_NAMES
+        if kept and file.is_file() and not file.name.endswith(".index.json") and file.name not in STORAGE_FILES:
+            files[file.name] = file.read_bytes()
+    if reader.config.get("auto_map"):
+        files |= {file.name: file.read_bytes() for file in sorted(reader.path.glob("*.py"))}
+    return files
 
 
 def extra_files(plan: Plan) -> dict[str, bytes]:
     """Everything of OUT that is not weights."""
-    files = {}
-    for file in sorted(plan.path.iterdir()):
-        kept = file.suffix in KEPT_SUFFIXES or file.name in KEPT_NAMES
-        if kept and file.is_file() and not file.name.endswith(".index.json"):
-            files[file.name] = file.read_bytes()
-    if plan.reader.config.get("auto_map"):
-        files |= {file.name: file.read_bytes() for file in sorted(plan.path.glob("*.py"))}
+    files = files_beside(plan.reader)
     quantization = quantization_config(plan)
     config = plan.reader.config | {"quantization_config": quantization}
     for key in ("dtype", "torch_dtype"):
@@ -130,10 +179,18 @@ def extra_files(plan: Plan) -> dict[str, bytes]:
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
-    """What config.json will say; UserError if the loaders of the format could not tell the linears apart."""
-    specs = {linear.source: linear.spec for linear in plan.linears}
+    """What config.json will say; UserError if the loaders of the format could not tell the linears apart.
+
+    Its default is the grid that most linears have: some loaders know no other.
+    """
+    uses = Counter(plan.skeleton.names.values())
+    # The head of a model that ties it has no tensor of its own to be named after.
+    specs = {
+        linear.source if uses[f"{linear.source}.weight"] == 1 else linear.name: linear.spec for linear in plan.linears
+    }
+    ((default, _),) = Counter(linear.grid for linear in plan.quantized).most_common(1)
     damping = {"damp_percent": plan.recipe.damping, "static_groups": True} if plan.recipe.compensates else {}
-    return plan.format.config(plan.recipe.spec, specs, meta=damping)
+    return plan.format.config(default, specs, meta=damping)
 
 
 def as_json_bytes(content: Any) -> bytes:

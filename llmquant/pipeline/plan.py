@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
-from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of
-from llmquant.models.skeleton import DTYPES, Skeleton, read_config, stored_dtype
+from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of, weight_of
+from llmquant.models.skeleton import DTYPES, Skeleton, compute_dtype, read_config, stored_dtype
+from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.names import kind_of
 from llmquant.spec import Options, QuantSpec, Recipe
 
@@ -30,8 +32,6 @@ AUTO = "auto"
 """The default format: gptq; compressed-tensors for an asymmetric grid, because gptq v1 cannot store zero-point 0."""
 STANDARD_GROUPS = (128, 64, 32)
 """Group sizes that every loader has kernels for, largest first."""
-RUNTIME_BYTES = 450 * 2**20
-"""Memory of Python, torch and transformers with nothing loaded, measured on Linux with the CPU build of torch."""
 
 
 @dataclass(frozen=True)
@@ -93,21 +93,28 @@ class Plan:
         """The linears that get a grid."""
         return [linear for linear in self.linears if linear.spec is not None]
 
+    @property
+    def outside(self) -> dict[str, LinearPlan]:
+        """The quantized linears that belong to no block, by full name: the head, where an override asks for it."""
+        blocks = tuple(f"{name}." for name in self.block_names)
+        return {linear.name: linear for linear in self.quantized if not linear.name.startswith(blocks)}
+
     def linears_of_block(self, index: int) -> dict[str, LinearPlan]:
         """The quantized linears of one block by their name within it."""
         prefix = self.block_names[index] + "."
         return {linear.name.removeprefix(prefix): linear for linear in self.quantized if linear.name.startswith(prefix)}
 
     def tensors_of_block(self, index: int) -> dict[str, TensorInfo]:
-        """The checkpoint's tensors that belong to one block, by name."""
+        """The checkpoint's tensors that belong to one block, by name, and in that order: not in that of the disk."""
         prefix = self.block_names[index] + "."
         wanted = {source for name, source in self.skeleton.names.items() if name.startswith(prefix)}
-        return {name: info for name, info in self.reader.tensors.items() if name in wanted}
+        return {name: info for name, info in sorted(self.reader.tensors.items()) if name in wanted}
 
     def tensors_outside(self) -> dict[str, TensorInfo]:
-        """The checkpoint's tensors that belong to no block: they are copied as they are."""
+        """The checkpoint's tensors that belong to no block: they are copied as they are, unless an override quantizes
+        one."""
         inside = {name for index in range(len(self.block_names)) for name in self.tensors_of_block(index)}
-        return {name: info for name, info in self.reader.tensors.items() if name not in inside}
+        return {name: info for name, info in sorted(self.reader.tensors.items()) if name not in inside}
 
     @property
     def bits_per_weight(self) -> float:
@@ -131,31 +138,6 @@ class Plan:
         shapes = self.format.tensor_shapes(linear.grid, linear.out_features, linear.in_features, self.scale_dtype)
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
 
-    @property
-    def peak_bytes(self) -> int:
-        """Predicted peak of the process: the runtime, the largest block, the solver's matrices, and the activations."""
-        block = max(
-            sum(math.prod(info.shape) for info in self.tensors_of_block(index).values()) * self.skeleton.dtype.itemsize
-            for index in range(len(self.block_names))
-        )
-        widest = max(linear.in_features for linear in self.linears_of_block(0).values() or self.quantized)
-        largest = max(linear.in_features * linear.out_features for linear in self.quantized)
-        solver = 10 * 4 * largest
-        if not self.recipe.needs_data:
-            return RUNTIME_BYTES + block + solver
-        solver += 6 * 8 * widest * widest
-        if self.recipe.smooths:
-            # The block once more in float32, twice, and the moments of all its inputs at a time.
-            inputs = sum(4 * linear.in_features**2 for linear in self.linears_of_block(0).values())
-            solver += 2 * block * 4 // self.skeleton.dtype.itemsize + inputs
-        hidden = self.config.get_text_config(decoder=True).hidden_size
-        streams = 2 if self.recipe.needs_original else 1
-        # Waiting in front of the widest linear, a sequence holds its embedding, the block's input, the stream between
-        # and that linear's input.
-        activations = streams * self.num_tokens * (3 * hidden + widest) * self.skeleton.dtype.itemsize
-        embedding = max((info.nbytes for info in self.tensors_outside().values()), default=0)
-        return RUNTIME_BYTES + max(2 * block + solver + activations, embedding + activations)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         linears = [
@@ -170,6 +152,7 @@ class Plan:
             }
             for linear in self.linears
         ]
+        footprint = footprint_of(self)
         return {
             "model": str(self.path),
             "recipe": asdict(self.recipe),
@@ -181,7 +164,8 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "original_bytes": self.reader.total_bytes,
             "output_bytes": self.output_bytes,
-            "peak_bytes": self.peak_bytes,
+            "peak_bytes": footprint.peak_bytes,
+            "spilled_bytes": footprint.spilled_bytes,
         }
 
 
@@ -189,7 +173,7 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     """Open a checkpoint and settle everything; UserError when the run cannot be done as asked."""
     format_name, dtype, seq_len = options.format, options.dtype, options.seq_len
     if format_name == AUTO:
-        format_name = "gptq" if recipe.spec.symmetric else "compressed-tensors"
+        format_name = "gptq" if recipe.is_symmetric else "compressed-tensors"
     if format_name not in FORMATS:
         raise UserError(f"format '{format_name}': not one of {', '.join(FORMATS)}; use --format gptq")
     if dtype != "auto" and dtype not in DTYPES:
@@ -201,9 +185,7 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     config = read_config(path, options.trust_remote_code)
     model_dtype = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
     device = device_of(options.device)
-    # float16 matrix products are emulated on processors; float32 gives the same numbers, faster.
-    compute = torch.float32 if device.type == "cpu" and model_dtype == torch.float16 else model_dtype
-    skeleton = Skeleton.open(reader, config, device, compute, options.trust_remote_code)
+    skeleton = Skeleton.open(reader, config, device, compute_dtype(model_dtype, device), options.trust_remote_code)
     if missing := skeleton.missing():
         raise UserError(
             f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such); the checkpoint is incomplete, "
@@ -237,24 +219,41 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
 def _plan_linears(
     skeleton: Skeleton, block_names: list[str], recipe: Recipe, format: Format, scale_dtype: torch.dtype
 ) -> Iterator[LinearPlan]:
-    unmatched = set(recipe.skip)
+    unmatched, unheard = set(recipe.skip), set(recipe.overrides)
+    uses = Counter(skeleton.names.values())
+    blocks = tuple(f"{name}." for name in block_names)
     for name, linear in linears_of(skeleton.model).items():
         out_features, in_features = linear_shape(linear)
         source = skeleton.names[f"{name}.weight"].removesuffix(".weight")
         spec: QuantSpec | None = None
         patterns = [pattern for pattern in recipe.skip if fnmatchcase(name, pattern)]
         unmatched -= set(patterns)
+        overrides = recipe.overrides_of(name)
+        unheard -= set(overrides)
+        wanted = recipe.spec_of(name)
         if patterns:
             reason = f"--skip '{patterns[0]}'"
-        elif not any(name.startswith(f"{block}.") for block in block_names):
+        elif wanted is None:
+            reason = str(overrides[-1])
+        elif not name.startswith(blocks) and not overrides:
             reason = "outside the decoder blocks"
         else:
-            spec, reason = _fit(recipe.spec, format, out_features, in_features, scale_dtype)
+            if uses[f"{source}.weight"] > 1:
+                reason = f"shares its weight '{source}.weight' with another module, which needs it in 16 bit"
+            else:
+                spec, reason = _fit(wanted, format, out_features, in_features, scale_dtype)
+            if spec is None and overrides:
+                raise UserError(f"{name}: {overrides[-1]}: {reason} (--skip '{name}' leaves it in 16 bit)")
         yield LinearPlan(name, source, out_features, in_features, spec, reason)
     if unmatched:
         raise UserError(
             f"skip pattern '{min(unmatched)}': matches no linear; patterns are matched against full names, "
             "such as '*.down_proj'"
+        )
+    if unheard:
+        raise UserError(
+            f"override pattern '{min(override.pattern for override in unheard)}': matches no linear; patterns are "
+            "matched against full names, such as '*.down_proj'"
         )
 
 
@@ -267,7 +266,7 @@ def _fit(
         return spec, ""
     wanted = spec.group_size if spec.group_size != -1 else in_features
     for group_size in STANDARD_GROUPS:
-        smaller = QuantSpec(bits=spec.bits, group_size=group_size, symmetric=spec.symmetric)
+        smaller = replace(spec, group_size=group_size)
         fits = group_size < wanted and in_features % group_size == 0
         if fits and format.refuses(smaller, out_features, in_features, scale_dtype) is None:
             return smaller, f"group size {spec.group_size} -> {group_size}, because in_features is {in_features}"
@@ -281,19 +280,42 @@ def _fit(
 class DamagedWeights(UserError):
     """A weight holds NaN or inf: nothing that was made of this checkpoint is of use."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        super().__init__(
-            f"{path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again "
-            "(what this run had made of it is removed)"
-        )
+
+def damaged_weights(path: Path, name: str) -> DamagedWeights:
+    """The error that names a tensor."""
+    return DamagedWeights(
+        f"{path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again "
+        "(what this run had made of it is removed)"
+    )
 
 
 def read_finite(plan: Plan, name: str) -> Tensor:
     """A tensor of the checkpoint; UserError when it holds NaN or inf."""
     tensor = plan.reader.read(name)
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise DamagedWeights(plan.path, name)
+    check_finite(plan, name, tensor)
     return tensor
+
+
+def check_tokens(plan: Plan, tokens_SL: Tensor) -> None:
+    """UserError when the tokenizer makes ids that the model has no embedding for."""
+    vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
+    largest = int(tokens_SL.max())
+    if largest >= vocabulary:
+        raise UserError(
+            f"{plan.path}: the tokenizer makes token {largest}, the model has {vocabulary}; "
+            "the tokenizer's files are those of another model"
+        )
+
+
+def check_finite(plan: Plan, name: str, tensor: Tensor) -> None:
+    """UserError when a tensor of the checkpoint, or a piece of it, holds NaN or inf. Takes no memory of its size."""
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not all_finite(tensor):
+        raise damaged_weights(plan.path, name)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or inf. Takes no memory of the tensor's size, as isfinite would."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 def free_bytes(out: Path) -> int:
@@ -302,11 +324,12 @@ def free_bytes(out: Path) -> int:
 
 
 def disk_bytes(plan: Plan, out: Path) -> int:
-    """Space that a run still needs: what it writes, once more the shard that is being put together from its parts, less
-    what an earlier run has left to continue from."""
+    """Space that a run still needs: what it writes, once more the shard that is being put together from its parts,
+    activations that do not fit in memory, less what an earlier run has left to continue from."""
     partial = out.with_name(out.name + ".partial")
     there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
-    return max(plan.output_bytes + min(plan.output_bytes, plan.options.max_shard_bytes) - there, 0)
+    shard = min(plan.output_bytes, plan.options.max_shard_bytes)
+    return max(plan.output_bytes + shard + footprint_of(plan).spilled_bytes - there, 0)
 
 
 def check_disk(plan: Plan, out: Path) -> None:

@@ -1,7 +1,8 @@
 """The main job: one loop over the decoder blocks.
 
     plan -> calibration tokens -> for each block: walk in, gather statistics, solve, put the result back, walk on,
-    pack, write -> the tensors that stay as they are, config and tokenizer files -> atomic finish -> report
+    pack, write -> the tensors that stay as they are, config and tokenizer files -> reopen, compare with the original on
+    held-out text, report -> atomic finish
 
 At any time the memory holds one block, its statistics, and the activations of the calibration text. What a run has
 finished is on the disk; a run that died is continued by the same command: finished blocks are read back and walked
@@ -11,46 +12,69 @@ through, which restores the activations bit for bit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import partial as partial_call
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from llmquant import __version__
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, read_quantized
-from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.manifest import REPORT_HTML
 from llmquant.checkpoints.writer import PartialCheckpoint, check_out
-from llmquant.errors import UserError
+from llmquant.errors import UserError, first_words
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.models.blocks import BlockPlan, weight_as_NK, weight_of
-from llmquant.models.walk import Arrival, Walk
+from llmquant.models.blocks import weight_of
+from llmquant.models.spill import Spill
+from llmquant.models.walk import SEQUENCES_AT_ONCE, Arrival, Walk
+from llmquant.pipeline.budget import ALLOCATION, choose, grids_in, provisional, with_grids
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
+from llmquant.pipeline.footprint import footprint_of
+from llmquant.pipeline.page import write_page
 from llmquant.pipeline.parts import (
+    OUTSIDE,
     extra_files,
     pack_part,
     part_names,
     put_back,
     quantization_config,
     replacements,
+    round_alone,
+    stored_numbers,
     unpack_part,
     write_outside,
 )
-from llmquant.pipeline.plan import DamagedWeights, LinearPlan, Plan, check_disk, make_plan, read_finite
-from llmquant.pipeline.report import Report, ReportBuilder
-from llmquant.pipeline.smoothing import Folded, Smoother
-from llmquant.pipeline.solve import Solved, Stored, solve_stage, solve_without_data
+from llmquant.pipeline.plan import (
+    DamagedWeights,
+    LinearPlan,
+    Plan,
+    all_finite,
+    check_disk,
+    check_tokens,
+    damaged_weights,
+    make_plan,
+    read_finite,
+)
+from llmquant.pipeline.ranks import Ranks, lane_of
+from llmquant.pipeline.report import Report, ReportBuilder, input_peaks, read_report
+from llmquant.pipeline.samples import samples
+from llmquant.pipeline.smoothing import SEARCH_SEQUENCES, Folded, Smoother, put_folded
+from llmquant.pipeline.solve import Solved, solve_stage, solve_without_data
+from llmquant.pipeline.targets import check_targets
+from llmquant.pipeline.verify import Verification, held_out, verify_codes, verify_text
 from llmquant.spec import Options, Recipe
 
 OnStep = Callable[[int, int, str, float | None], None]
 """(blocks finished, blocks in all, what is being done, relative error of the last solved linears)."""
 
-SEQUENCES_AT_ONCE = 4
-"""Sequences whose statistics are added together."""
+SENSITIVITY = "sensitivity"
+"""The step that comes before the blocks where grids are chosen."""
 
 
 def quantize(
@@ -59,26 +83,59 @@ def quantize(
     recipe: Recipe | None = None,
     options: Options | None = None,
     on_step: OnStep | None = None,
+    *,
+    command: str = "",
 ) -> Report:
     """Quantize a checkpoint (a local folder or hub id) into the folder OUT, which does not exist until it is complete.
 
+    command: what was typed, for the report.
     Raises UserError for whatever the user can mend; a run that was begun is then continued by the same call.
     """
-    out, options, step = Path(out), options or Options(), on_step or (lambda *_: None)
-    plan = prepare(model, out, recipe or Recipe(), options)
+    ranks = Ranks.join()
+    with ranks.leading():
+        return _quantize(
+            str(model),
+            Path(out),
+            recipe or Recipe(),
+            ranks.options(options or Options()),
+            (ranks.is_first and on_step) or (lambda *_: None),
+            command,
+            ranks,
+        )
+
+
+def _quantize(
+    model: str, out: Path, recipe: Recipe, options: Options, step: OnStep, command: str, ranks: Ranks
+) -> Report:
+    with ranks.together():
+        plan = (
+            prepare(model, out, recipe, options) if ranks.is_first else make_plan(resolve_model(model), recipe, options)
+        )
     total = len(plan.block_names)
-    builder = ReportBuilder(plan)
+    builder = ReportBuilder(plan, model, command)
     tokens = None
     if plan.recipe.needs_data:
         step(0, total, "calibration text", None)
         with builder.timed("calibration text"):
-            tokens = draw_tokens(plan)
+            tokens = ranks.share(lambda: draw_tokens(plan))
+            give_back()
         builder.calibration(tokens)
-        check_tokens(plan, tokens)
+        with ranks.together():
+            check_tokens(plan, tokens.tokens_SL)
+    if not ranks.is_first:
+        walks, grids = ranks.share(lambda: (False, None))  # what `share_course` says on the first
+        if grids is not None:
+            plan = with_grids(plan, grids)
+        if tokens is not None and walks:
+            with torch.no_grad():
+                walk_and_quantize(plan, tokens, None, builder, step, ranks)
+        return ranks.share(lambda: read_report(out))
     step(0, total, "hashing the checkpoint", None)
     with builder.timed("hashing"):
         request = describe_request(plan, tokens)
     with PartialCheckpoint.open(out, request, restart=options.restart, overwrite=options.overwrite) as partial:
+        plan = settle(plan, tokens, partial, builder, step)
+        parts = [OUTSIDE, *([ALLOCATION] if plan.recipe.has_budget else []), *part_names(plan)]
         if not partial.is_finishing:
             for part in partial.discarded:
                 builder.incident(part, "damaged since it was written: made again")
@@ -86,51 +143,106 @@ def quantize(
                 with torch.no_grad():
                     write_outside(plan, partial, builder)
                     if tokens is None:
+                        share_course(ranks, partial, plan, walks=False)
                         quantize_without_data(plan, partial, builder, step)
                     else:
-                        walk_and_quantize(plan, tokens, partial, builder, step)
+                        share_course(ranks, partial, plan, walks=True)
+                        walk_and_quantize(plan, tokens, partial, builder, step, ranks)
             except DamagedWeights:
                 # The hash of the damaged file is part of the request: a mended checkpoint could not go on from here.
                 partial.discard()
                 raise
-            step(total, total, "finishing", None)
-            with builder.timed("finishing"):
-                partial.finish(
-                    ["outside", *part_names(plan)],
-                    extra_files(plan),
-                    manifest={"request": request},
-                    max_shard_bytes=options.max_shard_bytes,
-                )
         else:
-            for part in part_names(plan):
+            share_course(ranks, partial, plan, walks=False)
+            for part in parts:
                 builder.recall(partial.part_note(part))
-            partial.complete()
-    step(total, total, "verifying", None)
-    with builder.timed("verifying"):
-        verify_codes(out, plan, builder)
-    return builder.finish(out)
-
-
-def verify_codes(out: Path, plan: Plan, report: ReportBuilder) -> None:
-    """Reopen OUT as any reader would and compare every packed linear with what was solved; UserError if one differs."""
-    reader = CheckpointReader(out)
-    parsed = parsed_quantization(reader)
-    packed = {} if parsed is None else find_quantized_modules(reader, parsed)
-    solved = {linear.name: linear.digest for linear in report.linears}
-    for linear in plan.quantized:
-        found = packed.get(linear.source)
-        if found is None or read_quantized(reader, found).digest() != solved[linear.name]:
-            raise UserError(
-                f"{out}: '{linear.source}' does not come back from the disk as it was solved; "
-                "do not use this checkpoint, check the disk, and quantize again with --overwrite"
+        step(total, total, "finishing", None)
+        with builder.timed("finishing"):
+            folder = partial.assemble(
+                parts,
+                extra_files(plan),
+                manifest={"request": request},
+                max_shard_bytes=options.max_shard_bytes,
             )
+        check(folder, out, plan, tokens, builder, step)
+        partial.publish()
+    return ranks.share(lambda: read_report(out))
+
+
+def share_course(ranks: Ranks, partial: PartialCheckpoint, plan: Plan, *, walks: bool) -> None:
+    """Tell the other ranks whether they are to walk, and on which grids where those were chosen to a budget."""
+    chosen = partial.part_note(ALLOCATION)["allocation"] if plan.recipe.has_budget else None
+    ranks.share(lambda: (walks, None if chosen is None else grids_in(chosen)))
+
+
+def settle(
+    plan: Plan, tokens: CalibrationTokens | None, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep
+) -> Plan:
+    """The plan with its grids chosen to the budget, where there is one; chosen once, also if the run is continued."""
+    if not plan.recipe.has_budget:
+        return plan
+    assert tokens is not None
+    total = len(plan.block_names)
+    if not partial.has_part(ALLOCATION):
+        try:
+            with report.timed("sensitivity"):
+                chosen = choose(plan, tokens.tokens_SL, lambda index, what: on_step(0, total, SENSITIVITY, None))
+        except DamagedWeights:
+            partial.discard()
+            raise
+        partial.add_part(ALLOCATION, {}, {"allocation": chosen})
+    chosen = partial.part_note(ALLOCATION)["allocation"]
+    plan = with_grids(plan, grids_in(chosen))
+    check_targets(plan)
+    quantization_config(plan)
+    report.settle(plan, chosen)
+    return plan
+
+
+def check(
+    folder: Path, out: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder, on_step: OnStep
+) -> None:
+    """What comes last: reopen the folder that becomes OUT, measure it, and put the report into it.
+
+    Raises UserError where a weight does not come back as it was solved.
+    """
+    total = len(plan.block_names)
+    on_step(total, total, "verifying", None)
+    with report.timed("verifying"):
+        verify_codes(folder, plan, {linear.name: linear.digest for linear in report.linears})
+        if plan.options.verify:
+            report.verification = measure(folder, plan, tokens, report)
+    if plan.options.verify:
+        on_step(total, total, "samples", None)
+        with report.timed("samples"):
+            report.samples = samples(folder, plan)
+    report.finish(folder, out).write(folder)
+    write_page(read_report(folder), folder / REPORT_HTML)
+
+
+def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder) -> Verification:
+    """The finished folder against the original, on held-out text; where that cannot be done, it is an incident."""
+    try:
+        text = held_out(plan, tokens)
+        measured = verify_text(folder, plan, text)
+    # No text, no memory for the head, a model that cannot run here: the checkpoint is finished and its codes are right.
+    except Exception as error:
+        report.incident("verification", f"not measured on text: {first_words(error)}")
+        return Verification(verdict="not measured", reason=first_words(error))
+    if text.note:
+        report.remark("verification", text.note)
+    return measured
 
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
     plan = make_plan(resolve_model(str(model)), recipe, options)
+    if recipe.has_budget:
+        plan = provisional(plan)
+    check_targets(plan)
     quantization_config(plan)
     check_out(out, options.overwrite)
+    footprint_of(plan).check()
     check_disk(plan, out)
     return plan
 
@@ -139,7 +251,7 @@ def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, op
     """What `quantize` would do; refuses what it would refuse. Reads no weight, and no text that would be fetched."""
     plan = prepare(model, Path(out), recipe or Recipe(), options or Options())
     if plan.recipe.needs_data and is_local(plan.options.calibration):
-        check_tokens(plan, draw_tokens(plan))
+        check_tokens(plan, draw_tokens(plan).tokens_SL)
     return plan
 
 
@@ -154,35 +266,69 @@ def draw_tokens(plan: Plan) -> CalibrationTokens:
 
 
 def walk_and_quantize(
-    plan: Plan, tokens: CalibrationTokens, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep
+    plan: Plan,
+    tokens: CalibrationTokens,
+    partial: PartialCheckpoint | None,
+    report: ReportBuilder,
+    on_step: OnStep,
+    ranks: Ranks,
 ) -> None:
-    """Quantize block after block on what the network makes of the calibration tokens."""
+    """Quantize block after block on what the network makes of the calibration tokens.
+
+    partial: where the first rank writes; None on the others.
+    """
     total = len(plan.block_names)
     smoother = Smoother(plan, report) if plan.recipe.smooths else None
-    with Walk(plan.skeleton, tokens.tokens_SL, with_original=plan.recipe.needs_original) as walk:
+    mine = ranks.samples(len(tokens.tokens_SL), SEARCH_SEQUENCES if plan.recipe.smooths else 1)
+    scratch = ranks.share(lambda: _here(partial).scratch)
+    budget_bytes, spill = footprint_of(plan).budget_bytes, None
+    if budget_bytes is not None:
+        report.remark("activations", "kept on the disk as far as they do not fit in memory (--max-memory)")
+        spill = Spill(scratch / f"rank-{ranks.rank}", budget_bytes)
+    with Walk(
+        plan.skeleton,
+        tokens.tokens_SL[mine.start : mine.stop],
+        with_original=plan.recipe.needs_original,
+        spill=spill,
+        first_sample=mine.start,
+    ) as walk:
         for index, part in enumerate(part_names(plan)):
             linears = plan.linears_of_block(index)
-            with report.timed("forward"):
+            with report.timed("forward"), ranks.together():
                 walk.enter(index)
-            if partial.has_part(part):
+            found = ranks.share(lambda part=part: _read_part(_here(partial), part))  # type: ignore[misc]
+            if found is not None:
                 on_step(index, total, "reading back", None)
-                stored, note = partial.read_part(part), partial.part_note(part)
+                stored, note = found
                 report.recall(note)
-                if smoother is not None:
+                if smoother is not None and ranks.is_first:
                     with report.timed("folding"):
                         smoother.learn(walk, index)
                 dense = replacements(plan, linears, unpack_part(plan, linears, stored))
                 for name in note["folded"]:
                     dense[name] = stored[plan.skeleton.names[name]]
-                with report.timed("forward"):
+                with report.timed("forward"), ranks.together():
                     walk.pass_through(index, dense)
             else:
-                solved, folded = quantize_block(plan, walk, index, linears, smoother, report, on_step)
-                with report.timed("writing"):
-                    note = report.note(linears.values()) | {"folded": sorted(folded)}
-                    partial.add_part(part, pack_part(plan, index, linears, solved, folded), note)
+                solved, folded = quantize_block(
+                    plan, walk, index, linears, smoother, report, on_step, ranks, len(tokens.tokens_SL)
+                )
+                if partial is not None:
+                    with report.timed("writing"):
+                        note = report.note(linears.values()) | {"folded": sorted(folded)}
+                        partial.add_part(part, pack_part(plan, index, linears, solved, folded), note)
             walk.leave(index)
     on_step(total, total, "done", None)
+
+
+def _here(partial: PartialCheckpoint | None) -> PartialCheckpoint:
+    assert partial is not None, "only the first rank reads and writes parts"
+    return partial
+
+
+def _read_part(partial: PartialCheckpoint, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """A part that an earlier run has finished, and its note."""
+    return (partial.read_part(part), partial.part_note(part)) if partial.has_part(part) else None
 
 
 def quantize_block(
@@ -193,54 +339,53 @@ def quantize_block(
     smoother: Smoother | None,
     report: ReportBuilder,
     on_step: OnStep,
+    ranks: Ranks,
+    num_samples: int,
 ) -> tuple[dict[str, Solved], dict[str, Tensor]]:
     """Solve the linears of one block, stage by stage; every sequence has left it afterwards.
+
+    num_samples: of all ranks together.
 
     Also the folded values of parameters that stay in 16 bit, by name in the model.
     """
     total = len(plan.block_names)
-    with report.timed("forward"):
+    with report.timed("forward"), ranks.together():
         block_plan = walk.plan(index)
     folded = Folded()
     if smoother is not None:
         on_step(index, total, "scales", None)
-        folded = smoother.smooth(walk, index, block_plan, linears)
-    left_over = set(linears) - {name for stage in block_plan.stages for name in stage.linears}
+        chosen = ranks.share(lambda: smoother.choose(walk, index, block_plan, linears))
+        folded = put_folded(plan, index, *chosen)
     solved: dict[str, Solved] = {}
-    stages = walk.stages(index, block_plan, folded.own)
-    while True:
-        on_step(index, total, "forward", None)
-        with report.timed("forward"):
-            arrived = next(stages, None)
-        if arrived is None:
-            break
-        number, arrivals = arrived
+    for number, arrivals in walk.stages(index, block_plan, folded.own):
         names = [name for name in block_plan.stages[number].linears if name in linears]
         if not names:
             continue
-        with report.timed("statistics"):
-            statistics = gather(plan, arrivals, block_plan, number, linears[names[0]], folded.scales.get(number))
-        del arrivals, arrived
+        on_step(index, total, "forward", None)
+        first = plan.skeleton.model.get_submodule(linears[names[0]].name)
+        writes = plan.recipe.needs_original and block_plan.stages[number].residual_source is not None
+        empty = partial_call(
+            InputStatistics,
+            linears[names[0]].in_features,
+            plan.skeleton.device,
+            writer_NK=weight_of(first) if writes else None,
+            scale_K=folded.scales.get(number),
+            exact=plan.recipe.exact_hessian,
+        )
+        arrivals = finite(plan, arrivals, index, names[0])
+        statistics = ranks.fold(lanes(plan.recipe, arrivals, num_samples, empty, report), empty)
+        if statistics.num_tokens == 0:
+            continue
         give_back()
-        with report.timed("forward"):
-            walk.release_originals()
         on_step(index, total, ", ".join(name.rpartition(".")[2] for name in names), None)
         with report.timed("solving"):
-            block = plan.skeleton.model.get_submodule(plan.block_names[index])
-            weights = {}
-            for name in names:
-                linear = block.get_submodule(name)
-                weights[name] = weight_of(linear)
-                if not torch.isfinite(weights[name]).all():
-                    raise DamagedWeights(plan.path, f"{linears[name].source}.weight")
-            specs = {name: linears[name].grid for name in names}
-            results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
-        for name, result in results.items():
-            report.linear(linears[name], result)
+            of_stage = {name: linears[name] for name in names}
+            results = ranks.share(partial_call(solve, plan, index, of_stage, statistics, report))
         solved |= results
         put_back(plan, linears, results)
+        give_back()
         on_step(index, total, "", sum(result.error for result in results.values()) / len(results))
-    for name in sorted(left_over):
+    for name in sorted(set(linears) - set(solved)):
         linear = plan.skeleton.model.get_submodule(linears[name].name)
         solved[name] = solve_without_data(weight_of(linear), linears[name].grid, stored_numbers(plan))
         why = "is called more than once per forward pass" if name in block_plan.repeated else "saw no calibration token"
@@ -254,33 +399,86 @@ def quantize_block(
     return solved, kept
 
 
-def gather(
-    plan: Plan,
-    arrivals: Iterable[Arrival],
-    block_plan: BlockPlan,
-    number: int,
-    linear: LinearPlan,
-    scale_K: Tensor | None,
-) -> InputStatistics:
-    """The statistics of one stage's input over all sequences.
+def solve(
+    plan: Plan, index: int, linears: Mapping[str, LinearPlan], statistics: InputStatistics, report: ReportBuilder
+) -> dict[str, Solved]:
+    """Solve the linears of one stage from the weights that the block holds; the results lie in main memory."""
+    block = plan.skeleton.model.get_submodule(plan.block_names[index])
+    weights = {name: weight_of(block.get_submodule(name)) for name in linears}
+    for name, weight_NK in weights.items():
+        if not all_finite(weight_NK):
+            raise damaged_weights(plan.path, f"{linears[name].source}.weight")
+    specs = {name: linear.grid for name, linear in linears.items()}
+    results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
+    peaks = input_peaks(statistics)
+    for name, result in results.items():
+        report.linear(linears[name], result, peaks)
+    # Other ranks have other devices.
+    return {name: replace(result, weight=result.weight.to("cpu")) for name, result in results.items()}
 
-    scale_K: what the input is divided by in the quantized network, and not in the original one.
+
+def lanes(
+    recipe: Recipe,
+    arrivals: Iterator[Arrival],
+    num_samples: int,
+    empty: Callable[[], InputStatistics],
+    report: ReportBuilder,
+) -> Iterator[InputStatistics]:
+    """The statistics of each lane of the samples (`ranks.py`) on its own, in order; the lanes are of either half."""
+    groups = groupby(arrivals, lambda arrival: lane_of(arrival.sample, num_samples))
+    while True:
+        with report.timed("forward"):
+            number, lane = next(groups, (0, None))
+        if lane is None:
+            return
+        statistics = empty()
+        statistics.half = number % 2
+        gather(recipe, lane, statistics, report)
+        yield statistics
+
+
+def gather(recipe: Recipe, arrivals: Iterator[Arrival], statistics: InputStatistics, report: ReportBuilder) -> None:
+    """Count one stage's input over all sequences, a few at a time; each is led there when it is asked for."""
+    while True:
+        with report.timed("forward"):
+            several = list(islice(arrivals, SEQUENCES_AT_ONCE))
+        if not several:
+            return
+        with report.timed("statistics"):
+            fields = zip(*(_counted(recipe, arrival) for arrival in several), strict=True)
+            xs, originals, gaps = ([part for part in field if part is not None] for field in fields)
+            if len(originals) in (0, len(xs)) and len(gaps) in (0, len(xs)):
+                statistics.add(torch.cat(xs), *(torch.cat(parts) if parts else None for parts in (originals, gaps)))
+            else:  # where the two networks part, some sequences have no counterpart
+                for arrival in several:
+                    statistics.add(*_counted(recipe, arrival))
+            del xs, originals, gaps, several
+
+
+def _counted(recipe: Recipe, arrival: Arrival) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What a recipe wants to know of a sequence."""
+    original_x_TK = arrival.original_x_TK if recipe.input_error_target else None
+    return arrival.x_TK, original_x_TK, arrival.residual_gap_TR if recipe.residual_target else None
+
+
+def finite(plan: Plan, arrivals: Iterable[Arrival], index: int, name: str) -> Iterator[Arrival]:
+    """The same arrivals; UserError at the first whose input is not finite.
+
+    Inputs that are finite and only too large to be squared pass; their Hessian is dealt with when it is solved.
     """
-    arrivals = list(arrivals)
-    drift = plan.recipe.input_error_target and all(arrival.original_x_TK is not None for arrival in arrivals)
-    gaps = plan.recipe.residual_target and all(arrival.residual_gap_TR is not None for arrival in arrivals)
-    width = linear.out_features if gaps and block_plan.stages[number].residual_source is not None else 0
-    statistics = InputStatistics(
-        linear.in_features, plan.skeleton.device, drift=drift, residual_width=width, scale_K=scale_K
-    )
-    for start in range(0, len(arrivals), SEQUENCES_AT_ONCE):
-        several = arrivals[start : start + SEQUENCES_AT_ONCE]
-        statistics.add(
-            torch.cat([arrival.x_TK for arrival in several]),
-            torch.cat([x for arrival in several if (x := arrival.original_x_TK) is not None]) if drift else None,
-            torch.cat([gap for arrival in several if (gap := arrival.residual_gap_TR) is not None]) if width else None,
-        )
-    return statistics
+    for arrival in arrivals:
+        for x_TK, network in ((arrival.x_TK, "quantized"), (arrival.original_x_TK, "original")):
+            if x_TK is not None and not all_finite(x_TK):
+                for tensor in plan.tensors_of_block(index):
+                    read_finite(plan, tensor)
+                dtype = str(plan.skeleton.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"{plan.path}: block {index}: NaN or inf in the input of '{name}' of the {network} network, in "
+                    f"calibration sample {arrival.sample}; the network overflows in {dtype} on this text: "
+                    "try --dtype bfloat16 or float32, with --restart"
+                )
+        yield arrival
+        del arrival, x_TK
 
 
 def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep) -> None:
@@ -295,29 +493,11 @@ def quantize_without_data(plan: Plan, partial: PartialCheckpoint, report: Report
         solved = {}
         for name, linear in linears.items():
             with report.timed("solving"):
-                weight = read_finite(plan, f"{linear.source}.weight")
-                weight_NK = weight_as_NK(plan.skeleton.model.get_submodule(linear.name), weight)
-                solved[name] = solve_without_data(weight_NK, linear.grid, stored_numbers(plan))
+                solved[name] = round_alone(plan, linear)
             report.linear(linear, solved[name])
         with report.timed("writing"):
             partial.add_part(part, pack_part(plan, index, linears, solved), report.note(linears.values()))
     on_step(total, total, "done", None)
-
-
-def stored_numbers(plan: Plan) -> Stored:
-    """How the format of a run wants its numbers."""
-    return Stored(plan.scale_dtype, plan.format.min_zero)
-
-
-def check_tokens(plan: Plan, tokens: CalibrationTokens) -> None:
-    """UserError when the tokenizer makes ids that the model has no embedding for."""
-    vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
-    largest = int(tokens.tokens_SL.max())
-    if largest >= vocabulary:
-        raise UserError(
-            f"{plan.path}: the tokenizer makes token {largest}, the model has {vocabulary}; "
-            "the tokenizer's files are those of another model"
-        )
 
 
 def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, Any]:
@@ -325,6 +505,7 @@ def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, 
     request: dict[str, Any] = {
         "llmquant": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "format": plan.format.name,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": plan.skeleton.device.type,

@@ -1,23 +1,56 @@
-"""What a run did: the error of every linear beside RTN's, what fell back, sizes, time and memory."""
+"""What a run did, as plain data: `quantize_report.json` inside OUT, and the `Report` it is read from and written to.
+
+The file holds one JSON object: the fields of `Report` by name, nested as the classes here and their docstrings say, and
+
+    schema   SCHEMA, the version of this description: raised when a field changes its meaning or goes. New fields may
+             come without; a reader takes what it knows.
+
+Numbers are plain: bytes, seconds, shares from 0 to 1, errors squared and relative, divergences in nats per token. What
+was not measured is null; nothing is NaN or infinite. Times and memory differ from run to run, so this file and the page
+that is made of it (`page.py`) are the two that a repeated run does not write to the same bytes, and neither has a hash
+in OUT's manifest.
+"""
 
 from __future__ import annotations
 
-import resource
-import sys
+import json
+import math
+import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
+from llmquant import __version__
+from llmquant.algorithms.statistics import InputStatistics
+from llmquant.checkpoints.durable import write_atomically
+from llmquant.checkpoints.header import parse_json
+from llmquant.checkpoints.manifest import REPORT_JSON, read_manifest
+from llmquant.errors import UserError
+from llmquant.memory import peak_resident_bytes
+from llmquant.pipeline.histograms import NUM_LINEARS, Histogram, histograms
 from llmquant.pipeline.plan import LinearPlan, Plan
+from llmquant.pipeline.samples import Sample
+from llmquant.pipeline.verify import Verification
 
 if TYPE_CHECKING:
     from llmquant.pipeline.calibration import CalibrationTokens
     from llmquant.pipeline.solve import Solved
+
+SCHEMA = 1
+LIBRARIES = ("torch", "transformers", "safetensors")
+"""Whose versions a report names, beside Python's and ours."""
+
+
+InputPeaks = tuple[float | None, float | None]
+"""`LinearReport.input_peak` and `unscaled_input_peak`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +67,10 @@ class LinearReport:
     """The same for plain round-to-nearest on the same grid."""
     digest: str
     """SHA-256 of its codes, scales and zero-points, with which the finished checkpoint is compared."""
+    input_peak: float | None = None
+    """Its loudest input channel against the middle one (root mean squares), as the quantized model sees them."""
+    unscaled_input_peak: float | None = None
+    """The same before AWQ divided the channels; None where it did not."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +85,22 @@ class Incident:
 class Report:
     """A finished run."""
 
+    model: str
+    """The original: folder or hub id."""
     out: Path
+    command: str
+    """What was typed; empty when the run was started from Python."""
+    finished: str
+    """Local date and time, ISO 8601."""
+    machine: str
+    """Processor or GPU."""
+    versions: dict[str, str]
+    """Of the software, by name."""
     recipe: dict[str, Any]
     format: str
+    dtype: str
+    """Of what is not quantized."""
+    verification: Verification
     linears: tuple[LinearReport, ...]
     kept: dict[str, str]
     """Linears in 16 bit, and why."""
@@ -64,14 +114,56 @@ class Report:
     """Stored bits per quantized weight."""
     seconds: dict[str, float]
     """Wall time of each step."""
+    memory: dict[str, int]
+    """Resident bytes of the process in each step: when it ended, or the peak of the process where that fell into it."""
     peak_bytes: int
     """Largest resident memory of the process."""
     peak_device_bytes: int
     """Largest memory allocated on the GPU; 0 without one."""
+    histograms: tuple[Histogram, ...]
+    """Of the linears with the largest errors, worst first."""
+    samples: tuple[Sample, ...]
+    samples_note: str
+    """Which samples were left out, and why; empty where none were."""
+    original_hashes: dict[str, str]
+    """SHA-256 of the original's config.json and weights, by file name."""
+    hashes: dict[str, str]
+    """SHA-256 of OUT's files."""
+    allocation: dict[str, Any] | None = None
+    """How grids were chosen to a budget, and the trade-off they were chosen from (`budget.choose`)."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self) | {"out": str(self.out)}
+        """Plain values, for JSON: the content of `quantize_report.json`."""
+        return {"schema": SCHEMA} | _plain(asdict(self) | {"out": str(self.out)})
+
+    def write(self, folder: Path) -> None:
+        """Put `quantize_report.json` into a folder."""
+        content = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomically(folder / REPORT_JSON, [content.encode() + b"\n"])
+
+
+def read_report(folder: Path) -> Report:
+    """The report inside OUT; UserError where there is none, or none that can be read."""
+    file = folder / REPORT_JSON
+    if not file.is_file():
+        raise UserError(f"{folder}: no {REPORT_JSON}; only `llmquant quantize` writes one, run it again")
+    content = parse_json(file.read_bytes(), str(file))
+    if content.get("schema") != SCHEMA:
+        raise UserError(
+            f"{file}: schema {content.get('schema')!r:.20}, and this llmquant reads {SCHEMA}; use the version that "
+            "wrote it"
+        )
+    try:
+        values = {field.name: content[field.name] for field in fields(Report)}
+        for name, kind in LISTS.items():
+            values[name] = tuple(_made(kind, entry) for entry in values[name])
+        values |= {"out": folder, "verification": _made(Verification, values["verification"])}
+        return Report(**values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: damaged ({error!r:.80}); quantize again") from None
+
+
+NOT_VERIFIED = Verification(verdict="not measured", reason="the run was told not to verify")
 
 
 @dataclass
@@ -79,11 +171,17 @@ class ReportBuilder:
     """Collects the report while the run goes on."""
 
     plan: Plan
+    model: str
+    command: str = ""
+    verification: Verification = NOT_VERIFIED
+    samples: tuple[tuple[Sample, ...], str] = ((), "no samples: the run was told not to verify")
     linears: list[LinearReport] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
     remarks: list[Incident] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     _calibration: CalibrationTokens | None = None
+    _allocation: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.plan.skeleton.device.type == "cuda":
@@ -92,25 +190,32 @@ class ReportBuilder:
         for linear in self.plan.linears:
             if linear.spec is not None and linear.reason:
                 self.incident(linear.name, linear.reason)
-            elif linear.spec is None and linear.name.startswith(inside) and not linear.reason.startswith("--skip"):
+            elif linear.spec is None and linear.name.startswith(inside) and not linear.reason.startswith("--"):
                 self.incident(linear.name, f"left in 16 bit: {linear.reason}")
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        """Add the time of what happens inside to one step."""
-        start = perf_counter()
+        """Add the time of what happens inside to one step, and note the memory."""
+        start, peak_before = perf_counter(), peak_resident_bytes()
         try:
             yield
         finally:
             if self.plan.skeleton.device.type == "cuda":
                 torch.cuda.synchronize(self.plan.skeleton.device)
             self.seconds[step] = self.seconds.get(step, 0.0) + perf_counter() - start
+            peak = peak_resident_bytes()
+            used = peak if peak > peak_before else psutil.Process().memory_info().rss
+            self.memory[step] = max(self.memory.get(step, 0), used)
 
     def calibration(self, tokens: CalibrationTokens) -> None:
         """Note where the calibration text came from."""
         self._calibration = tokens
         for incident in tokens.incidents:
             self.incident("calibration", incident)
+
+    def settle(self, plan: Plan, allocation: dict[str, Any]) -> None:
+        """Take over the plan whose grids were chosen to a budget, and how."""
+        self.plan, self._allocation = plan, allocation
 
     def incident(self, where: str, what: str) -> None:
         """Note something that did not go as asked."""
@@ -120,8 +225,8 @@ class ReportBuilder:
         """Note something worth knowing that is as it should be."""
         self.remarks.append(Incident(where, what))
 
-    def linear(self, linear: LinearPlan, solved: Solved) -> None:
-        """Note the result of one linear."""
+    def linear(self, linear: LinearPlan, solved: Solved, peaks: InputPeaks = (None, None)) -> None:
+        """Note the result of one linear; peaks: `input_peaks` of its input, where that is known."""
         assert linear.spec is not None
         self.linears.append(
             LinearReport(
@@ -132,6 +237,7 @@ class ReportBuilder:
                 solved.error,
                 solved.rtn_error,
                 solved.weight.digest(),
+                *peaks,
             )
         )
         for what in solved.incidents:
@@ -157,28 +263,90 @@ class ReportBuilder:
         self.incidents += [new for entry in note.get("incidents", []) if (new := Incident(**entry)) not in known]
         self.remarks += [Incident(**entry) for entry in note.get("remarks", [])]
 
-    def finish(self, out: Path) -> Report:
-        """The report of the finished run."""
+    def finish(self, folder: Path, out: Path) -> Report:
+        """The report of the run that has filled a folder, which becomes OUT."""
         device = self.plan.skeleton.device
+        worst = sorted(self.linears, key=lambda linear: -linear.error)[:NUM_LINEARS]
+        manifest = read_manifest(folder)
+        samples, samples_note = self.samples
         return Report(
+            model=self.model,
             out=out,
+            command=self.command,
+            finished=datetime.now().astimezone().isoformat(timespec="seconds"),
+            machine=torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+            versions={"llmquant": __version__, "python": platform.python_version()}
+            | {name: version(name) for name in LIBRARIES},
             recipe=asdict(self.plan.recipe),
             format=self.plan.format.name,
+            dtype=str(self.plan.dtype).removeprefix("torch."),
+            verification=self.verification,
             linears=tuple(self.linears),
             kept={linear.name: linear.reason for linear in self.plan.linears if linear.spec is None},
             incidents=tuple(self.incidents),
             remarks=tuple(self.remarks),
             calibration=None if self._calibration is None else self._calibration.audit(),
             original_bytes=self.plan.reader.total_bytes,
-            output_bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
+            output_bytes=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
             bits_per_weight=self.plan.bits_per_weight,
             seconds=self.seconds,
+            memory=self.memory,
             peak_bytes=peak_resident_bytes(),
             peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            histograms=histograms(folder, self.plan, [linear.name for linear in worst]),
+            samples=samples,
+            samples_note=samples_note,
+            original_hashes=manifest["request"]["model"],
+            hashes={name: record["sha256"] for name, record in manifest["files"].items()},
+            allocation=self._allocation,
         )
 
 
-def peak_resident_bytes() -> int:
-    """The largest resident memory this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+LISTS: dict[str, type] = {
+    "linears": LinearReport,
+    "incidents": Incident,
+    "remarks": Incident,
+    "histograms": Histogram,
+    "samples": Sample,
+}
+"""Fields of a report that are lists of other classes."""
+
+
+def _made(kind: type, values: dict[str, Any]) -> Any:
+    """An instance of a dataclass from JSON, the reverse of `_plain`; what it has no field for is left out."""
+    made = {}
+    for entry in fields(kind):
+        value = values[entry.name]
+        made[entry.name] = tuple(value) if isinstance(value, list) else value
+        if value is None and entry.type == "float":
+            made[entry.name] = math.nan
+    return kind(**made)
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts with null for numbers that JSON has no form for."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def input_peaks(statistics: InputStatistics) -> InputPeaks:
+    """`LinearReport.input_peak` and `unscaled_input_peak`."""
+    loudness_K = statistics.hessian_KK.diagonal().clamp(min=0).sqrt()
+    scale_K = statistics.scale_K
+    return _peak(loudness_K), None if scale_K is None else _peak(loudness_K * scale_K)
+
+
+def _peak(loudness_K: torch.Tensor) -> float:
+    return (loudness_K.max() / loudness_K.median().clamp(min=loudness_K.max() / 1e6).clamp(min=1e-30)).item()
+
+
+def processor_name() -> str:
+    """What the processor calls itself, and how many threads torch uses of it."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"

@@ -11,7 +11,7 @@ Letters: N out_features (of all linears of the stage together), K in_features.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from llmquant.algorithms.gptq import (
     gptq_round,
 )
 from llmquant.algorithms.refine import descend, refit_scales
-from llmquant.algorithms.statistics import InputStatistics
+from llmquant.algorithms.statistics import InputStatistics, output_errors
 from llmquant.algorithms.targets import corrected_target
 from llmquant.spec import QuantSpec, Recipe
 from llmquant.weight import QuantizedWeight
@@ -62,11 +62,25 @@ class Stored:
     min_zero: int = 0
 
 
+ROWS_AT_ONCE = 16384
+"""Rows that are rounded together without data: more than any linear of a block has, a part of a vocabulary."""
+
+
 def solve_without_data(weight_NK: Tensor, spec: QuantSpec, stored: Stored) -> Solved:
     """Plain RTN; its error is that of the weight itself."""
-    quantized = round_to_nearest(weight_NK, spec, stored.scale_dtype, stored.min_zero)
-    weight_NK = weight_NK.float()
-    error = ((quantized.dequantize() - weight_NK).square().sum() / weight_NK.square().sum().clamp(min=1e-30)).item()
+    pieces, lost, whole = [], 0.0, 0.0
+    for some_NK in weight_NK.split(ROWS_AT_ONCE):
+        piece = round_to_nearest(some_NK, spec, stored.scale_dtype, stored.min_zero)
+        lost += (piece.dequantize() - some_NK.float()).square().sum().item()
+        whole += some_NK.float().square().sum().item()
+        pieces.append(piece)
+    quantized = QuantizedWeight(
+        codes_NK=torch.cat([piece.codes_NK for piece in pieces]),
+        scale_NG=torch.cat([piece.scale_NG for piece in pieces]),
+        zero_NG=torch.cat([piece.zero_NG for piece in pieces]),
+        spec=spec,
+    )
+    error = lost / max(whole, 1e-30)
     return Solved(quantized, error, error)
 
 
@@ -79,10 +93,16 @@ def solve_stage(
 ) -> dict[str, Solved]:
     """Solve linears that read one input; weights are [N, K] each, by name."""
     hessian_KK = statistics.hessian_KK
+    if not torch.isfinite(hessian_KK).all():
+        told = ("the Hessian is not finite (inputs too large to be squared): rounded to nearest",)
+        return {
+            name: replace(solve_without_data(weight_NK, specs[name], stored), incidents=told)
+            for name, weight_NK in weights.items()
+        }
     factor = None
     if recipe.compensates:
         order_K = column_order(hessian_KK, recipe.activation_order)
-        factor = factor_inverse(hessian_KK, order_K, _ladder(recipe), scale_K=statistics.scale_K)
+        factor = factor_inverse(hessian_KK, order_K, damping_ladder(recipe), scale_K=statistics.scale_K)
     incidents: list[str] = []
     if factor is None and recipe.compensates:
         incidents.append("the Hessian could not be factored at any damping: rounded to nearest on searched ranges")
@@ -131,30 +151,29 @@ def _solve(
 ) -> _Result:
     importance_K = None
     if recipe.range_search == "hessian":
-        importance_K = hessian_KK.diagonal() + recipe.damping * damping_unit(hessian_KK, statistics.scale_K)
+        diagonal_K = hessian_KK.diagonal()
+        importance_K = diagonal_K + recipe.damping * damping_unit(diagonal_K, statistics.scale_K)
     elif recipe.range_search == "mse":
         importance_K = torch.ones_like(hessian_KK.diagonal())
 
     target_KN = weight_KN
-    if factor is not None:
-        residual_KN = statistics.residual_KR if recipe.residual_target else None
-        drift_KK = statistics.drift_KK if recipe.input_error_target else None
-        target_KN = corrected_target(weight_KN, factor, drift_KK, residual_KN)
+    if factor is not None and (moments_KN := statistics.moments_KN(weight_KN)):
+        target_KN, _ = corrected_target(weight_KN, factor, hessian_KK, moments_KN)
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
-        damped_KK = damped(hessian_KK, factor.damping, statistics.scale_K)
         for sweep in range(recipe.descent_sweeps):
+            damped_KK = damped(hessian_KK, factor.damping, statistics.scale_K)
             if sweep and recipe.refit_scales:
                 grid = refit_scales(target_KN, steps_KN, grid, damped_KK, spec, stored.scale_dtype)
             steps_KN = descend(target_KN, steps_KN, grid, damped_KK, spec)
     else:
         steps_KN = round_to_grid(target_KN, grid, spec)
-    error_N = _row_errors(values_on_grid(steps_KN, grid, spec) - target_KN, hessian_KK)
+    error_N = output_errors(values_on_grid(steps_KN, grid, spec) - target_KN, hessian_KK)
 
     rtn_grid = find_grid(weight_KN, None, spec, stored.scale_dtype, stored.min_zero)
     rtn_steps_KN = round_to_grid(weight_KN, rtn_grid, spec)
-    rtn_error_N = _row_errors(values_on_grid(rtn_steps_KN, rtn_grid, spec) - target_KN, hessian_KK)
+    rtn_error_N = output_errors(values_on_grid(rtn_steps_KN, rtn_grid, spec) - target_KN, hessian_KK)
     worse_N = rtn_error_N < error_N
     return _Result(
         steps_KN=torch.where(worse_N, rtn_steps_KN, steps_KN),
@@ -164,14 +183,10 @@ def _solve(
         ),
         error_N=torch.where(worse_N, rtn_error_N, error_N),
         rtn_error_N=rtn_error_N,
-        output_N=_row_errors(weight_KN, hessian_KK),
+        output_N=output_errors(weight_KN, hessian_KK),
     )
 
 
-def _row_errors(error_KN: Tensor, hessian_KK: Tensor) -> Tensor:
-    """Mean squared output error of each output over the calibration tokens, float32 [N]: diag(E^T H E)."""
-    return (error_KN * (hessian_KK @ error_KN)).sum(0)
-
-
-def _ladder(recipe: Recipe) -> tuple[float, ...]:
+def damping_ladder(recipe: Recipe) -> tuple[float, ...]:
+    """The dampings to try, the recipe's own first."""
     return (recipe.damping, *(step for step in DAMPING_LADDER if step > recipe.damping))

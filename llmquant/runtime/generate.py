@@ -36,6 +36,8 @@ class Sampling:
     """Draw from this many most likely tokens."""
     seed: int = 0
     """Of the draw: the same seed gives the same text."""
+    max_seconds: float | None = None
+    """Time after which a text is cut off; None for none."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -51,7 +53,7 @@ class Sampling:
 
     def changes(self) -> dict[str, Any]:
         """What it says differently from the checkpoint's own generation settings."""
-        length = {"max_new_tokens": self.max_new_tokens, "max_length": None}
+        length = {"max_new_tokens": self.max_new_tokens, "max_length": None, "max_time": self.max_seconds}
         if self.greedy or self.temperature == 0:
             return length | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         asked = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -130,30 +132,36 @@ def generate(
     sampling: Sampling | None = None,
     *,
     chat: bool = False,
+    compiled: bool = False,
     on_text: Callable[[str], None] | None = None,
 ) -> Generated:
     """Continue every prompt; several at once are padded on the left and run as one batch.
 
-    chat: each prompt is what a user says, put into the model's chat template. on_text: gets the text of a single prompt
-    piece by piece while it is made. Raises UserError for a prompt that is empty or too long.
+    chat: each prompt is what a user says, put into the model's chat template. compiled: decode with a cache of fixed
+    size through torch.compile and CUDA graphs; the first text waits for the compiler. on_text: gets the text of a
+    single prompt piece by piece while it is made. Raises UserError for a prompt that is empty or too long, and where
+    the model cannot be compiled.
     """
     sampling = sampling or Sampling()
     assert prompts and (on_text is None or len(prompts) == 1)
     rows = [_token_ids(tokenizer, prompt, chat) for prompt in prompts]
     longest = max(map(len, rows))
-    _check_length(model, longest, sampling.max_new_tokens)
+    check_length(model, longest, sampling.max_new_tokens)
     settings = copy.deepcopy(model.generation_config)
     settings.update(**sampling.changes())
+    if compiled:
+        _check_compiles(model)
+        # For a static cache on a GPU, transformers compiles the decoding step by itself.
+        settings.cache_implementation = "static"
     pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     settings.pad_token_id = pad
     tokens_SL = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
     mask_SL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    clock = _Clock(_Texts(tokenizer, on_text) if on_text is not None else None)
     devices = [model.device] if model.device.type == "cuda" else []
-    start = perf_counter()
-    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(sampling.seed)
-        output_SL = model.generate(tokens_SL, attention_mask=mask_SL, generation_config=settings, streamer=clock)
+        texts = _Texts(tokenizer, on_text) if on_text is not None else None
+        output_SL, prefill_seconds, decode_seconds = run_timed(model, tokens_SL, mask_SL, settings, texts)
     ends = settings.eos_token_id
     ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
     made = [_until_end(row[longest:].tolist(), ends) for row in output_SL]
@@ -161,9 +169,23 @@ def generate(
         texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row in made),
         num_prompt_tokens=sum(map(len, rows)),
         num_new_tokens=sum(map(len, made)),
-        prefill_seconds=clock.first - start,
-        decode_seconds=clock.last - clock.first,
+        prefill_seconds=prefill_seconds,
+        decode_seconds=decode_seconds,
     )
+
+
+def run_timed(
+    model: Any, tokens_SL: Tensor, mask_SL: Tensor, settings: Any, texts: TextStreamer | None = None
+) -> tuple[Tensor, float, float]:
+    """Tokens with what follows them [S, L + new], seconds until the first new token was there, and seconds from then.
+
+    settings: a transformers GenerationConfig. texts: gets the tokens as they come.
+    """
+    clock = _Clock(texts)
+    start = perf_counter()
+    with torch.inference_mode():
+        output_SL = model.generate(tokens_SL, attention_mask=mask_SL, generation_config=settings, streamer=clock)
+    return output_SL, clock.first - start, clock.last - clock.first
 
 
 def _token_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
@@ -181,7 +203,15 @@ def _token_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
     return ids
 
 
-def _check_length(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:
+def _check_compiles(model: Any) -> None:
+    if model.device.type != "cuda":
+        raise UserError("compile: is for GPUs, the model is on the CPU; leave out --compile")
+    if not getattr(model, "_can_compile_fullgraph", False):
+        raise UserError(f"compile: transformers cannot compile {type(model).__name__}; leave out --compile")
+
+
+def check_length(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    """UserError where prompt and text together are longer than the model's context."""
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context and num_prompt_tokens >= context:
         raise UserError(f"prompt: {num_prompt_tokens} tokens, and the model's context is {context}; shorten it")

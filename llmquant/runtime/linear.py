@@ -1,6 +1,6 @@
-"""`QuantizedLinear`: the module that stands where an `nn.Linear` stood.
+"""`QuantizedLinear`: the module that stands where an `nn.Linear` stood; and `PackedLinear`, for a head in 16 bit.
 
-It holds the weight in the layout of the backend that was chosen for it, made once at load. The layout is neither saved
+They hold the weight in the layout of the backend that was chosen for it, made once at load. The layout is neither saved
 (its buffers are not persistent: it depends on the processor) nor cast by `.to(dtype)` (its bits have a meaning).
 """
 
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmquant.errors import UserError
+from llmquant.kernels.cpu import multiply_dense, pack_dense
 from llmquant.kernels.dispatch import BACKENDS, choose_backend, matmul
 from llmquant.kernels.layout import LinearShape
 from llmquant.weight import QuantizedWeight
@@ -52,6 +54,15 @@ class QuantizedLinear(nn.Module):
         self.prepared = prepared
         for i, tensor in enumerate(prepared):
             self.register_buffer(f"prepared_{i}", tensor, persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles. What oneDNN packed can be neither: it travels as a plain tensor."""
+        plain = tuple(tensor.to_dense() if tensor.is_mkldnn else tensor for tensor in self.prepared)
+        return self.__dict__ | {"prepared": plain, "_buffers": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold(BACKENDS[self.backend_name].settle(self.prepared))
 
     @property
     def device(self) -> torch.device:
@@ -113,14 +124,57 @@ class QuantizedLinear(nn.Module):
         )
 
 
+class PackedLinear(nn.Module):
+    """An `nn.Linear` in bfloat16 on a CPU, its weight in the blocks that oneDNN multiplies: the same bits, sooner.
+
+    A plain linear brings its weight into them at every call, which for one row is most of the work.
+    """
+
+    packed: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        self.register_buffer("packed", pack_dense(linear.weight.detach()), persistent=False)
+        self.bias = linear.bias
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_buffers": {"packed": self.dequantize()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.packed = pack_dense(self.packed)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def weight(self) -> DenseWeight:
+        """As that of a `QuantizedLinear`."""
+        return DenseWeight(self)
+
+    def dequantize(self) -> Tensor:
+        """The weight [N, K] as a plain tensor."""
+        return self.packed.to_dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            return F.linear(x, self.dequantize(), self.bias)
+        return multiply_dense(x, self.packed, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
 class DenseWeight:
-    """Stands for the dense weight of a `QuantizedLinear`.
+    """Stands for the dense weight of a `QuantizedLinear` or `PackedLinear`.
 
     Some model code only peeks at `linear.weight.dtype` or `.device`: that stays free. Anything else (an attribute, a
     torch function) makes the dense tensor and uses that.
     """
 
-    def __init__(self, linear: QuantizedLinear) -> None:
+    def __init__(self, linear: QuantizedLinear | PackedLinear) -> None:
         self._linear = linear
 
     @property

@@ -6,18 +6,31 @@ go one by one from the shards to the device, so the peak is the quantized model 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from llmquant.checkpoints.quantized import parsed_quantization, read_quantized, validate_quantized
+from llmquant.checkpoints.quantized import (
+    QuantizedModule,
+    find_quantized_modules,
+    parsed_quantization,
+    read_quantized,
+)
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
+from llmquant.formats.format import ParsedQuantization
 from llmquant.hub import resolve_model
-from llmquant.models.blocks import device_of, linear_shape, linears_of
+from llmquant.kernels.cpu import multiplies_bfloat16
+from llmquant.memory import give_back
+from llmquant.models.blocks import device_of, is_linear, linear_shape
 from llmquant.models.skeleton import DTYPES, Skeleton, name_translator, read_config, stored_dtype
-from llmquant.runtime.linear import QuantizedLinear
+from llmquant.runtime.linear import PackedLinear, QuantizedLinear
+
+LINEARS_BETWEEN_TRIMS = 8
+"""What unpacking leaves behind goes back to the system this often; a trim takes about a millisecond."""
 
 
 def load(
@@ -45,32 +58,27 @@ def load(
     wanted = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
     skeleton = Skeleton.open(reader, config, target, wanted, trust_remote_code)
     if quantization is not None:
-        replace_linears(skeleton, backend)
+        replace_linears(skeleton, quantization, backend)
     elif backend != "auto":
         raise UserError(f"backend '{backend}': {path} is not quantized, its linears are torch's; use --backend auto")
     fill(skeleton)
     model = skeleton.model
+    if quantization is not None:
+        pack_head(model)
+        give_back()
     add_generation_config(model, reader.path)
     return model
 
 
-def replace_linears(skeleton: Skeleton, backend: str) -> None:
+def replace_linears(skeleton: Skeleton, quantization: ParsedQuantization, backend: str) -> None:
     """Put a QuantizedLinear where a packed linear is on disk; UserError where model and checkpoint disagree."""
     reader, model = skeleton.reader, skeleton.model
-    stored = validate_quantized(reader)
-    translate, linears = name_translator(model), linears_of(model)
-    for source, packed in stored.items():
-        name = (translate(f"{source}.weight") or source).removesuffix(".weight")
-        if name not in linears:
-            raise UserError(
-                f"{reader.path}: packed linear '{source}' is no linear of the model that config.json describes"
-            )
-        linear = model.get_submodule(name)
-        if linear_shape(linear) != (packed.out_features, packed.in_features):
-            raise UserError(
-                f"{reader.path}: '{source}' is packed as {[packed.out_features, packed.in_features]}, config.json "
-                f"makes it {list(linear_shape(linear))}; the checkpoint and its config do not belong together"
-            )
+    stored = find_quantized_modules(reader, quantization)
+    translate = name_translator(model)
+    for index, (source, packed) in enumerate(stored.items()):
+        if index % LINEARS_BETWEEN_TRIMS == 0:
+            give_back()
+        name, linear = linear_for(model, translate, reader, packed)
         bias = None
         if linear.bias is not None:
             bias = reader.read(f"{source}.bias")
@@ -79,6 +87,30 @@ def replace_linears(skeleton: Skeleton, backend: str) -> None:
         )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, replacement.eval())
+
+
+def linear_for(
+    model: Any, translate: Callable[[str], str | None], reader: CheckpointReader, packed: QuantizedModule
+) -> tuple[str, nn.Module]:
+    """Name and module of the linear that a packed one belongs to; UserError where model and checkpoint disagree.
+
+    translate: `name_translator(model)`.
+    """
+    name = (translate(f"{packed.name}.weight") or packed.name).removesuffix(".weight")
+    try:
+        linear = model.get_submodule(name)
+    except AttributeError:
+        linear = None
+    if linear is None or not is_linear(linear):
+        raise UserError(
+            f"{reader.path}: packed linear '{packed.name}' is no linear of the model that config.json describes"
+        )
+    if linear_shape(linear) != (packed.out_features, packed.in_features):
+        raise UserError(
+            f"{reader.path}: '{packed.name}' is packed as {[packed.out_features, packed.in_features]}, config.json "
+            f"makes it {list(linear_shape(linear))}; the checkpoint and its config do not belong together"
+        )
+    return name, linear
 
 
 def fill(skeleton: Skeleton) -> None:
@@ -107,6 +139,15 @@ def fill(skeleton: Skeleton) -> None:
             full = f"{name}.{leaf}" if name else leaf
             if buffer is not None and full in skeleton.names and leaf not in owner._non_persistent_buffers_set:
                 skeleton.put(full, owner, leaf, skeleton.reader.read(skeleton.names[full]))
+
+
+def pack_head(model: Any) -> None:
+    """On a CPU that multiplies bfloat16, bring the head into the layout it is read in: in a small model it is half the
+    bytes of a token. A head that is the embedding too is there twice from then on."""
+    head = model.get_output_embeddings()
+    fits = type(head) is nn.Linear and head.weight.device.type == "cpu" and head.weight.dtype == torch.bfloat16
+    if fits and multiplies_bfloat16():
+        model.set_output_embeddings(PackedLinear(head))
 
 
 def add_generation_config(model: Any, path: Path) -> None:

@@ -1,0 +1,101 @@
+"""What `llmquant bench` shows: a table, and the same as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from llmquant.console import _size, _table
+from llmquant.errors import UserError
+
+if TYPE_CHECKING:
+    from llmquant.runtime.bench import Bench, Run
+
+PLOT_SUFFIXES = (".svg", ".png", ".pdf")
+
+ACCENT, BESIDE, QUIET, INK, FAINT = "#0b7285", "#9cc3cb", "#d5dade", "#343a40", "#868e96"
+"""The first contender, the others, the original; words, and small print."""
+
+
+def print_bench(result: Bench) -> None:
+    """One line per contender; with an original, how many times as fast as that it is."""
+    table = _table()
+    table.add_column("model", overflow="fold")
+    table.add_column("kernel", no_wrap=True)
+    for heading in ("weights", "peak", "load", "prefill/s", "decode/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in result.runs:
+        peak = "" if run.peak_bytes is None else _size(run.peak_bytes)
+        table.add_row(
+            run.model,
+            run.kernel,
+            _size(run.weight_bytes),
+            peak,
+            f"{run.load_seconds:.1f} s",
+            _rate(run.prefill_tokens_per_second, result, "prefill_tokens_per_second", run),
+            _rate(run.decode_tokens_per_second, result, "decode_tokens_per_second", run),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(_conditions(result), style="dim")
+
+
+def _rate(rate: float, result: Bench, name: str, run: Run) -> str:
+    base = result.original
+    return f"{rate:.1f}" if base is None or run is base else f"{rate:.1f} ({rate / getattr(base, name):.2f}x)"
+
+
+def _conditions(result: Bench) -> str:
+    work = result.workload
+    prompts = "a prompt" if work.batch_size == 1 else f"{work.batch_size} prompts"
+    return (
+        f"tokens per second; {prompts} of {work.prompt_tokens} tokens, {work.new_tokens} new, median of "
+        f"{work.repeats}; {result.dtype} on {result.device}"
+    )
+
+
+def check_plot_path(path: Path) -> None:
+    """UserError where no picture can be written to path."""
+    if path.suffix not in PLOT_SUFFIXES:
+        raise UserError(f"{path}: a plot is one of {', '.join(PLOT_SUFFIXES)}; use --plot bench.svg")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: its folder does not exist; make it first")
+
+
+def plot_bench(result: Bench, path: Path) -> None:
+    """Draw decoding, prefill and memory as bars side by side, the original in grey."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    runs, base = result.runs, result.original
+    panels = [
+        ("decode, tokens/s", [run.decode_tokens_per_second for run in runs], True),
+        ("prefill, tokens/s", [run.prefill_tokens_per_second for run in runs], True),
+        ("weights in memory, MB", [run.weight_bytes / 1e6 for run in runs], False),
+    ]
+    labels = [f"{Path(run.model).name}\n{run.kernel}" for run in runs]
+    colours = [QUIET if run is base else ACCENT if run is runs[0] else BESIDE for run in runs]
+    figure = Figure(figsize=(10, 1 + 0.45 * len(runs)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True)
+    for axis, (title, values, is_rate) in zip(axes, panels, strict=True):
+        bars = axis.barh(range(len(runs)), values, color=colours, height=0.6)
+        numbers = [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values]
+        if is_rate and base is not None:
+            times = [f"  {value / values[-1]:.2f}x" for value in values[:-1]]
+            numbers = [number + more for number, more in zip(numbers, [*times, ""], strict=True)]
+        axis.bar_label(bars, labels=numbers, padding=4, color=INK, fontsize=9)
+        axis.set_title(title, loc="left", fontsize=10, color=INK)
+        axis.set_xlim(0, 1.4 * max(values))
+        axis.set_xticks([])
+        axis.tick_params(length=0, labelcolor=INK, labelsize=9)
+        axis.spines[:].set_visible(False)
+    axes[0].set_yticks(range(len(runs)), labels)
+    axes[0].invert_yaxis()
+    figure.supxlabel(_conditions(result), x=0.01, ha="left", fontsize=8, color=FAINT)
+    # Without the date and random names in it, the same figures give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": "llmquant"}):
+        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)

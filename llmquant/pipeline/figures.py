@@ -1,0 +1,123 @@
+"""The drawings of the report: small SVGs to stand in an HTML page, whose colours and fonts they take.
+
+matplotlib draws with stand-in colours, which become the page's CSS variables, so that one drawing serves light and
+dark. Text stays text, in the page's font. Each figure is small and scales with its box: side by side on a wide screen,
+one below the other on a phone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from io import StringIO
+from typing import Any
+
+WIDTH, HEIGHT = 2.6, 1.45
+"""Inches of a figure; a page shows it larger, text and all."""
+ACCENT, MUTED, LINE = "#030303", "#020202", "#040404"
+COLOURS = {ACCENT: "var(--accent)", MUTED: "var(--muted)", LINE: "var(--line)"}
+"""Stand-in -> what the page makes of it."""
+FONT_POINTS = 8.0
+MOST_BARS = 16
+
+
+def over_depth(
+    blocks: Sequence[int], ours: Sequence[float], beside: Sequence[float], limits: tuple[float, float], unit: str
+) -> str:
+    """Values of each block on a logarithmic axis: ours in the accent colour, beside in grey (empty: nothing beside).
+
+    unit: "%" for shares, "x" for factors.
+    """
+    figure, axes = _figure()
+    axes.set_yscale("log")
+    axes.set_ylim(limits)
+    _ticks(axes, limits, unit)
+    single = len(blocks) == 1
+    if len(beside):
+        axes.plot(blocks, beside, color=MUTED, linewidth=1, marker="o" if single else None, markersize=3)
+    axes.plot(blocks, ours, color=ACCENT, linewidth=1.6, marker="o" if single else None, markersize=3)
+    first, last = min(blocks), max(blocks)
+    axes.set_xlim(first - 0.5, last + 0.5) if single else axes.set_xlim(first, last)
+    axes.set_xticks(sorted({first, (first + last) // 2, last}))
+    return _svg(figure)
+
+
+def bars(counts: Sequence[int], left: str, right: str, *, logarithmic: bool) -> str:
+    """A histogram; left and right name the ends of its axis."""
+    figure, axes = _figure(height=0.95)
+    # One shape for many bars, which touch; a few stand apart.
+    if len(counts) > MOST_BARS:
+        axes.stairs(counts, [index - 0.5 for index in range(len(counts) + 1)], fill=True, color=ACCENT, linewidth=0)
+    else:
+        axes.bar(range(len(counts)), counts, width=0.86, color=ACCENT, linewidth=0)
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.set_ylim(0.6, max(counts) * 1.6)
+    axes.set_yticks([], minor=False)
+    axes.yaxis.set_minor_locator(_no_ticks())
+    axes.grid(visible=False)
+    axes.set_xlim(-0.6, len(counts) - 0.4)
+    axes.set_xticks([0, len(counts) - 1], labels=[left, right])
+    for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
+        label.set_horizontalalignment(side)
+    axes.set_position((0.02, 0.2, 0.96, 0.78))
+    return _svg(figure)
+
+
+def _figure(height: float = HEIGHT) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height))
+    figure.patch.set_visible(False)
+    axes = figure.add_axes((0.185, 0.155, 0.8, 0.8))
+    axes.patch.set_visible(False)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(LINE)
+    axes.tick_params(length=0, pad=4, colors=MUTED, labelsize=FONT_POINTS)
+    axes.set_axisbelow(True)
+    axes.grid(visible=True, axis="y", color=LINE, linewidth=0.6)
+    return figure, axes
+
+
+def _no_ticks() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _ticks(axes: Any, limits: tuple[float, float], unit: str) -> None:
+    """About four round values: 1, 3, 10, 30, …, or finer ones where the axis is short."""
+    low, high = limits
+    for steps in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
+        values = [step * 10.0**power for power in range(-12, 13) for step in steps]
+        inside = [value for value in values if low <= value <= high]
+        if len(inside) >= 3:
+            break
+    while len(inside) > 5:
+        inside = inside[::2]
+    labels = [f"{value * 100:.4g} %" if unit == "%" else f"{value:g}{unit}" for value in inside]
+    axes.set_yticks(inside, labels=labels)
+    axes.yaxis.set_minor_locator(_no_ticks())
+
+
+def _svg(figure: Any) -> str:
+    """The figure as an element of a page."""
+    from matplotlib import rc_context
+
+    out = StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "llmquant", "text.usetex": False}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # Its style sheet would hold for the whole page.
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' width="[^"]*pt"| height="[^"]*pt"| xmlns:xlink="[^"]*"| version="1.1"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    # The ids that nothing refers to would be there once for every figure of the page.
+    used = set(re.findall(r"(?:#|url\(#)([\w-]+)", svg))
+    svg = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", svg)
+    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
+    for colour, variable in COLOURS.items():
+        svg = svg.replace(colour, variable)
+    return re.sub(r"\s*\n\s*", "\n", svg)

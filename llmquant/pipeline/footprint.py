@@ -1,0 +1,194 @@
+"""How much memory a run will take, and how much of its activations has to go to the disk for it to fit.
+
+Counted from what the code holds at its widest moments, measured against real runs by `scripts/bench_memory`:
+
+    runtime       Python, torch, transformers and the tokenizer: what the process holds now, and the pages of torch's
+                  libraries that come in when it first computes
+    work          one block and its solution; what one sequence makes while it runs, times as many as run between two
+                  trims; and the wider of the statistics and the solver
+    activations   what all sequences keep while they wait
+
+Letters: K in_features, N out_features (of all linears of a stage together).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmquant.errors import UserError
+from llmquant.memory import peak_resident_bytes, resident_bytes
+from llmquant.models.blocks import weight_of
+from llmquant.models.walk import SEQUENCES_AT_ONCE, SEQUENCES_BETWEEN_TRIMS
+
+if TYPE_CHECKING:
+    from llmquant.pipeline.plan import LinearPlan, Plan
+
+LIBRARY_BYTES = 45 * 2**20
+"""Pages of torch's libraries that come in with the first products and factorizations, measured."""
+RTN_BYTES = 18
+"""Of a weight while it is rounded to nearest: its float32 copy, steps, their codes and temporaries."""
+FACTOR_BYTES, SOLVE_BYTES = 34, 16
+"""Of an element of the Hessian: while its inverse is factored in float64, and afterwards."""
+TARGET_BYTES = 44
+"""Of a weight while it is solved: target, grid search, steps, errors, each in float32, for GPTQ and for RTN."""
+MEASURED_TOKENS = 4096
+"""Calibration tokens that run for the sensitivities of linears (`sensitivity.py`), in whole sequences."""
+COMPARED_POSITIONS, COMPARED_BYTES = 64, 24
+"""Positions whose predictions are compared at a time (`verify.py`), and bytes of one prediction while it is."""
+PACKING_BYTES = 12
+"""Of a weight of the linear that is being packed into words."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory in bytes, by what needs it; on a GPU's run that of the GPU."""
+
+    runtime_bytes: int
+    work_bytes: int
+    activation_bytes: int
+    past_bytes: int
+    """Largest memory of the process so far: a peak cannot be lower."""
+    limit_bytes: int | None
+    """What `--max-memory` allows."""
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """Activations that may stay in memory; None where all may."""
+        if self.limit_bytes is None or self._needed_bytes <= self.limit_bytes:
+            return None
+        return max(self.limit_bytes - self.runtime_bytes - self.work_bytes, 0)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Activations that go to the disk."""
+        return 0 if self.budget_bytes is None else self.activation_bytes - self.budget_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """The predicted peak."""
+        return max(self._needed_bytes - self.spilled_bytes, self.past_bytes)
+
+    @property
+    def _needed_bytes(self) -> int:
+        return self.runtime_bytes + self.work_bytes + self.activation_bytes
+
+    def check(self) -> None:
+        """UserError where the run does not fit even with all activations on the disk."""
+        least = self.runtime_bytes + self.work_bytes
+        if self.limit_bytes is not None and least > self.limit_bytes:
+            raise UserError(
+                f"max_memory {self.limit_bytes / 1e9:.2f} GB: the largest block and the solver need "
+                f"{least / 1e9:.2f} GB with all activations on the disk; use --max-memory {least / 1e9 + 0.05:.1f}GB"
+            )
+
+
+def footprint_of(plan: Plan) -> Footprint:
+    """The memory of a run, from the shapes of its model and the process as it is now."""
+    on_device = plan.skeleton.device.type != "cpu"
+    blocks = range(len(plan.block_names))
+    outside = max((math.prod(info.shape) for info in plan.tensors_outside().values()), default=0)
+    if plan.recipe.needs_data:
+        works = [_block_bytes(plan, index) for index in blocks]
+        activations, entry = _activation_bytes(plan), outside * plan.skeleton.dtype.itemsize
+        # While the embeddings are in memory, the sequences hold nothing but their own.
+        work = max(*works, entry - activations // 2) if works else entry
+    else:
+        work = max(_rounding_bytes(plan, index) for index in blocks)
+        activations = 0
+    if plan.recipe.has_budget:
+        # Before the sequences start, so that their activations are not there yet.
+        work = max(work, _sensitivity_bytes(plan) - activations)
+    if plan.options.verify:
+        work = max(work, _verifying_bytes(plan, outside))
+    return Footprint(
+        runtime_bytes=0 if on_device else resident_bytes() + LIBRARY_BYTES,
+        work_bytes=work,
+        activation_bytes=activations,
+        past_bytes=0 if on_device else peak_resident_bytes(),
+        limit_bytes=plan.options.max_memory_bytes,
+    )
+
+
+def _sensitivity_bytes(plan: Plan) -> int:
+    """Grids to a budget: what is outside the blocks, the inputs of all blocks, and one block with all that it makes."""
+    itemsize, blocks = plan.skeleton.dtype.itemsize, range(len(plan.block_names))
+    hidden = plan.config.get_text_config(decoder=True).hidden_size
+    tokens = min(max(MEASURED_TOKENS, plan.options.seq_len), plan.num_tokens)
+    # A tied embedding is read twice.
+    outside = 2 * sum(math.prod(info.shape) for info in plan.tensors_outside().values()) * itemsize
+    inside = 0
+    for index in blocks:
+        weights = sum(math.prod(info.shape) for info in plan.tensors_of_block(index).values())
+        linears = plan.linears_of_block(index).values()
+        made = sum(linear.in_features + linear.out_features for linear in linears)
+        widest = max((linear.in_features for linear in linears), default=0)
+        rounding = FACTOR_BYTES * widest**2 + TARGET_BYTES * max(map(_size, linears), default=0)
+        inside = max(inside, weights * itemsize + tokens * made * itemsize + rounding)
+    return outside + len(blocks) * tokens * hidden * itemsize + inside
+
+
+def _rounding_bytes(plan: Plan, index: int) -> int:
+    """Without data: the codes of a block, the linear that is being rounded, then the packed block."""
+    linears = plan.linears_of_block(index).values()
+    largest = max((_size(linear) for linear in linears), default=0)
+    codes = sum(map(_size, linears))
+    return codes + max(RTN_BYTES * largest, PACKING_BYTES * largest + sum(map(plan.packed_bytes, linears)))
+
+
+def _block_bytes(plan: Plan, index: int) -> int:
+    """One block: its weights, those that the original network still walks through, codes, statistics and solver."""
+    itemsize, recipe = plan.skeleton.dtype.itemsize, plan.recipe
+    linears = plan.linears_of_block(index)
+    weights = sum(math.prod(info.shape) for info in plan.tensors_of_block(index).values())
+    held = weights * itemsize * (2 if recipe.needs_original else 1) + sum(map(_size, linears.values()))
+    if recipe.smooths:
+        # The block in float32, once more with its scales folded in, and the moments of all its inputs at a time.
+        held += 2 * 4 * weights + sum(4 * linear.in_features**2 for linear in linears.values())
+    piece = SEQUENCES_AT_ONCE * plan.options.seq_len
+    widest = 0
+    for stage in _stages(linears):
+        in_features, out_features = stage[0].in_features, sum(linear.out_features for linear in stage)
+        square, weight = in_features**2, in_features * out_features
+        # The sums so far, and those of one lane of the samples: Hessian, and with the original network a moment.
+        sums = 2 * 4 * square * (2 if recipe.needs_original else 1)
+        statistics = sums + piece * in_features * (3 * itemsize + 12 if recipe.needs_original else itemsize + 4)
+        solving = SOLVE_BYTES * square + TARGET_BYTES * weight
+        if recipe.compensates:
+            solving = max(solving, FACTOR_BYTES * square + 4 * weight)
+        widest = max(widest, statistics, solving)
+    packing = PACKING_BYTES * max((_size(linear) for linear in linears.values()), default=0)
+    # What a sequence makes on its way through the block, chiefly gate, up and their product.
+    passing = 3 * max((linear.out_features for linear in linears.values()), default=0)
+    running = SEQUENCES_BETWEEN_TRIMS * plan.options.seq_len * passing * itemsize
+    return held + max(widest, packing, running)
+
+
+def _verifying_bytes(plan: Plan, outside: int) -> int:
+    """At the end, the original beside the result: both heads, the predictions for one window, and a few in float32."""
+    vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
+    predictions = plan.options.seq_len * vocabulary
+    return 2 * (outside + predictions) * plan.skeleton.dtype.itemsize + COMPARED_BYTES * COMPARED_POSITIONS * vocabulary
+
+
+def _activation_bytes(plan: Plan) -> int:
+    """What waits: in front of the widest linear a sequence holds its embeddings, the block's input, the residual
+    stream, its normed copy and the linear's input. Most originals wait at the block's door, with two of these."""
+    hidden = plan.config.get_text_config(decoder=True).hidden_size
+    widest = max(linear.in_features for linear in plan.quantized)
+    inside, at_door = 4 * hidden + widest, 2 * hidden
+    originals = at_door * plan.num_tokens if plan.recipe.needs_original else 0
+    return (inside * plan.num_tokens + originals) * plan.skeleton.dtype.itemsize
+
+
+def _stages(linears: dict[str, LinearPlan]) -> list[list[LinearPlan]]:
+    """Linears that probably read one input: those of one module with the same width. It is seen for sure in the run."""
+    stages: dict[tuple[str, int], list[LinearPlan]] = {}
+    for name, linear in linears.items():
+        stages.setdefault((name.rpartition(".")[0], linear.in_features), []).append(linear)
+    return list(stages.values())
+
+
+def _size(linear: LinearPlan) -> int:
+    return linear.in_features * linear.out_features

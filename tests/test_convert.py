@@ -1,0 +1,313 @@
+"""`llmquant convert`: from format to format without a new rounding, or a line that says what would be lost."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from commands import command
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import llmquant
+from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES, verify_files
+from llmquant.checkpoints.quantized import parsed_quantization, read_quantized, validate_quantized
+from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.writer import PartialCheckpoint
+from llmquant.errors import UserError
+from llmquant.formats.registry import FORMATS
+from llmquant.pipeline.convert import convert
+from llmquant.pipeline.quantize import quantize
+from llmquant.spec import Options, Override, QuantSpec, Recipe
+from llmquant.weight import QuantizedWeight
+
+SYM, ASYM = QuantSpec(group_size=32), QuantSpec(group_size=32, symmetric=False)
+NAMES = list(FORMATS)
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_model, tmp_path_factory):
+    """(format, architecture, spec, overrides…) -> what `quantize` wrote, made once; not to be written into."""
+    made: dict[object, Path] = {}
+
+    def make(format: str, architecture: str = "llama", spec: QuantSpec = SYM, dtype=torch.float16, **recipe) -> Path:
+        key = (format, architecture, spec, dtype, repr(recipe))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("quantized") / "out"
+            model = tiny_model(architecture, dtype=dtype)
+            quantize(model, made[key], Recipe(method="rtn", spec=spec, **recipe), Options(format=format, verify=False))
+        return made[key]
+
+    return make
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """The same files: tensors bit for bit, whatever their order; all else byte for byte, but for how it was made."""
+    own = {MANIFEST_FILE, *REPORT_FILES}
+    names = {file.name for file in a.iterdir()} - own
+    assert names == {file.name for file in b.iterdir()} - own
+    for name in names - {"model.safetensors"}:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    tensors, others = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]), name
+
+
+# --- exact -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("source", "target"), [*itertools.pairwise([*NAMES, *NAMES[::-1]])])
+def test_converting_gives_what_quantizing_gives(source, target, quantized, tmp_path):
+    recipe = {"skip": ("*.1.self_attn.o_proj",)}
+    converted = convert(quantized(source, **recipe), tmp_path / "out", target)
+    assert_same(tmp_path / "out", quantized(target, **recipe))
+    assert verify_files(tmp_path / "out") == []
+    assert (converted.source_format, converted.format, converted.num_linears) == (source, target, 13)
+    assert converted.remarks == ()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "qwen2"])
+@pytest.mark.parametrize(("source", "target"), [("awq", "compressed-tensors"), ("compressed-tensors", "awq")])
+def test_asymmetric_grids_transposed_and_renamed_linears_and_tied_heads(
+    architecture, source, target, quantized, tmp_path
+):
+    convert(quantized(source, architecture, ASYM), tmp_path / "out", target)
+    assert_same(tmp_path / "out", quantized(target, architecture, ASYM))
+
+
+def test_mixed_precision_and_a_quantized_head_are_kept(quantized, tmp_path):
+    recipe = {"overrides": (Override(pattern="*.mlp.*", bits=8), Override(pattern="lm_head", bits=3))}
+    convert(quantized("gptq", **recipe), tmp_path / "out", "compressed-tensors")
+    assert_same(tmp_path / "out", quantized("compressed-tensors", **recipe))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_dense_is_what_the_codes_stand_for_and_loads_anywhere(architecture, quantized, tmp_path):
+    small = quantized("gptq", architecture)
+    convert(small, tmp_path / "dense", "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float16)
+    reader, stored = CheckpointReader(small), load_file(tmp_path / "dense" / "model.safetensors")
+    for name, module in validate_quantized(reader).items():
+        dense_NK = read_quantized(reader, module).dequantize(torch.float16)
+        assert torch.equal(stored[f"{name}.weight"], dense_NK.T if architecture == "gpt2" else dense_NK)
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        dense = model.float()(tokens).logits
+        ours = llmquant.load(small, device="cpu", dtype="float32", backend="torch")(tokens).logits
+    assert torch.allclose(dense, ours, atol=2e-3 * ours.abs().max().item())
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+
+
+def test_dense_in_another_dtype_casts_everything(quantized, tmp_path):
+    convert(quantized("awq"), tmp_path / "dense", "dense", dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "dense" / "model.safetensors").values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+# --- checkpoints of other tools --------------------------------------------------------------------------------------
+
+
+def rewrite(folder: Path, out: Path, edit, format: str, **config: object) -> Path:
+    """A copy of a checkpoint whose linears went through edit(name, weight), packed as another tool would."""
+    reader = CheckpointReader(folder)
+    modules = validate_quantized(reader)
+    packed = {tensor for module in modules.values() for tensor in module.tensors.values()}
+    tensors = {name: reader.read(name) for name in reader.tensors if name not in packed}
+    specs = {}
+    for name, module in modules.items():
+        weight = edit(name, read_quantized(reader, module))
+        specs[name] = weight.spec
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in FORMATS[format].pack(weight).items()}
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    default = next(iter(specs.values()))
+    quantization = FORMATS[format].config(default, specs | {"lm_head": None}) | config
+    for file in folder.iterdir():
+        if file.suffix == ".json" and file.name not in ("llmquant.json", "quantize_config.json"):
+            (out / file.name).write_bytes(file.read_bytes())
+    content = json.loads((folder / "config.json").read_text()) | {"quantization_config": quantization}
+    (out / "config.json").write_text(json.dumps(content))
+    return out
+
+
+def shuffled(name: str, weight: QuantizedWeight) -> QuantizedWeight:
+    index_K = weight.group_of_column_K[torch.randperm(weight.in_features, generator=torch.Generator().manual_seed(0))]
+    return replace(weight, group_index_K=index_K)
+
+
+def test_act_order_stays_in_gptq_and_is_refused_elsewhere(quantized, tmp_path):
+    other = rewrite(quantized("gptq"), tmp_path / "other", shuffled, "gptq", desc_act=True)
+    convert(other, tmp_path / "out", "gptq_v2")
+    parsed = parsed_quantization(CheckpointReader(tmp_path / "out"))
+    assert parsed.grid_of("model.layers.0.mlp.up_proj").moving_groups
+    before, after = CheckpointReader(other), CheckpointReader(tmp_path / "out")
+    theirs, ours = validate_quantized(before), validate_quantized(after)
+    assert theirs.keys() == ours.keys()
+    assert all(read_quantized(before, theirs[n]).digest() == read_quantized(after, ours[n]).digest() for n in ours)
+    for format, word in (("compressed-tensors", "weight_g_idx"), ("awq", "g_idx")):
+        with pytest.raises(UserError, match=rf"down_proj: cannot be converted to {format} exactly: {word}: "):
+            convert(other, tmp_path / format, format)
+        assert not (tmp_path / format).exists() and not (tmp_path / f"{format}.partial").exists()
+    convert(other, tmp_path / "dense", "dense")
+
+
+def test_what_a_format_cannot_hold_is_refused_by_name_before_anything_is_written(quantized, tmp_path):
+    def zero_zero(name: str, weight: QuantizedWeight) -> QuantizedWeight:
+        weight.zero_NG[0, 0] = 0
+        return weight
+
+    def fine_scales(name: str, weight: QuantizedWeight) -> QuantizedWeight:
+        return replace(weight, scale_NG=(weight.scale_NG.float() * 2.0**-12).to(torch.bfloat16))
+
+    asym = rewrite(quantized("gptq_v2", spec=ASYM), tmp_path / "asym", zero_zero, "gptq_v2")
+    fine = rewrite(quantized("compressed-tensors"), tmp_path / "fine", fine_scales, "compressed-tensors")
+    eight = quantized("gptq", spec=QuantSpec(bits=8, group_size=32))
+    mixed = quantized("compressed-tensors", overrides=(Override(pattern="*.mlp.*", group_size=16),))
+    cases = [
+        (asym, "gptq", "down_proj: cannot be converted to gptq exactly: qzeros: a zero-point of 0 .* gptq_v2"),
+        (fine, "awq", "down_proj: cannot be converted to awq exactly: scales: .* not exact in float16"),
+        (eight, "awq", "bits 8: the AWQ format holds 4 bits only"),
+        (mixed, "awq", "4-bit g16 sym beside 4-bit g32 sym: the AWQ format has one grid"),
+    ]
+    for source, format, message in cases:
+        with pytest.raises(UserError, match=message):
+            convert(source, tmp_path / "out", format)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_scales_that_engines_would_round_are_remarked(quantized, tmp_path):
+    def float16_scales(name: str, weight: QuantizedWeight) -> QuantizedWeight:
+        return replace(weight, scale_NG=(weight.scale_NG.float() * 1.0009765625).half())
+
+    other = rewrite(quantized("awq", dtype=torch.bfloat16), tmp_path / "other", float16_scales, "awq")
+    converted = convert(other, tmp_path / "out", "compressed-tensors")
+    assert "scales that are not exact in bfloat16" in converted.remarks[0]
+    assert CheckpointReader(tmp_path / "out").info("model.layers.0.mlp.up_proj.weight_scale").dtype == torch.float16
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversion_that_died_is_continued_to_the_same_bytes(quantized, tmp_path, monkeypatch):
+    source, add = quantized("gptq"), PartialCheckpoint.add_part
+    convert(source, tmp_path / "whole", "awq")
+
+    class Died(Exception):
+        pass
+
+    def die(self, name, *more):
+        if name == "block-00001":
+            raise Died
+        return add(self, name, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialCheckpoint, "add_part", die)
+        with pytest.raises(Died):
+            convert(source, tmp_path / "out", "awq")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match=r"convert was 'awq', is 'gptq_v2'.*--restart"):
+        convert(source, tmp_path / "out", "gptq_v2")
+    written = []
+    monkeypatch.setattr(
+        PartialCheckpoint, "add_part", lambda self, name, *more: (written.append(name), add(self, name, *more))
+    )
+    convert(source, tmp_path / "out", "awq")
+    assert written == ["block-00001"]
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_result_that_does_not_come_back_is_not_called_done(quantized, tmp_path, monkeypatch):
+    from llmquant.checkpoints import writer
+
+    good = writer._tensor_bytes
+
+    def flip(tensor):
+        content = bytearray(good(tensor))
+        content[0] ^= 1
+        return memoryview(content)
+
+    source = quantized("gptq")
+    monkeypatch.setattr(writer, "_tensor_bytes", flip)
+    with pytest.raises(UserError, match="does not come back from the disk"):
+        convert(source, tmp_path / "awq", "awq")
+    with pytest.raises(UserError, match="does not come back from the disk"):
+        convert(source, tmp_path / "dense", "dense")
+    assert not (tmp_path / "awq").exists() and not (tmp_path / "dense").exists()
+
+
+def test_the_manifest_keeps_how_the_source_was_made(quantized, tmp_path):
+    convert(quantized("gptq"), tmp_path / "out", "awq")
+    manifest = json.loads((tmp_path / "out" / "llmquant.json").read_text())
+    assert manifest["request"]["convert"] == "awq"
+    assert manifest["source"]["request"]["recipe"]["method"] == "rtn"
+
+
+def test_one_linear_at_a_time_is_read(quantized, tmp_path, monkeypatch):
+    """A block's packed tensors are held until they are written, dense ones of other linears are not."""
+    alive: set[int] = set()
+    most = 0
+    from llmquant.pipeline import convert as module
+
+    real = module.read_quantized
+
+    def counted(reader, packed):
+        nonlocal most
+        import weakref
+
+        weight = real(reader, packed)
+        alive.add(id(weight.codes_NK))
+        weakref.finalize(weight.codes_NK, alive.discard, id(weight.codes_NK))
+        most = max(most, len(alive))
+        return weight
+
+    monkeypatch.setattr(module, "read_quantized", counted)
+    convert(quantized("gptq"), tmp_path / "out", "awq")
+    assert most <= 2
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_what_the_function_says(quantized, tmp_path, monkeypatch, capsys):
+    source = quantized("gptq")
+    capsys.readouterr()
+    assert command(monkeypatch, "convert", source, tmp_path / "a", "--format", "awq") == 0
+    streams = capsys.readouterr()
+    text = " ".join(streams.out.split())
+    assert "format gptq -> awq" in text and "14 x 4-bit g32 sym: read back, equal" in text
+    assert "converting 14/14" in streams.err
+    assert command(monkeypatch, "convert", source, tmp_path / "b", "--format", "awq", "--quiet", "--json") == 0
+    streams = capsys.readouterr()
+    assert streams.err == "" and json.loads(streams.out)["grids"] == {"4-bit g32 sym": 14}
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "gguf"], "format 'gguf': not one of gptq, gptq_v2, awq, compressed-tensors, dense"),
+        (["--format", "awq", "--dtype", "float16"], "dtype 'float16': only --format dense"),
+        (["--format", "dense", "--dtype", "int8"], "dtype 'int8': not one of auto"),
+    ],
+)
+def test_bad_requests_are_one_line(arguments, message, quantized, tmp_path, monkeypatch, capsys):
+    source = quantized("gptq")
+    capsys.readouterr()
+    assert command(monkeypatch, "convert", source, tmp_path / "out", *arguments, "--quiet") == 2
+    assert capsys.readouterr().err.startswith(f"llmquant: {message}")
+
+
+def test_sources_and_outs_that_cannot_be_are_refused(quantized, tiny_model, tmp_path):
+    with pytest.raises(UserError, match="not quantized, so there is nothing to convert"):
+        convert(tiny_model("llama"), tmp_path / "out", "gptq")
+    convert(quantized("gptq"), tmp_path / "out", "awq")
+    with pytest.raises(UserError, match="add --overwrite"):
+        convert(quantized("gptq"), tmp_path / "out", "gptq_v2")
+    convert(quantized("gptq"), tmp_path / "out", "gptq_v2", overwrite=True)
+    assert parsed_quantization(CheckpointReader(tmp_path / "out")).format.name == "gptq_v2"

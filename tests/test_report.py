@@ -1,0 +1,261 @@
+"""quantize_report.json and report.html: the same numbers, on a page that needs nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from commands import command
+
+from llmquant.checkpoints.manifest import REPORT_HTML, REPORT_JSON
+from llmquant.errors import UserError
+from llmquant.pipeline import samples as samples_module
+from llmquant.pipeline.figures import ACCENT, LINE, MUTED, bars, over_depth
+from llmquant.pipeline.page import depths, kinds, page, write_page
+from llmquant.pipeline.quantize import prepare, quantize
+from llmquant.pipeline.report import Incident, Report, read_report
+from llmquant.pipeline.samples import PROMPTS, samples
+from llmquant.spec import Options, QuantSpec, Recipe
+
+SPEC = QuantSpec(group_size=32)
+FEW = Options(calibration="python-docs", num_samples=4, seq_len=32)
+
+
+@pytest.fixture(autouse=True)
+def drawn_pages():
+    """Here pages are drawn."""
+
+
+@pytest.fixture(scope="module")
+def reports(tiny_model, tmp_path_factory) -> dict[str, Report]:
+    """By name, reports of finished runs; not to be written into."""
+    folder, made = tmp_path_factory.mktemp("reports"), {}
+    runs = {
+        "awq": ("llama", Recipe(method="awq+gptq", spec=SPEC), FEW),
+        "rtn": ("gpt2", Recipe(method="rtn", skip=("*.0.*",), spec=QuantSpec(bits=8, group_size=-1)), Options()),
+        "not verified": ("llama", Recipe(spec=SPEC), replace(FEW, verify=False)),
+    }
+    for name, (architecture, recipe, options) in runs.items():
+        out = folder / name.replace(" ", "-")
+        made[name] = quantize(tiny_model(architecture), out, recipe, options, command="llmquant quantize a b")
+    return made
+
+
+RUNS = ("awq", "rtn", "not verified")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_file_holds_what_the_function_returns_and_gives_it_back(name, reports):
+    report = reports[name]
+    stored = json.loads((report.out / REPORT_JSON).read_text())
+    assert stored == json.loads(json.dumps(report.to_dict()))
+    assert stored["schema"] == 1
+    again = read_report(report.out)
+    assert again == report
+    assert again.command == "llmquant quantize a b"
+    assert again.out == report.out
+
+
+def test_report_holds_what_was_measured(reports):
+    report = reports["awq"]
+    assert report.verification.verdict in ("good", "worth a look")
+    assert {"forward", "solving", "verifying", "samples"} <= report.seconds.keys() == report.memory.keys()
+    assert 2**20 < min(report.memory.values()) <= max(report.memory.values()) <= report.peak_bytes
+    assert all(linear.input_peak >= 1 for linear in report.linears)
+    scaled = [linear for linear in report.linears if linear.unscaled_input_peak is not None]
+    assert {linear.kind for linear in scaled} >= {"self_attn.q_proj", "mlp.up_proj"}
+    assert any(linear.unscaled_input_peak != linear.input_peak for linear in scaled)
+    worst = sorted(report.linears, key=lambda linear: -linear.error)[:3]
+    assert [histogram.name for histogram in report.histograms] == [linear.name for linear in worst]
+    for histogram, linear in zip(report.histograms, worst, strict=True):
+        assert sum(histogram.weights) == sum(histogram.codes) == linear.weights
+        assert len(histogram.codes) == 16 and histogram.weights[0] + histogram.weights[-1] > 0
+    assert [sample.prompt for sample in report.samples] == list(PROMPTS)
+    assert all(sample.original and sample.quantized for sample in report.samples)
+    assert report.original_hashes.keys() == {"config.json", "model.safetensors"}
+    assert report.hashes["model.safetensors"] != report.original_hashes["model.safetensors"]
+    assert reports["not verified"].samples == () and reports["not verified"].verification.kl_mean is None
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails where tags are not closed."""
+
+    VOID = ("meta", "br", "wbr", "link", "img")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attributes]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attributes]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_page_is_whole_and_needs_nothing_else(name, reports):
+    html = (reports[name].out / REPORT_HTML).read_text()
+    parsed = Page(html)
+    assert not parsed.tags & {"script", "link", "img", "iframe", "object"}
+    outside = [value for key, value in parsed.attributes if key in ("src", "href", "xlink:href") and value[:1] != "#"]
+    assert not outside
+    assert not re.search(r"url\((?!#)|@import|@font-face", html)
+    assert "prefers-color-scheme: dark" in html and "width=device-width" in html
+    assert "nan" not in parsed.text.lower().split() and "None" not in parsed.text.split()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_page_tells_everything(name, reports):
+    report = reports[name]
+    text = " ".join(Page(page(report)).text.split())
+    told = [report.verification.verdict, report.verification.reason[1:], report.command, *report.hashes.values()]
+    told += [*{linear.kind for linear in report.linears}, *{linear.grid for linear in report.linears}, *report.seconds]
+    told += [linear.name for linear in report.linears if linear.name in {h.name for h in report.histograms}]
+    told += [*report.kept.values(), *(remark.what for remark in report.remarks), *report.versions.values()]
+    told += [report.samples_note, *(sample.prompt for sample in report.samples)]
+    if report.calibration:
+        told.append(f"{report.calibration['num_duplicate_rows']} repeated word for word")
+    for part in told:
+        assert " ".join(part.split()) in text, part
+
+
+def test_incidents_stand_on_the_page_and_html_in_them_is_text(reports):
+    incidents = (
+        Incident("<b>layer</b>", "damping raised to 0.4"),
+        Incident("x.0.y", "same"),
+        Incident("x.1.y", "same"),
+    )
+    html = page(replace(reports["rtn"], incidents=incidents, model="a<script>b"))
+    text = Page(html).text
+    assert "<b>layer</b>" in text and "damping raised to 0.4" in text and "2 × y" in text
+    assert "<script" not in html
+
+
+def test_shades_stand_under_their_block_and_a_head_under_none(reports):
+    linears = list(reports["awq"].linears)
+    up = next(linear for linear in linears if linear.kind == "mlp.up_proj")
+    mixed = [
+        replace(up, name="x.0.up", kind="up", grid="8-bit", rtn_error=0.01),
+        replace(up, name="x.2.up", kind="up", rtn_error=0.04),
+        replace(up, name="x.1.moe.0.up", kind="moe.*.up", rtn_error=0.01),
+        replace(up, name="x.1.moe.1.up", kind="moe.*.up", rtn_error=0.03),
+        replace(up, name="lm_head", kind="lm_head"),
+    ]
+    found = {depth.name: depth.shades for depth in depths(mixed)}
+    assert found == {
+        "up": ((0.01, pytest.approx(0.5)), None, (0.04, pytest.approx(1.0))),
+        "moe.*.up": (None, (0.02, pytest.approx(0.5**0.5)), None),
+    }
+    rows = [(kind.name, kind.grid, kind.count, kind.worst_block) for kind in kinds(mixed)]
+    assert rows == [
+        ("up", "8-bit", 1, 0),
+        ("up", up.grid, 1, 2),
+        ("moe.*.up", up.grid, 2, 1),
+        ("lm_head", up.grid, 1, None),
+    ]
+    Page(page(replace(reports["awq"], linears=tuple(mixed), histograms=())))
+
+
+def test_figures_take_the_colours_and_fonts_of_the_page():
+    drawn = [
+        over_depth(range(8), [0.01] * 8, [0.1] * 8, (0.005, 0.2), "%"),
+        bars([3, 0, 5], "0", "2", logarithmic=True),
+    ]
+    drawn += [over_depth([4], [2.0], [], (1, 4), "×"), bars(range(48), "-1", "1", logarithmic=False)]
+    for svg in drawn:
+        root = ElementTree.fromstring(svg)
+        assert root.get("viewBox") and not root.get("width")
+        assert not any(stand_in in svg for stand_in in (ACCENT, MUTED, LINE))
+        assert "var(--accent)" in svg and "font-family" not in svg and "<style" not in svg
+        assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) == set()
+    assert "<text" in drawn[0] and "10 %" in drawn[0] and "1 %" in drawn[0]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def copied(report: Report, folder: Path) -> Path:
+    folder.mkdir()
+    for file in report.out.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_report_makes_the_same_page_again(reports, tmp_path, monkeypatch, capsys):
+    out = copied(reports["awq"], tmp_path / "out")
+    before = (out / REPORT_HTML).read_bytes()
+    (out / REPORT_HTML).unlink()
+    assert command(monkeypatch, "report", out) == 0
+    assert capsys.readouterr().out == f"{out / REPORT_HTML}\n"
+    assert (out / REPORT_HTML).read_bytes() == before
+    assert command(monkeypatch, "report", out, "--output", tmp_path / "page.html") == 0
+    assert (tmp_path / "page.html").read_bytes() == before
+    assert command(monkeypatch, "verify", out) == 0, "the report is not part of what the manifest holds"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "only `llmquant quantize` writes one"),
+        ("{", "JSON"),
+        ('{"schema": 2}', "schema 2, and this llmquant reads 1"),
+        ('{"schema": 1}', "damaged"),
+    ],
+)
+def test_report_that_cannot_be_read_is_refused_in_a_line(content, message, tmp_path, monkeypatch, capsys):
+    if content is not None:
+        (tmp_path / REPORT_JSON).write_text(content)
+    assert command(monkeypatch, "report", tmp_path) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_numbers_that_went_wrong_are_null_in_the_file(reports, tmp_path):
+    report = reports["awq"]
+    ruined = replace(report, linears=(replace(report.linears[0], error=float("nan")), *report.linears[1:]))
+    ruined.write(tmp_path)
+    assert json.loads((tmp_path / REPORT_JSON).read_text())["linears"][0]["error"] is None
+    write_page(read_report(tmp_path), tmp_path / REPORT_HTML)
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def test_model_that_is_too_large_says_nothing(reports, tiny_model, tmp_path, monkeypatch):
+    out = reports["awq"].out
+    plan = prepare(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
+    sizes = sorted([plan.reader.total_bytes, read_report(out).output_bytes])
+    assert sizes[0] < sizes[1]
+    monkeypatch.setattr(samples_module, "LOADED", 10 * 2**30 / sizes[1])
+    ours, note = samples(out, plan)
+    assert ours == () and note.startswith("no samples")
+
+
+def test_samples_that_fail_do_not_take_the_checkpoint_with_them(reports, tiny_model, tmp_path, monkeypatch):
+    def fails(path, plan):
+        raise UserError("prompt: is empty")
+
+    monkeypatch.setattr(samples_module, "_continuations", fails)
+    plan = prepare(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
+    assert samples(reports["awq"].out, plan) == ((), "no samples: prompt: is empty")
