@@ -184,8 +184,8 @@ def test_choice_to_a_budget_is_drawn_and_told(reports):
     budget = {"target_bits_per_weight": 4.5, "chosen": points[14], "curve": points, "uniform": uniform, "inputs": []}
     parsed = Page(page(replace(reports["awq"], allocation=budget)))
     text = " ".join(parsed.text.split())
-    assert "4.400 bits per weight were spent, of 4.500" in text
-    assert "4-bit g64 sym for all 4.250 0.00123" in text
+    for part in ("4.400 bits per weight were spent, of 4.500", "4-bit g64 sym for all", "4.250", "0.00123"):
+        assert part in text, part
     assert "Grids to a budget" not in page(reports["awq"])
 
 
