@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -44,19 +45,31 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the `llmquant` command."""
     try:
-        app()
+        with contextlib.nullcontext() if speaks() else contextlib.redirect_stdout(None):
+            app()
     except UserError as error:
-        print(f"llmquant: {error}", file=sys.stderr)
+        say(error)
         sys.exit(2)
     except Interrupted as stop:
-        print(f"llmquant: {stop}", file=sys.stderr)
+        say(stop)
         sys.exit(INTERRUPTED)
     except (KeyboardInterrupt, SystemExit) as stop:
         # typer turns Ctrl-C into this code, without a word; before its command has begun, it lets it through.
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
             raise
-        print("llmquant: interrupted", file=sys.stderr)
+        say("interrupted")
         sys.exit(INTERRUPTED)
+
+
+def speaks() -> bool:
+    """Whether this is the process that tells what happens: of several ranks that torchrun started, the first."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def say(words: object) -> None:
+    """One line on stderr."""
+    if speaks():
+        print(f"llmquant: {words}", file=sys.stderr)
 
 
 @app.callback(invoke_without_command=True)
@@ -211,7 +224,7 @@ def quantize_command(
             else:
                 console.print_plan(plan, out)
             return
-        with console.block_progress(quiet=quiet) as on_step:
+        with console.block_progress(quiet=quiet or not speaks()) as on_step:
             command = shlex.join(["llmquant", *sys.argv[1:]])
             report = pipeline.quantize(model, out, recipe, options, on_step, command=command)
     except KeyboardInterrupt:
@@ -224,10 +237,10 @@ def quantize_command(
     else:
         console.print_report(report)
     if report.verification.verdict == "broken":
-        print("llmquant: the result is broken, see the verdict", file=sys.stderr)
+        say("the result is broken, see the verdict")
         raise typer.Exit(1)
     if strict and report.incidents:
-        print(f"llmquant: --strict: {len(report.incidents)} incidents", file=sys.stderr)
+        say(f"--strict: {len(report.incidents)} incidents")
         raise typer.Exit(1)
 
 

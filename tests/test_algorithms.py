@@ -193,7 +193,7 @@ def test_column_that_is_never_an_input_is_rounded_on_its_own():
 def test_statistics_are_the_moments_of_all_tokens(features):
     x, original, weight = random(90, features), random(90, features, seed=1), random(features, 6, seed=2)
     statistics = InputStatistics(features, torch.device("cpu"))
-    for rows in (slice(0, 50), slice(50, 90)):
+    for statistics.half, rows in enumerate((slice(0, 50), slice(50, 90))):
         statistics.add(x[rows], original[rows])
     assert statistics.num_tokens == 90
     assert torch.allclose(statistics.hessian_KK, x.T @ x / 90, atol=1e-5)
@@ -208,7 +208,7 @@ def test_statistics_are_the_moments_of_all_tokens(features):
 def test_moment_of_a_writer_to_the_residual_stream_counts_both_gaps(with_original, with_gap):
     x, original, gap, weight = random(90, 24), random(90, 24, seed=1), random(90, 6, seed=2), random(24, 6, seed=3)
     statistics = InputStatistics(24, torch.device("cpu"), writer_NK=weight.T)
-    for rows in (slice(0, 50), slice(50, 90)):
+    for statistics.half, rows in enumerate((slice(0, 50), slice(50, 90))):
         statistics.add(x[rows], original[rows] if with_original else None, gap[rows] if with_gap else None)
     missing = (original - x) @ weight * with_original + gap * with_gap
     assert torch.allclose(sum(statistics.moments_KN(weight)), x.T @ missing / 90, rtol=1e-4, atol=1e-4)
@@ -218,6 +218,17 @@ def test_without_the_original_network_there_is_no_moment():
     statistics = InputStatistics(24, torch.device("cpu"))
     statistics.add(random(90, 24))
     assert statistics.moments_KN(random(24, 6)) == []
+
+
+@pytest.mark.parametrize("exact, least, most", [(True, 0, 1e-6), (False, 1e-5, 4e-3)])
+def test_products_of_the_hessian_are_exact_or_rounded_to_the_inputs_dtype(exact, least, most):
+    x = correlated_inputs(256, PANEL_COLUMNS + 40).bfloat16()
+    statistics = InputStatistics(x.shape[1], torch.device("cpu"), exact=exact)
+    for rows in x.split(64):
+        statistics.add(rows)
+    expected = x.double().T @ x.double() / len(x)
+    worst = ((statistics.hessian_KK - expected).abs().max() / expected.abs().max()).item()
+    assert least <= worst < most
 
 
 def test_float16_inputs_do_not_overflow_the_hessian():

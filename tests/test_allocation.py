@@ -219,6 +219,16 @@ def test_a_continued_run_does_not_choose_again(few, tiny_model, tmp_path, monkey
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "continued" / file).read_bytes()
 
 
+def test_what_is_chosen_for_vllm_is_what_vllm_loads(few, tiny_model, tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    model = tiny_model("llama", dtype=torch.bfloat16, **sizes)
+    options = Options(**vars(few) | {"targets": ("vllm",)})
+    for target in (4.6, 5.5):
+        report = quantize(model, tmp_path / str(target), Recipe(target_bpw=target), options)
+        assert report.bits_per_weight <= target
+        assert len({linear.grid for linear in report.linears}) > 1
+
+
 def test_overrides_are_settled_before_the_budget_is_spent(few, tiny_model, tmp_path):
     override = Override(pattern="*.down_proj", bits=8, group_size=32)
     report = quantize(tiny_model("llama"), tmp_path / "out", Recipe(target_bpw=6, overrides=(override,)), few)

@@ -628,7 +628,7 @@ def test_a_huge_json_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.
         CheckpointReader(folder)
 
 
-FUZZ = int(os.environ.get("LLMQUANT_FUZZ", "50"))
+FUZZ = int(os.environ.get("LLMQUANT_FUZZ", "30"))
 """Examples of each fuzz test."""
 NAMES = ["", "layers.0.up", "layers.0.up.qweight", "*", "re:.*", "F16", "I32", "gptq", "\ud800", "\n", "../x", "9" * 40]
 LEAVES = st.one_of(

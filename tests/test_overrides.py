@@ -14,7 +14,8 @@ from llmquant.checkpoints.quantized import parsed_quantization, validate_quantiz
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.formats.fused import fused_sets
-from llmquant.formats.registry import FORMATS
+from llmquant.formats.registry import FORMATS, parse_quantization_config
+from llmquant.pipeline.parts import quantization_config
 from llmquant.pipeline.quantize import dry_run, quantize
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import load
@@ -191,12 +192,12 @@ def test_a_continued_run_reports_the_head_too(tiny_model, tmp_path):
         if index == 1:
             raise Died
 
-    recipe = Recipe(spec=GROUP_32, overrides=(Override(pattern="lm_head", bits=8),))
-    whole = quantize(tiny_model("llama"), tmp_path / "whole", recipe, FEW)
+    recipe = rtn(Override(pattern="lm_head", bits=8))
+    whole = quantize(tiny_model("llama"), tmp_path / "whole", recipe, QUICK)
     with pytest.raises(Died):
-        quantize(tiny_model("llama"), tmp_path / "out", recipe, FEW, on_step=die)
-    continued = quantize(tiny_model("llama"), tmp_path / "out", recipe, FEW)
-    assert continued.linears == whole.linears and continued.remarks == whole.remarks
+        quantize(tiny_model("llama"), tmp_path / "out", recipe, QUICK, on_step=die)
+    continued = quantize(tiny_model("llama"), tmp_path / "out", recipe, QUICK)
+    assert continued.linears == whole.linears and whole.linears[0].name == "lm_head"
 
 
 def test_dry_run_and_plan_predict_the_size(tiny_model, tmp_path):
@@ -210,11 +211,9 @@ def test_dry_run_and_plan_predict_the_size(tiny_model, tmp_path):
 def test_the_grid_that_most_linears_have_is_the_default(tiny_model, tmp_path):
     """transformers' gptq loader reads no exceptions, and AWQ has none: a size that fits no linear must not be in it."""
     for format in FORMATS:
-        recipe = Recipe(method="rtn")
-        quantize(
-            tiny_model("llama", intermediate_size=192), tmp_path / format, recipe, Options(format=format, verify=False)
-        )
-        parsed = parsed_quantization(CheckpointReader(tmp_path / format))
+        model = tiny_model("llama", intermediate_size=192)
+        plan = dry_run(model, tmp_path / "out", Recipe(method="rtn"), Options(format=format))
+        parsed = parse_quantization_config(quantization_config(plan))
         assert parsed.default.group_size == 64, format
 
 

@@ -14,7 +14,8 @@ from llmquant.models.blocks import find_blocks, watch
 from llmquant.models.skeleton import Skeleton, read_config
 from llmquant.models.walk import Walk
 from llmquant.pipeline.calibration import calibration_tokens
-from llmquant.pipeline.quantize import SEQUENCES_AT_ONCE, quantize
+from llmquant.pipeline.quantize import quantize
+from llmquant.pipeline.ranks import lane_of
 from llmquant.pipeline.solve import Stored, solve_stage
 from llmquant.spec import Options, QuantSpec, Recipe
 
@@ -138,12 +139,17 @@ def test_one_walk_equals_a_pass_per_stage(tiny_model, tmp_path):
                 watched.append(f"{block}.{source}".rstrip("."))
             here, there = inputs(quantized, watched), inputs(original, watched)
             writer = quantized.get_submodule(watched[0]).weight.detach() if source is not None else None
-            statistics = InputStatistics(here[0].shape[1], torch.device("cpu"), writer_NK=writer)
-            piece = SEQUENCES_AT_ONCE * LENGTH
-            for start in range(0, SAMPLES * LENGTH, piece):
-                rows = slice(start, start + piece)
+            statistics = None
+            for sample in range(SAMPLES):  # each is a lane of its own
+                rows = slice(sample * LENGTH, (sample + 1) * LENGTH)
+                lane = InputStatistics(here[0].shape[1], torch.device("cpu"), writer_NK=writer)
+                lane.half = lane_of(sample, SAMPLES) % 2
                 gap = (there[1] - here[1])[rows] if source is not None else None
-                statistics.add(here[0][rows], there[0][rows], gap)
+                lane.add(here[0][rows], there[0][rows], gap)
+                if statistics is None:
+                    statistics = lane
+                else:
+                    statistics.merge(lane)
             weights = {name: quantized.get_submodule(f"{block}.{name}").weight.detach() for name in linears}
             solved = solve_stage(weights, dict.fromkeys(weights, spec), statistics, recipe, Stored(torch.float16))
             for name, result in solved.items():

@@ -6,9 +6,9 @@ budget: with `least_u` the least loss of the items so far at a cost of at most u
     least_u  <-  min over the item's choices c of  least_{u - cost_c} + loss_c
 
 The last row is the whole trade-off, loss against cost, of which the budget picks one point. Costs are counted from each
-item's cheapest choice, in units of their greatest common divisor, and the result is exact. Where that would make more
-than MAX_UNITS, units are larger and costs are rounded up: the budget holds, and what it is short of the best is at most
-one unit an item.
+item's cheapest choice, in units of their greatest common divisor, and the result is exact. Where that would make too
+many (MAX_CELLS), units are larger and costs are rounded up: the budget holds, and what it is short of the best is at
+most one unit an item.
 
 Letters: U units of the budget.
 """
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-MAX_UNITS = 2**17
+MAX_CELLS = 2**25
+"""Choices that are remembered: items times units, two bytes each."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Allocation:
     """(cost, least loss) of every budget at which the loss falls, cheapest first."""
 
 
-def allocate(items: Sequence[Sequence[Choice]], budget: int, max_units: int = MAX_UNITS) -> Allocation | None:
+def allocate(items: Sequence[Sequence[Choice]], budget: int, max_units: int | None = None) -> Allocation | None:
     """The choices of least total loss whose costs stay within the budget; None where the cheapest ones do not."""
+    max_units = max_units or max(MAX_CELLS // max(len(items), 1), 1)
     cheapest = [min(choice.cost for choice in choices) for choices in items]
     base = sum(cheapest)
     if base > budget:

@@ -11,17 +11,19 @@ and the original one. What the corrected targets of `targets.py` need of their d
 
 Where W is one linear that writes to the residual stream, this is summed up as it stands: T K N products twice, instead
 of T K^2, and K is the larger for the last linear of an MLP. Where several linears share the input, the drift
-dX^T X / T is, and W comes in at the end. Two such sums are kept, of every other piece of text: what they agree on is
+dX^T X / T is, and W comes in at the end. Two such sums are kept, one of each half of the text: what they agree on is
 what the text has in common with other text.
 
-Everything is accumulated in float32, and the Hessian's products are taken in float32 too: a bfloat16 product rounds its
-result to 8 bits, and the Hessian is inverted (KL .106 instead of .096 on SmolLM2-135M, and factorizations that fail).
-The moments of differences are small to begin with, so bfloat16 products serve them, where the inputs are bfloat16.
+Everything is accumulated in float32, and the Hessian's products are taken in float32 too, unless asked otherwise: a
+bfloat16 product rounds its result to 8 bits, and the Hessian is inverted (CONTRIBUTING.md has the figures). The moments
+of differences are small to begin with, so bfloat16 products serve them, where the inputs are bfloat16.
 
 Letters: T tokens, K in_features, N out_features.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,18 +42,21 @@ class InputStatistics:
         *,
         writer_NK: Tensor | None = None,
         scale_K: Tensor | None = None,
+        exact: bool = True,
     ) -> None:
-        """writer_NK: the weight of the one linear that reads this input, where it writes to the residual stream."""
+        """writer_NK: the weight of the one linear that reads this input, where it writes to the residual stream. exact:
+        multiply for the Hessian in float32."""
+        self._exact = exact
         self.num_tokens = 0
         self.scale_K = scale_K
         """What AWQ divided the input by in the quantized network, and not in the original one."""
         self._hessian_KK = torch.zeros(in_features, in_features, device=device)
         self._abs_K = torch.zeros(in_features, device=device)
         self._writer_NK = writer_NK
-        self._moments: list[Tensor] = []
-        """Of each half of the text, once it has come: with a writer [K, N], else the drift [K, K]."""
-        self._counted = 0
-        """Pieces of text with a moment."""
+        self.half = 0
+        """The half of the text, 0 or 1, that is being counted."""
+        self._moments: list[Tensor | None] = [None, None]
+        """Of each half, once the original network's inputs are known: with a writer [K, N], else the drift [K, K]."""
 
     def add(
         self,
@@ -66,13 +71,17 @@ class InputStatistics:
         """
         if x_TK.dtype == torch.float16:  # its products would overflow: 300 squared is beyond its range
             x_TK = x_TK.float()
-        exact_TK = x_TK.float()
+        factor_TK = x_TK.float() if self._exact else x_TK
         self.num_tokens += x_TK.shape[0]
         self._abs_K += torch.linalg.vector_norm(x_TK, ord=1, dim=0, dtype=torch.float32)
         in_features = x_TK.shape[1]
         for start in range(0, in_features, PANEL_COLUMNS):
             stop = min(start + PANEL_COLUMNS, in_features)
-            self._hessian_KK[:stop, start:stop].addmm_(exact_TK[:, :stop].T, exact_TK[:, start:stop])
+            products_KB, left_BT = self._hessian_KK[:stop, start:stop], factor_TK[:, :stop].T
+            if factor_TK.dtype == torch.float32:
+                products_KB.addmm_(left_BT, factor_TK[:, start:stop])
+            else:
+                products_KB += left_BT @ factor_TK[:, start:stop]
         drift_TK = None
         if original_x_TK is not None:
             original_TK = original_x_TK.to(x_TK.dtype) if self.scale_K is None else original_x_TK / self.scale_K
@@ -83,17 +92,35 @@ class InputStatistics:
                 missing_TN = drift_TK @ self._writer_NK.to(x_TK.dtype).T
                 gap_TN = missing_TN if gap_TN is None else gap_TN + missing_TN
             if gap_TN is not None:
-                self._count(x_TK.T @ gap_TN)
+                self._count(self.half, x_TK.T @ gap_TN)
         elif drift_TK is not None:
-            self._count(drift_TK.T @ x_TK)
+            self._count(self.half, drift_TK.T @ x_TK)
 
-    def _count(self, moment: Tensor) -> None:
-        half = self._counted % 2
-        if half == len(self._moments):
-            self._moments.append(moment.float())
-        else:
-            self._moments[half].add_(moment)
-        self._counted += 1
+    def merge(self, other: InputStatistics) -> None:
+        """Add the sums of other tokens of the same input."""
+        self.num_tokens += other.num_tokens
+        self._hessian_KK += other._hessian_KK
+        self._abs_K += other._abs_K
+        for half, moment in enumerate(other._moments):
+            if moment is not None:
+                self._count(half, moment)
+
+    def exchange(self, pass_on: Callable[[Tensor], object]) -> None:
+        """Hand every sum to a function that sends it away, or that fills it with what it has received."""
+        shapes = [(0, 0) if moment is None else tuple(moment.shape) for moment in self._moments]
+        sizes = torch.tensor([self.num_tokens, *shapes[0], *shapes[1]])
+        pass_on(sizes)
+        self.num_tokens = int(sizes[0])
+        for half, shape in enumerate((sizes[1:3].tolist(), sizes[3:].tolist())):
+            if all(shape) and self._moments[half] is None:
+                self._moments[half] = torch.zeros(shape, device=self._hessian_KK.device)
+        for sums in (self._hessian_KK, self._abs_K, *self._moments):
+            if sums is not None:
+                pass_on(sums)
+
+    def _count(self, half: int, moment: Tensor) -> None:
+        sums = self._moments[half]
+        self._moments[half] = moment.float() if sums is None else sums.add_(moment)
 
     @property
     def hessian_KK(self) -> Tensor:
@@ -108,9 +135,9 @@ class InputStatistics:
 
     def moments_KN(self, weight_KN: Tensor) -> list[Tensor]:
         """X^T (dX W^T + dh) / T of each half of the text, for a weight that reads this input, float32 [K, N] each; they
-        add up to the mean over all T tokens. Only one where the text was too short for two, none where nothing is known
+        add up to the mean over all T tokens. Only one where there is but one half, none where nothing is known
         of the original network. Where there is a writer, weight_KN has to be that."""
-        means = [moment / max(self.num_tokens, 1) for moment in self._moments]
+        means = [moment / max(self.num_tokens, 1) for moment in self._moments if moment is not None]
         return [mean.T @ weight_KN for mean in means] if self._writer_NK is None else means
 
 

@@ -83,7 +83,7 @@ class Walk:
     """A set of sequences in front of the network; call `enter`, then `stages`, block after block.
 
     to_the_end: behind the last block, `outcome` lets a sequence go on through the head. spill: where activations go
-    that do not fit in memory.
+    that do not fit in memory. first_sample: the number of the first of the sequences.
     """
 
     def __init__(
@@ -94,9 +94,10 @@ class Walk:
         with_original: bool,
         to_the_end: bool = False,
         spill: Spill | None = None,
+        first_sample: int = 0,
     ) -> None:
         self.skeleton = skeleton
-        self._spill = spill
+        self._spill, self._first_sample = spill, first_sample
         _, self.block_names = find_blocks(skeleton.model)
         self._blocks = [skeleton.model.get_submodule(name) for name in self.block_names]
         # Without its head where that is not asked for: nothing behind the last block is run then.
@@ -288,7 +289,7 @@ class Walk:
             if sequence.x is None or sequence.stage != number:
                 continue
             with self._running(None):
-                arrival = self._arrival(sample, sequence, original, source)
+                arrival = self._arrival(self._first_sample + sample, sequence, original, source)
             if self._spill is not None:
                 self._spill.settle(sequence.kept)
                 if original is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llmquant.algorithms.allocation import Allocation, Choice, allocate
 from llmquant.errors import UserError
+from llmquant.pipeline.names import block_of
 from llmquant.pipeline.plan import STANDARD_GROUPS, LinearPlan, Plan
 from llmquant.pipeline.sensitivity import OnBlock, SharedInput, measure
 from llmquant.pipeline.targets import check_targets
@@ -36,15 +37,19 @@ def provisional(plan: Plan) -> Plan:
     """A plan of about the size that the budget will give, as if all weights were equally sensitive; for a dry run, and
     to refuse a budget that cannot be kept before anything is read."""
     grids = _candidates(plan)
-    inputs = [
-        SharedInput(
-            (linear.name,),
-            {spec: linear.out_features * 0.25**spec.bits * spec.group_size**0.1 for spec in grids[linear.name]},
-        )
-        for linear in _choosable(plan)
-    ]
-    result = _allocate(plan, inputs)
-    return with_grids(plan, _by_name(inputs, result))
+    # Which linears share an input is known once they have run; in one block, it is some of those that are as wide.
+    together: dict[tuple[int | None, int], list[LinearPlan]] = {}
+    for linear in _choosable(plan):
+        if linear.name in grids:
+            together.setdefault((block_of(linear.name), linear.in_features), []).append(linear)
+    inputs = []
+    for linears in together.values():
+        outputs = sum(linear.out_features for linear in linears)
+        common = [spec for spec in grids[linears[0].name] if all(spec in grids[linear.name] for linear in linears)]
+        losses = {spec: outputs * 0.25**spec.bits * spec.group_size**0.1 for spec in common}
+        if losses:
+            inputs.append(SharedInput(tuple(linear.name for linear in linears), losses))
+    return with_grids(plan, _by_name(inputs, _allocate(plan, inputs)))
 
 
 def choose(plan: Plan, tokens_SL: Tensor, on_block: OnBlock) -> dict[str, Any]:

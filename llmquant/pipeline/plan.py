@@ -105,16 +105,16 @@ class Plan:
         return {linear.name.removeprefix(prefix): linear for linear in self.quantized if linear.name.startswith(prefix)}
 
     def tensors_of_block(self, index: int) -> dict[str, TensorInfo]:
-        """The checkpoint's tensors that belong to one block, by name."""
+        """The checkpoint's tensors that belong to one block, by name, and in that order: not in that of the disk."""
         prefix = self.block_names[index] + "."
         wanted = {source for name, source in self.skeleton.names.items() if name.startswith(prefix)}
-        return {name: info for name, info in self.reader.tensors.items() if name in wanted}
+        return {name: info for name, info in sorted(self.reader.tensors.items()) if name in wanted}
 
     def tensors_outside(self) -> dict[str, TensorInfo]:
         """The checkpoint's tensors that belong to no block: they are copied as they are, unless an override quantizes
         one."""
         inside = {name for index in range(len(self.block_names)) for name in self.tensors_of_block(index)}
-        return {name: info for name, info in self.reader.tensors.items() if name not in inside}
+        return {name: info for name, info in sorted(self.reader.tensors.items()) if name not in inside}
 
     @property
     def bits_per_weight(self) -> float:
@@ -280,11 +280,13 @@ def _fit(
 class DamagedWeights(UserError):
     """A weight holds NaN or inf: nothing that was made of this checkpoint is of use."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        super().__init__(
-            f"{path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again "
-            "(what this run had made of it is removed)"
-        )
+
+def damaged_weights(path: Path, name: str) -> DamagedWeights:
+    """The error that names a tensor."""
+    return DamagedWeights(
+        f"{path}: tensor '{name}' holds NaN or inf; the checkpoint is damaged, download it again "
+        "(what this run had made of it is removed)"
+    )
 
 
 def read_finite(plan: Plan, name: str) -> Tensor:
@@ -308,7 +310,7 @@ def check_tokens(plan: Plan, tokens_SL: Tensor) -> None:
 def check_finite(plan: Plan, name: str, tensor: Tensor) -> None:
     """UserError when a tensor of the checkpoint, or a piece of it, holds NaN or inf. Takes no memory of its size."""
     if tensor.is_floating_point() and tensor.itemsize > 1 and not all_finite(tensor):
-        raise DamagedWeights(plan.path, name)
+        raise damaged_weights(plan.path, name)
 
 
 def all_finite(tensor: Tensor) -> bool:

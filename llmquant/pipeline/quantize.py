@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, replace
+from functools import partial as partial_call
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from llmquant import __version__
@@ -55,12 +57,14 @@ from llmquant.pipeline.plan import (
     all_finite,
     check_disk,
     check_tokens,
+    damaged_weights,
     make_plan,
     read_finite,
 )
+from llmquant.pipeline.ranks import Ranks, lane_of
 from llmquant.pipeline.report import Report, ReportBuilder, input_peaks, read_report
 from llmquant.pipeline.samples import samples
-from llmquant.pipeline.smoothing import Folded, Smoother
+from llmquant.pipeline.smoothing import SEARCH_SEQUENCES, Folded, Smoother, put_folded
 from llmquant.pipeline.solve import Solved, solve_stage, solve_without_data
 from llmquant.pipeline.targets import check_targets
 from llmquant.pipeline.verify import Verification, held_out, verify_codes, verify_text
@@ -87,18 +91,45 @@ def quantize(
     command: what was typed, for the report.
     Raises UserError for whatever the user can mend; a run that was begun is then continued by the same call.
     """
-    out, options, step = Path(out), options or Options(), on_step or (lambda *_: None)
-    plan = prepare(model, out, recipe or Recipe(), options)
+    ranks = Ranks.join()
+    with ranks.leading():
+        return _quantize(
+            str(model),
+            Path(out),
+            recipe or Recipe(),
+            ranks.options(options or Options()),
+            (ranks.is_first and on_step) or (lambda *_: None),
+            command,
+            ranks,
+        )
+
+
+def _quantize(
+    model: str, out: Path, recipe: Recipe, options: Options, step: OnStep, command: str, ranks: Ranks
+) -> Report:
+    with ranks.together():
+        plan = (
+            prepare(model, out, recipe, options) if ranks.is_first else make_plan(resolve_model(model), recipe, options)
+        )
     total = len(plan.block_names)
-    builder = ReportBuilder(plan, str(model), command)
+    builder = ReportBuilder(plan, model, command)
     tokens = None
     if plan.recipe.needs_data:
         step(0, total, "calibration text", None)
         with builder.timed("calibration text"):
-            tokens = draw_tokens(plan)
+            tokens = ranks.share(lambda: draw_tokens(plan))
             give_back()
         builder.calibration(tokens)
-        check_tokens(plan, tokens.tokens_SL)
+        with ranks.together():
+            check_tokens(plan, tokens.tokens_SL)
+    if not ranks.is_first:
+        walks, grids = ranks.share(lambda: (False, None))  # what `share_course` says on the first
+        if grids is not None:
+            plan = with_grids(plan, grids)
+        if tokens is not None and walks:
+            with torch.no_grad():
+                walk_and_quantize(plan, tokens, None, builder, step, ranks)
+        return ranks.share(lambda: read_report(out))
     step(0, total, "hashing the checkpoint", None)
     with builder.timed("hashing"):
         request = describe_request(plan, tokens)
@@ -112,14 +143,17 @@ def quantize(
                 with torch.no_grad():
                     write_outside(plan, partial, builder)
                     if tokens is None:
+                        share_course(ranks, partial, plan, walks=False)
                         quantize_without_data(plan, partial, builder, step)
                     else:
-                        walk_and_quantize(plan, tokens, partial, builder, step)
+                        share_course(ranks, partial, plan, walks=True)
+                        walk_and_quantize(plan, tokens, partial, builder, step, ranks)
             except DamagedWeights:
                 # The hash of the damaged file is part of the request: a mended checkpoint could not go on from here.
                 partial.discard()
                 raise
         else:
+            share_course(ranks, partial, plan, walks=False)
             for part in parts:
                 builder.recall(partial.part_note(part))
         step(total, total, "finishing", None)
@@ -132,7 +166,13 @@ def quantize(
             )
         check(folder, out, plan, tokens, builder, step)
         partial.publish()
-    return read_report(out)
+    return ranks.share(lambda: read_report(out))
+
+
+def share_course(ranks: Ranks, partial: PartialCheckpoint, plan: Plan, *, walks: bool) -> None:
+    """Tell the other ranks whether they are to walk, and on which grids where those were chosen to a budget."""
+    chosen = partial.part_note(ALLOCATION)["allocation"] if plan.recipe.has_budget else None
+    ranks.share(lambda: (walks, None if chosen is None else grids_in(chosen)))
 
 
 def settle(
@@ -226,39 +266,69 @@ def draw_tokens(plan: Plan) -> CalibrationTokens:
 
 
 def walk_and_quantize(
-    plan: Plan, tokens: CalibrationTokens, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep
+    plan: Plan,
+    tokens: CalibrationTokens,
+    partial: PartialCheckpoint | None,
+    report: ReportBuilder,
+    on_step: OnStep,
+    ranks: Ranks,
 ) -> None:
-    """Quantize block after block on what the network makes of the calibration tokens."""
+    """Quantize block after block on what the network makes of the calibration tokens.
+
+    partial: where the first rank writes; None on the others.
+    """
     total = len(plan.block_names)
     smoother = Smoother(plan, report) if plan.recipe.smooths else None
+    mine = ranks.samples(len(tokens.tokens_SL), SEARCH_SEQUENCES if plan.recipe.smooths else 1)
+    scratch = ranks.share(lambda: _here(partial).scratch)
     budget_bytes, spill = footprint_of(plan).budget_bytes, None
     if budget_bytes is not None:
         report.remark("activations", "kept on the disk as far as they do not fit in memory (--max-memory)")
-        spill = Spill(partial.scratch, budget_bytes)
-    with Walk(plan.skeleton, tokens.tokens_SL, with_original=plan.recipe.needs_original, spill=spill) as walk:
+        spill = Spill(scratch / f"rank-{ranks.rank}", budget_bytes)
+    with Walk(
+        plan.skeleton,
+        tokens.tokens_SL[mine.start : mine.stop],
+        with_original=plan.recipe.needs_original,
+        spill=spill,
+        first_sample=mine.start,
+    ) as walk:
         for index, part in enumerate(part_names(plan)):
             linears = plan.linears_of_block(index)
-            with report.timed("forward"):
+            with report.timed("forward"), ranks.together():
                 walk.enter(index)
-            if partial.has_part(part):
+            found = ranks.share(lambda part=part: _read_part(_here(partial), part))  # type: ignore[misc]
+            if found is not None:
                 on_step(index, total, "reading back", None)
-                stored, note = partial.read_part(part), partial.part_note(part)
+                stored, note = found
                 report.recall(note)
-                if smoother is not None:
+                if smoother is not None and ranks.is_first:
                     with report.timed("folding"):
                         smoother.learn(walk, index)
                 dense = replacements(plan, linears, unpack_part(plan, linears, stored))
                 for name in note["folded"]:
                     dense[name] = stored[plan.skeleton.names[name]]
-                with report.timed("forward"):
+                with report.timed("forward"), ranks.together():
                     walk.pass_through(index, dense)
             else:
-                solved, folded = quantize_block(plan, walk, index, linears, smoother, report, on_step)
-                with report.timed("writing"):
-                    note = report.note(linears.values()) | {"folded": sorted(folded)}
-                    partial.add_part(part, pack_part(plan, index, linears, solved, folded), note)
+                solved, folded = quantize_block(
+                    plan, walk, index, linears, smoother, report, on_step, ranks, len(tokens.tokens_SL)
+                )
+                if partial is not None:
+                    with report.timed("writing"):
+                        note = report.note(linears.values()) | {"folded": sorted(folded)}
+                        partial.add_part(part, pack_part(plan, index, linears, solved, folded), note)
             walk.leave(index)
     on_step(total, total, "done", None)
+
+
+def _here(partial: PartialCheckpoint | None) -> PartialCheckpoint:
+    assert partial is not None, "only the first rank reads and writes parts"
+    return partial
+
+
+def _read_part(partial: PartialCheckpoint, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """A part that an earlier run has finished, and its note."""
+    return (partial.read_part(part), partial.part_note(part)) if partial.has_part(part) else None
 
 
 def quantize_block(
@@ -269,18 +339,23 @@ def quantize_block(
     smoother: Smoother | None,
     report: ReportBuilder,
     on_step: OnStep,
+    ranks: Ranks,
+    num_samples: int,
 ) -> tuple[dict[str, Solved], dict[str, Tensor]]:
     """Solve the linears of one block, stage by stage; every sequence has left it afterwards.
+
+    num_samples: of all ranks together.
 
     Also the folded values of parameters that stay in 16 bit, by name in the model.
     """
     total = len(plan.block_names)
-    with report.timed("forward"):
+    with report.timed("forward"), ranks.together():
         block_plan = walk.plan(index)
     folded = Folded()
     if smoother is not None:
         on_step(index, total, "scales", None)
-        folded = smoother.smooth(walk, index, block_plan, linears)
+        chosen = ranks.share(lambda: smoother.choose(walk, index, block_plan, linears))
+        folded = put_folded(plan, index, *chosen)
     solved: dict[str, Solved] = {}
     for number, arrivals in walk.stages(index, block_plan, folded.own):
         names = [name for name in block_plan.stages[number].linears if name in linears]
@@ -289,30 +364,23 @@ def quantize_block(
         on_step(index, total, "forward", None)
         first = plan.skeleton.model.get_submodule(linears[names[0]].name)
         writes = plan.recipe.needs_original and block_plan.stages[number].residual_source is not None
-        statistics = InputStatistics(
+        empty = partial_call(
+            InputStatistics,
             linears[names[0]].in_features,
             plan.skeleton.device,
             writer_NK=weight_of(first) if writes else None,
             scale_K=folded.scales.get(number),
+            exact=plan.recipe.exact_hessian,
         )
-        gather(plan.recipe, finite(plan, arrivals, index, names[0]), statistics, report)
+        arrivals = finite(plan, arrivals, index, names[0])
+        statistics = ranks.fold(lanes(plan.recipe, arrivals, num_samples, empty, report), empty)
         if statistics.num_tokens == 0:
             continue
         give_back()
         on_step(index, total, ", ".join(name.rpartition(".")[2] for name in names), None)
         with report.timed("solving"):
-            block = plan.skeleton.model.get_submodule(plan.block_names[index])
-            weights = {}
-            for name in names:
-                linear = block.get_submodule(name)
-                weights[name] = weight_of(linear)
-                if not all_finite(weights[name]):
-                    raise DamagedWeights(plan.path, f"{linears[name].source}.weight")
-            specs = {name: linears[name].grid for name in names}
-            results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
-        peaks = input_peaks(statistics)
-        for name, result in results.items():
-            report.linear(linears[name], result, peaks)
+            of_stage = {name: linears[name] for name in names}
+            results = ranks.share(partial_call(solve, plan, index, of_stage, statistics, report))
         solved |= results
         put_back(plan, linears, results)
         give_back()
@@ -329,6 +397,44 @@ def quantize_block(
         if name.removesuffix(".weight") not in linears
     }
     return solved, kept
+
+
+def solve(
+    plan: Plan, index: int, linears: Mapping[str, LinearPlan], statistics: InputStatistics, report: ReportBuilder
+) -> dict[str, Solved]:
+    """Solve the linears of one stage from the weights that the block holds; the results lie in main memory."""
+    block = plan.skeleton.model.get_submodule(plan.block_names[index])
+    weights = {name: weight_of(block.get_submodule(name)) for name in linears}
+    for name, weight_NK in weights.items():
+        if not all_finite(weight_NK):
+            raise damaged_weights(plan.path, f"{linears[name].source}.weight")
+    specs = {name: linear.grid for name, linear in linears.items()}
+    results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
+    peaks = input_peaks(statistics)
+    for name, result in results.items():
+        report.linear(linears[name], result, peaks)
+    # Other ranks have other devices.
+    return {name: replace(result, weight=result.weight.to("cpu")) for name, result in results.items()}
+
+
+def lanes(
+    recipe: Recipe,
+    arrivals: Iterator[Arrival],
+    num_samples: int,
+    empty: Callable[[], InputStatistics],
+    report: ReportBuilder,
+) -> Iterator[InputStatistics]:
+    """The statistics of each lane of the samples (`ranks.py`) on its own, in order; the lanes are of either half."""
+    groups = groupby(arrivals, lambda arrival: lane_of(arrival.sample, num_samples))
+    while True:
+        with report.timed("forward"):
+            number, lane = next(groups, (0, None))
+        if lane is None:
+            return
+        statistics = empty()
+        statistics.half = number % 2
+        gather(recipe, lane, statistics, report)
+        yield statistics
 
 
 def gather(recipe: Recipe, arrivals: Iterator[Arrival], statistics: InputStatistics, report: ReportBuilder) -> None:
@@ -399,6 +505,7 @@ def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, 
     request: dict[str, Any] = {
         "llmquant": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "format": plan.format.name,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "device": plan.skeleton.device.type,

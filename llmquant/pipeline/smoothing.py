@@ -64,8 +64,13 @@ class Smoother:
         uses = Counter(plan.skeleton.names.values())
         self._tied = {name for name, source in plan.skeleton.names.items() if uses[source] > 1}
 
-    def smooth(self, walk: Walk, index: int, block_plan: BlockPlan, linears: Mapping[str, LinearPlan]) -> Folded:
-        """Fold the scales of a block that all sequences stand in front of; its parameters are replaced."""
+    def choose(
+        self, walk: Walk, index: int, block_plan: BlockPlan, linears: Mapping[str, LinearPlan]
+    ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+        """Choose scales for a block that all sequences stand in front of, and fold them into its parameters.
+
+        `Folded.parameters` and `Folded.scales`; both empty where scales do not help. The block itself is as it was.
+        """
         prefix = self.plan.block_names[index]
         block = self.plan.skeleton.model.get_submodule(prefix)
         calls = walk.calls(SEARCH_SEQUENCES)
@@ -84,10 +89,10 @@ class Smoother:
             new = {name: self._as_stored(name, value, linears) for name, value in new.items()}
             scales = {reading.stage: reading.scale_K(scale_R) for pair, scale_R in choices for reading in pair.readings}
         if not choices:
-            return Folded()
+            return {}, {}
         if not all(torch.isfinite(value).all() for value in new.values()):
             self.report.remark(prefix, "scales undone: a folded parameter does not fit the dtype it is stored in")
-            return Folded()
+            return {}, {}
         with self.report.timed("scale check"):
             importances = {number: moments.hessian_KK.diagonal() for number, moments in statistics.items()}
             plain = self._rounded(block, block_plan, linears, {name: values[name] for name in new}, importances)
@@ -96,16 +101,9 @@ class Smoother:
             helps = self._error(block, calls, outputs, scaled) < self._error(block, calls, outputs, plain)
         if not helps:
             self.report.remark(prefix, "scales undone: the block's output error is not lower with them")
-            return Folded()
-        own = {}
-        for name, value in new.items():
-            owner, _, leaf = name.rpartition(".")
-            module = block.get_submodule(owner)
-            parameter = module._parameters[leaf]
-            assert parameter is not None
-            own[name] = parameter
-            self.plan.skeleton.put(f"{prefix}.{name}", module, leaf, value)
-        return Folded(new, own, scales)
+            return {}, {}
+        # Other ranks have other devices.
+        return {name: value.cpu() for name, value in new.items()}, {n: scale_K.cpu() for n, scale_K in scales.items()}
 
     def learn(self, walk: Walk, index: int) -> None:
         """Find the pairs of a block that all sequences stand in front of, unless such a block was seen before.
@@ -233,6 +231,20 @@ class Smoother:
             changed = tensors_in(functional_call(block, lent, args, kwargs))[0]
             total += (changed.float() - output.float()).square().sum(dtype=torch.float64).item()
         return total
+
+
+def put_folded(plan: Plan, index: int, parameters: dict[str, Tensor], scales: dict[int, Tensor]) -> Folded:
+    """Replace a block's parameters by what `Smoother.choose` has made of them."""
+    prefix, own = plan.block_names[index], {}
+    for name, value in parameters.items():
+        owner, _, leaf = name.rpartition(".")
+        module = plan.skeleton.model.get_submodule(f"{prefix}.{owner}")
+        parameter = module._parameters[leaf]
+        assert parameter is not None
+        own[name] = parameter
+        plan.skeleton.put(f"{prefix}.{name}", module, leaf, value)
+    scales = {stage: scale_K.to(plan.skeleton.device) for stage, scale_K in scales.items()}
+    return Folded(parameters, own, scales)
 
 
 def _kind(block: nn.Module, plan: BlockPlan) -> object:

@@ -1,0 +1,91 @@
+"""Several ranks make the bytes that one process makes; what ends one ends all, and any number of them goes on."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import Warm, contents
+from test_faults import command, one_line
+
+from llmquant.pipeline.ranks import LANES, Ranks, lane_of
+
+TEXT = " ".join(f"It was a dark and stormy night, the {number}th in a row." for number in range(200))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> Path:
+    return tiny_model("llama", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def warm(model) -> Iterator[Warm]:
+    with Warm(model, page=False) as process:
+        yield process
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    return file
+
+
+def test_every_sample_has_one_lane_and_every_lane_one_rank():
+    for size in range(1, LANES + 1):
+        ranks = [Ranks(rank, size) for rank in range(size)]
+        assert [lane for rank in ranks for lane in rank.lanes] == list(range(LANES))
+        for num_samples in (8, 13, 128):
+            lanes = [lane_of(sample, num_samples) for sample in range(num_samples)]
+            assert lanes == sorted(lanes)
+            assert set(lanes) == set(range(LANES))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [(2, ()), (3, ("--samples", "13")), (2, ("--method", "awq+gptq", "--samples", "16")), (2, ("--method", "rtn"))],
+)
+def test_ranks_make_the_bytes_of_one_process(ranks, options, warm, model, text, tmp_path):
+    arguments = [*command(model, tmp_path / "one", text), *options]
+    one = warm.run(*arguments)
+    assert one.code == 0, one.error
+    arguments[2] = tmp_path / "many"
+    many = warm.run(*arguments, ranks=ranks)
+    assert [done.code for done in many] == [0] * ranks, many
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+    assert many[0].out
+    assert all(done.out == done.error == "" for done in many[1:]), "only the first speaks"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["many", "one", "text.txt"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_others_and_another_number_continues(rank, warm, model, text, tmp_path):
+    out = tmp_path / "out"
+    whole = warm.run(*command(model, tmp_path / "whole", text), ranks=2)
+    killed = warm.run(
+        *command(model, out, text), ranks=2, stop_after=0.6 * whole[0].seconds, signal=int(signal.SIGKILL), rank=rank
+    )
+    assert [done.code for done in killed] == ([-9, 2] if rank == 0 else [2, -9]), killed
+    if rank == 1:
+        one_line(killed[0].error, "another rank has ended; the same command continues the run")
+    assert not out.exists()
+    done = warm.run(*command(model, out, text))
+    assert done.code == 0, done.error
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_an_error_of_one_rank_is_one_line_and_ends_all(warm, model, text, tmp_path):
+    """The first rank alone finds OUT taken, and each rank that the samples are too few."""
+    (tmp_path / "out").mkdir()
+    done = warm.run(*command(model, tmp_path / "out", text), ranks=2)
+    assert [one.code for one in done] == [2, 2]
+    one_line(done[0].error, "out: exists")
+    assert done[1].error == ""
+    shutil.rmtree(tmp_path / "out")
+    done = warm.run(*command(model, tmp_path / "out", text), "--samples", "1", ranks=2)
+    assert [one.code for one in done] == [2, 2]
+    one_line(done[0].error, "samples 1: too few for 2 ranks")
+    assert done[1].error == ""
