@@ -30,7 +30,7 @@ ALLOCATION = "allocation"
 BITS = ((4, 8), (3, 4, 8), (2, 3, 4, 8))
 """Bits to choose from: the first of these whose smallest grids fit into the budget."""
 CURVE_POINTS = 60
-"""Points of the trade-off curve that are reported."""
+"""At most so many points of the trade-off curve are reported, and its end."""
 
 
 def provisional(plan: Plan) -> Plan:
@@ -53,7 +53,17 @@ def provisional(plan: Plan) -> Plan:
 
 
 def choose(plan: Plan, tokens_SL: Tensor, on_block: OnBlock) -> dict[str, Any]:
-    """Measure, and choose: plain values for the journal and the report (`grids_in` reads them back)."""
+    """Measure, and choose: plain values for the journal and the report (`grids_in` reads them back).
+
+    A point is `bits_per_weight`, stored bits of all quantized linears together, and `loss`, the estimated divergence
+    from the original of the linears that were chosen for, nats per token.
+
+    target_bits_per_weight   the budget
+    chosen                   the point that was taken
+    curve                    the least loss at some budgets, cheapest first
+    uniform                  a grid and its point, for every grid that all of them could have had
+    inputs                   linears that share an input, their grid (`spec`), and the loss on each grid (`losses`)
+    """
     grids = _candidates(plan)
 
     def grids_of(names: Sequence[str]) -> list[QuantSpec]:
@@ -70,7 +80,7 @@ def choose(plan: Plan, tokens_SL: Tensor, on_block: OnBlock) -> dict[str, Any]:
     def point(bits: int, loss: float) -> dict[str, float]:
         return {"bits_per_weight": (fixed + bits) / weights, "loss": loss}
 
-    step = max(1, len(result.curve) // CURVE_POINTS)
+    step = -(-len(result.curve) // CURVE_POINTS)
     common = [spec for spec in inputs[0].losses if all(spec in each.losses for each in inputs)]
     uniform = [
         asdict(spec)
