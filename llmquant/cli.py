@@ -63,7 +63,7 @@ def main() -> None:
 
 def speaks() -> bool:
     """Whether this is the process that tells what happens: of several ranks that torchrun started, the first."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def say(words: object) -> None:

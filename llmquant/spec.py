@@ -148,7 +148,7 @@ _OVERRIDE_WORDS = {"sym": True, "asym": False, "skip": True}
 
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"input_error_target": False, "residual_target": False},
+    "fast": {"input_error_target": False, "residual_target": False, "exact_hessian": False},
     "default": {},
     "best": {"descent_sweeps": 4, "refit_scales": True},
 }
@@ -182,6 +182,8 @@ class Recipe:
     damping: float = 0.2
     """Added to the diagonal of the Hessian, as a fraction of its mean; raised where the Hessian cannot be factored.
     It keeps a solution from fitting the calibration text instead of the language."""
+    exact_hessian: bool = True
+    """Multiply the inputs in float32; otherwise in the dtype of the network, whose products are rounded to it."""
     input_error_target: bool = True
     """Round the weight that makes up for the error already in the linear's input, not the original weight."""
     residual_target: bool = True

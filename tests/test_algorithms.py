@@ -220,6 +220,17 @@ def test_without_the_original_network_there_is_no_moment():
     assert statistics.moments_KN(random(24, 6)) == []
 
 
+@pytest.mark.parametrize("exact, least, most", [(True, 0, 1e-6), (False, 1e-5, 4e-3)])
+def test_products_of_the_hessian_are_exact_or_rounded_to_the_inputs_dtype(exact, least, most):
+    x = correlated_inputs(256, PANEL_COLUMNS + 40).bfloat16()
+    statistics = InputStatistics(x.shape[1], torch.device("cpu"), exact=exact)
+    for rows in x.split(64):
+        statistics.add(rows)
+    expected = x.double().T @ x.double() / len(x)
+    worst = ((statistics.hessian_KK - expected).abs().max() / expected.abs().max()).item()
+    assert least <= worst < most
+
+
 def test_float16_inputs_do_not_overflow_the_hessian():
     statistics = InputStatistics(2, torch.device("cpu"))
     statistics.add(torch.full((10, 2), 60000.0, dtype=torch.float16))

@@ -15,7 +15,7 @@ from commands import command
 from llmquant.checkpoints.manifest import REPORT_HTML, REPORT_JSON
 from llmquant.errors import UserError
 from llmquant.pipeline import samples as samples_module
-from llmquant.pipeline.figures import ACCENT, LINE, MUTED, bars, over_depth
+from llmquant.pipeline.figures import ACCENT, LINE, MUTED, bars, over_depth, trade_off
 from llmquant.pipeline.page import depths, kinds, page, write_page
 from llmquant.pipeline.quantize import prepare, quantize
 from llmquant.pipeline.report import Incident, Report, read_report
@@ -178,11 +178,23 @@ def test_shades_stand_under_their_block_and_a_head_under_none(reports):
     Page(page(replace(reports["awq"], linears=tuple(mixed), histograms=())))
 
 
+def test_choice_to_a_budget_is_drawn_and_told(reports):
+    points = [{"bits_per_weight": 3 + step / 10, "loss": 0.5**step} for step in range(20)]
+    uniform = [{"bits": 4, "group_size": 64, "symmetric": True, "bits_per_weight": 4.25, "loss": 0.00123}]
+    budget = {"target_bits_per_weight": 4.5, "chosen": points[14], "curve": points, "uniform": uniform, "inputs": []}
+    parsed = Page(page(replace(reports["awq"], allocation=budget)))
+    text = " ".join(parsed.text.split())
+    for part in ("4.400 bits per weight were spent, of 4.500", "4-bit g64 sym for all", "4.250", "0.00123"):
+        assert part in text, part
+    assert "Grids to a budget" not in page(reports["awq"])
+
+
 def test_figures_take_the_colours_and_fonts_of_the_page():
     drawn = [
         over_depth(range(8), [0.01] * 8, [0.1] * 8, (0.005, 0.2), "%"),
         bars([3, 0, 5], "0", "2", logarithmic=True),
     ]
+    drawn.append(trade_off([(3, 0.1), (5, 1e-6)], (4, 0.01), [(4.2, 0.02)]))
     drawn += [over_depth([4], [2.0], [], (1, 4), "×"), bars(range(48), "-1", "1", logarithmic=False)]
     for svg in drawn:
         root = ElementTree.fromstring(svg)

@@ -14,9 +14,9 @@ of T K^2, and K is the larger for the last linear of an MLP. Where several linea
 dX^T X / T is, and W comes in at the end. Two such sums are kept, one of each half of the text: what they agree on is
 what the text has in common with other text.
 
-Everything is accumulated in float32, and the Hessian's products are taken in float32 too: a bfloat16 product rounds its
-result to 8 bits, and the Hessian is inverted (KL .106 instead of .096 on SmolLM2-135M, and factorizations that fail).
-The moments of differences are small to begin with, so bfloat16 products serve them, where the inputs are bfloat16.
+Everything is accumulated in float32, and the Hessian's products are taken in float32 too, unless asked otherwise: a
+bfloat16 product rounds its result to 8 bits, and the Hessian is inverted (CONTRIBUTING.md has the figures). So does the
+moment of a writer. A drift is small to begin with, and bfloat16 products serve it, where the inputs are bfloat16.
 
 Letters: T tokens, K in_features, N out_features.
 """
@@ -42,8 +42,11 @@ class InputStatistics:
         *,
         writer_NK: Tensor | None = None,
         scale_K: Tensor | None = None,
+        exact: bool = True,
     ) -> None:
-        """writer_NK: the weight of the one linear that reads this input, where it writes to the residual stream."""
+        """writer_NK: the weight of the one linear that reads this input, where it writes to the residual stream. exact:
+        multiply for the Hessian in float32."""
+        self._exact = exact
         self.num_tokens = 0
         self.scale_K = scale_K
         """What AWQ divided the input by in the quantized network, and not in the original one."""
@@ -68,24 +71,28 @@ class InputStatistics:
         """
         if x_TK.dtype == torch.float16:  # its products would overflow: 300 squared is beyond its range
             x_TK = x_TK.float()
-        exact_TK = x_TK.float()
+        factor_TK = x_TK.float() if self._exact else x_TK
         self.num_tokens += x_TK.shape[0]
         self._abs_K += torch.linalg.vector_norm(x_TK, ord=1, dim=0, dtype=torch.float32)
         in_features = x_TK.shape[1]
         for start in range(0, in_features, PANEL_COLUMNS):
             stop = min(start + PANEL_COLUMNS, in_features)
-            self._hessian_KK[:stop, start:stop].addmm_(exact_TK[:, :stop].T, exact_TK[:, start:stop])
+            products_KB, left_BT = self._hessian_KK[:stop, start:stop], factor_TK[:, :stop].T
+            if factor_TK.dtype == torch.float32:
+                products_KB.addmm_(left_BT, factor_TK[:, start:stop])
+            else:
+                products_KB += left_BT @ factor_TK[:, start:stop]
         drift_TK = None
         if original_x_TK is not None:
             original_TK = original_x_TK.to(x_TK.dtype) if self.scale_K is None else original_x_TK / self.scale_K
             drift_TK = (original_TK - x_TK).to(x_TK.dtype)
         if self._writer_NK is not None:
-            gap_TN = None if residual_gap_TN is None else residual_gap_TN.to(x_TK.dtype)
+            gap_TN = None if residual_gap_TN is None else residual_gap_TN.float()
             if drift_TK is not None:
-                missing_TN = drift_TK @ self._writer_NK.to(x_TK.dtype).T
+                missing_TN = (drift_TK @ self._writer_NK.to(x_TK.dtype).T).float()
                 gap_TN = missing_TN if gap_TN is None else gap_TN + missing_TN
             if gap_TN is not None:
-                self._count(self.half, x_TK.T @ gap_TN)
+                self._count(self.half, x_TK.float().T @ gap_TN)
         elif drift_TK is not None:
             self._count(self.half, drift_TK.T @ x_TK)
 

@@ -7,6 +7,7 @@ one below the other on a phone.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from io import StringIO
@@ -64,6 +65,25 @@ def bars(counts: Sequence[int], left: str, right: str, *, logarithmic: bool) -> 
     return _svg(figure)
 
 
+def trade_off(
+    curve: Sequence[tuple[float, float]], chosen: tuple[float, float], others: Sequence[tuple[float, float]]
+) -> str:
+    """A line of (bits, loss), the point on it that was chosen, and others beside it in grey; loss is logarithmic."""
+    figure, axes = _figure()
+    losses = [loss for _, loss in (*curve, chosen, *others) if loss > 0]
+    limits = min(losses, default=1) / 1.5, max(losses, default=1) * 1.5
+    axes.set_yscale("log")
+    axes.set_ylim(limits)
+    _ticks(axes, limits, "")
+    axes.plot(*zip(*curve, strict=True), color=ACCENT, linewidth=1.6)
+    if others:
+        axes.plot(*zip(*others, strict=True), color=MUTED, linestyle="", marker="o", markersize=3)
+    axes.plot(*chosen, color=ACCENT, marker="o", markersize=6, clip_on=False)
+    low, high = axes.get_xlim()
+    axes.set_xticks(range(math.ceil(low), math.floor(high) + 1))
+    return _svg(figure)
+
+
 def _figure(height: float = HEIGHT) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
@@ -96,9 +116,17 @@ def _ticks(axes: Any, limits: tuple[float, float], unit: str) -> None:
             break
     while len(inside) > 5:
         inside = inside[::2]
-    labels = [f"{value * 100:.4g} %" if unit == "%" else f"{value:g}{unit}" for value in inside]
+    labels = [f"{_short(value * 100)} %" if unit == "%" else f"{_short(value)}{unit}" for value in inside]
     axes.set_yticks(inside, labels=labels)
     axes.yaxis.set_minor_locator(_no_ticks())
+
+
+def _short(value: float) -> str:
+    """One digit of a round value, with a power of ten where there would be many zeros."""
+    if 0.01 <= value < 1e5:
+        return f"{value:.4g}"
+    digit, power = f"{value:.0e}".split("e")
+    return f"{digit}e{int(power)}".replace("-", "−")
 
 
 def _svg(figure: Any) -> str:

@@ -151,7 +151,9 @@ def _block_bytes(plan: Plan, index: int) -> int:
     for stage in _stages(linears):
         in_features, out_features = stage[0].in_features, sum(linear.out_features for linear in stage)
         square, weight = in_features**2, in_features * out_features
-        statistics = 8 * square + piece * in_features * (3 * itemsize + 12 if recipe.needs_original else itemsize + 4)
+        # The sums so far, and those of one lane of the samples: Hessian, and with the original network a moment.
+        sums = 2 * 4 * square * (2 if recipe.needs_original else 1)
+        statistics = sums + piece * in_features * (3 * itemsize + 12 if recipe.needs_original else itemsize + 4)
         solving = SOLVE_BYTES * square + TARGET_BYTES * weight
         if recipe.compensates:
             solving = max(solving, FACTOR_BYTES * square + 4 * weight)

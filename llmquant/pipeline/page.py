@@ -7,7 +7,7 @@ numbers, the drawings of `figures.py`, and what is put together here: the errors
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from importlib.resources import files
 from itertools import takewhile
@@ -18,11 +18,12 @@ from markupsafe import Markup
 
 from llmquant import words
 from llmquant.checkpoints.durable import write_atomically
-from llmquant.pipeline.figures import bars, over_depth
+from llmquant.pipeline.figures import bars, over_depth, trade_off
 from llmquant.pipeline.names import block_of, kind_of
 from llmquant.pipeline.report import Incident, LinearReport, Report
 from llmquant.pipeline.samples import Sample
 from llmquant.pipeline.verify import BROKEN, GOOD
+from llmquant.spec import QuantSpec
 
 TEMPLATE = "page.html"
 
@@ -124,6 +125,9 @@ def page(report: Report) -> str:
         depths=(by_depth := depths(report.linears)),
         strongest=max((shade[0] for depth in by_depth for shade in depth.shades if shade), default=0.0),
         drift=drift(report),
+        budget=report.allocation,
+        curve=budget_curve(report),
+        uniform=uniform(report),
         peaks=input_peaks(report.linears),
         portraits=portraits(report),
         texts=[Texts.of(sample) for sample in report.samples],
@@ -185,6 +189,25 @@ def depths(linears: Sequence[LinearReport]) -> list[Depth]:
             )
         )
     return found
+
+
+def budget_curve(report: Report) -> str:
+    """Estimated loss over bits, where grids were chosen to a budget; else empty."""
+    if report.allocation is None:
+        return ""
+    curve, chosen, others = (report.allocation[key] for key in ("curve", "chosen", "uniform"))
+    return trade_off([_point(each) for each in curve], _point(chosen), [_point(each) for each in others])
+
+
+def uniform(report: Report) -> list[tuple[str, float, float]]:
+    """What one grid for all would have been: (grid, bits per weight, estimated loss)."""
+    others = (report.allocation or {}).get("uniform", [])
+    names = [field.name for field in fields(QuantSpec)]
+    return [(QuantSpec(**{name: each[name] for name in names}).describe(), *_point(each)) for each in others]
+
+
+def _point(values: dict[str, float]) -> tuple[float, float]:
+    return values["bits_per_weight"], values["loss"]
 
 
 def drift(report: Report) -> str:

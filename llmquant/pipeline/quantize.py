@@ -123,7 +123,7 @@ def _quantize(
         with ranks.together():
             check_tokens(plan, tokens.tokens_SL)
     if not ranks.is_first:
-        walks, grids = ranks.share(lambda: (False, None))
+        walks, grids = ranks.share(lambda: (False, None))  # what `share_course` says on the first
         if grids is not None:
             plan = with_grids(plan, grids)
         if tokens is not None and walks:
@@ -370,6 +370,7 @@ def quantize_block(
             plan.skeleton.device,
             writer_NK=weight_of(first) if writes else None,
             scale_K=folded.scales.get(number),
+            exact=plan.recipe.exact_hessian,
         )
         arrivals = finite(plan, arrivals, index, names[0])
         statistics = ranks.fold(lanes(plan.recipe, arrivals, num_samples, empty, report), empty)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from llmquant.algorithms.statistics import InputStatistics
 from llmquant.errors import UserError
@@ -152,16 +153,25 @@ class Ranks:
             assert isinstance(own, InputStatistics)
             return own
         total = own if isinstance(own, InputStatistics) else empty()
-        with _lost_ranks():
-            if isinstance(own, list):
-                total.exchange(lambda tensor: dist.recv(tensor, self.rank - 1))
-                for lane in own:
-                    total.merge(lane)
-            del own
-            if self.rank + 1 < self.size:
-                total.exchange(lambda tensor: dist.send(tensor, self.rank + 1))
-            total.exchange(lambda tensor: dist.broadcast(tensor, self.size - 1))
+        if isinstance(own, list):
+            total.exchange(_passing(dist.recv, self.rank - 1))
+            for lane in own:
+                total.merge(lane)
+        del own
+        if self.rank + 1 < self.size:
+            total.exchange(_passing(dist.send, self.rank + 1))
+        total.exchange(_passing(dist.broadcast, self.size - 1))
         return total
+
+
+def _passing(call: Callable[[Tensor, int], object], rank: int) -> Callable[[Tensor], None]:
+    """Passes a tensor on to, or takes it from, another rank."""
+
+    def pass_on(tensor: Tensor) -> None:
+        with _lost_ranks():
+            call(tensor, rank)
+
+    return pass_on
 
 
 def lane_of(sample: int, num_samples: int) -> int:

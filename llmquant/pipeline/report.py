@@ -154,7 +154,7 @@ def read_report(folder: Path) -> Report:
             "wrote it"
         )
     try:
-        values = {field.name: content[field.name] for field in fields(Report)}
+        values = {field.name: content[field.name] for field in fields(Report) if field.name in content}
         for name, kind in LISTS.items():
             values[name] = tuple(_made(kind, entry) for entry in values[name])
         values |= {"out": folder, "verification": _made(Verification, values["verification"])}

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -124,54 +125,41 @@ def bench(
 ) -> Bench:
     """Time a checkpoint by each of these backends (`all`: each that takes all its linears), and then `against`.
 
+    All of them are in memory together.
     Raises UserError for whatever the user can mend, as `load` does.
     """
     workload = workload or Workload()
     contenders = [(model, name) for name in _expand(model, backends, device, dtype)]
     contenders += [(against, "auto")] if against is not None else []
     loaded: list[Any] = []
-    runs: list[Run] = []
+    facts: list[dict[str, Any]] = []
     seconds: list[list[tuple[float, float]]] = [[] for _ in contenders]
     total = len(contenders) * (1 + workload.repeats)
     _import_code(model, trust_remote_code)
     for name, backend in contenders:
-        on_step("running", len(runs), total)
+        on_step("running", len(loaded), total)
         meter = _PeakMeter(device_of(device))
         start = perf_counter()
         contender = load(name, device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
         load_seconds = perf_counter() - start
         check_length(contender, workload.prompt_tokens, workload.new_tokens)
         _turn(contender, workload)
-        runs.append(
-            Run(
-                model=name,
-                kernel=kernel_of(contender),
-                load_seconds=load_seconds,
-                weight_bytes=held_bytes(contender),
-                peak_bytes=meter.peak(),
-                prefill_tokens_per_second=0,
-                decode_tokens_per_second=0,
-            )
-        )
         loaded.append(contender)
+        facts.append({"model": name, "load_seconds": load_seconds, "peak_bytes": meter.peak()})
     for turn in range(workload.repeats):
         for index, contender in enumerate(loaded):
             on_step("running", len(loaded) * (1 + turn) + index, total)
             seconds[index].append(_turn(contender, workload))
     on_step("running", total, total)
-    rates = [_rates(times, workload) for times in seconds]
-    first = loaded[0]
-    threads = torch.get_num_threads()
-    name = f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
     return Bench(
         runs=tuple(
-            replace(run, prefill_tokens_per_second=prefill, decode_tokens_per_second=decode)
-            for run, (prefill, decode) in zip(runs, rates, strict=True)
+            Run(**known, kernel=kernel_of(contender), weight_bytes=held_bytes(contender), **_rates(times, workload))
+            for contender, known, times in zip(loaded, facts, seconds, strict=True)
         ),
         against=against,
         workload=workload,
-        device=torch.cuda.get_device_name(first.device) if first.device.type == "cuda" else name,
-        dtype=str(first.dtype).removeprefix("torch."),
+        device=_describe(loaded[0].device),
+        dtype=str(loaded[0].dtype).removeprefix("torch."),
         torch=torch.__version__,
     )
 
@@ -216,11 +204,20 @@ def _turn(model: Any, workload: Workload) -> tuple[float, float]:
     return prefill, decode
 
 
-def _rates(seconds: Sequence[tuple[float, float]], workload: Workload) -> tuple[float, float]:
+def _rates(seconds: Sequence[tuple[float, float]], workload: Workload) -> dict[str, Any]:
     """Tokens per second of prefill and of decoding, from the medians; the first new token belongs to the prefill."""
     prefill, decode = (median(column) for column in zip(*seconds, strict=True))
-    per_text = workload.batch_size
-    return workload.prompt_tokens * per_text / prefill, (workload.new_tokens - 1) * per_text / decode
+    return {
+        "prefill_tokens_per_second": workload.prompt_tokens * workload.batch_size / prefill,
+        "decode_tokens_per_second": (workload.new_tokens - 1) * workload.batch_size / decode,
+    }
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 class _PeakMeter:
@@ -234,7 +231,7 @@ class _PeakMeter:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self._start = torch.cuda.memory_allocated(device)
-        elif HIGH_WATER_RESET.exists():
+        elif os.access(HIGH_WATER_RESET, os.W_OK):
             HIGH_WATER_RESET.write_text("5")
             self._start = resident_bytes()
 
