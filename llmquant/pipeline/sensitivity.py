@@ -38,7 +38,7 @@ from llmquant.eval.halves import Halves
 from llmquant.memory import give_back
 from llmquant.models.blocks import first_tensor, linears_of, watch, weight_of
 from llmquant.pipeline.footprint import MEASURED_TOKENS
-from llmquant.pipeline.plan import DamagedWeights, Plan
+from llmquant.pipeline.plan import Plan, damaged_weights
 from llmquant.pipeline.solve import damping_ladder
 from llmquant.spec import QuantSpec
 
@@ -249,7 +249,7 @@ class _Run:
             for full, key in keys.items():
                 weight_KN = weight_of(block.get_submodule(key)).float().T.contiguous()
                 if not torch.isfinite(weight_KN).all():
-                    raise DamagedWeights(self.plan.path, self.plan.skeleton.names[f"{full}.weight"])
+                    raise damaged_weights(self.plan.path, self.plan.skeleton.names[f"{full}.weight"])
                 self.error_N[full] = {spec: self._error(weight_KN, spec, importance_K) for spec in specs}
         return output[0]
 
