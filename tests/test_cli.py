@@ -115,6 +115,7 @@ def test_interrupt_is_one_line():
         "import sys, os, signal, llmquant.hub\n"
         "def interrupted(model): os.kill(os.getpid(), signal.SIGINT)\n"
         "llmquant.hub.resolve_model = interrupted\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells let what runs behind them ignore it
         "sys.argv = ['llmquant', 'eval', 'x']\n"
         "from llmquant.cli import main; main()"
     )

@@ -151,9 +151,11 @@ def test_interrupted_run_says_how_to_go_on_and_goes_on(options, without, tiny_mo
 
     arguments = ["quantize", tiny_model("llama"), tmp_path / "out", *FEW, "--group-size", "32", "--quiet"]
     capsys.readouterr()
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as shells let it be for what runs behind them
     with monkeypatch.context() as patch:
         patch.setattr(Walk, "leave", interrupted)
         assert command(monkeypatch, *arguments, *options) == 128 + signal.SIGINT
+    signal.signal(signal.SIGINT, ignored)
     assert capsys.readouterr().err == f"llmquant: interrupted; the same command{without} continues the run\n"
     assert not (tmp_path / "out").exists()
     part = tmp_path / "out.partial" / "parts" / "block-00000.safetensors"
