@@ -11,6 +11,7 @@ from faults import contents
 
 from llmquant.errors import UserError
 from llmquant.models.spill import Kept, Spill
+from llmquant.pipeline import loop
 from llmquant.pipeline import quantize as pipeline
 from llmquant.pipeline.footprint import Footprint
 from llmquant.spec import Options, QuantSpec, Recipe, parse_size
@@ -34,12 +35,12 @@ def test_activations_on_the_disk_change_no_byte(architecture, method, tiny_model
     few = Options(calibration=str(text), num_samples=6, seq_len=32, verify=False)
     pipeline.quantize(model, tmp_path / "whole", recipe, few)
     spills = []
-    monkeypatch.setattr(pipeline, "Spill", lambda *arguments: spills.append(Spill(*arguments)) or spills[-1])
+    monkeypatch.setattr(loop, "Spill", lambda *arguments: spills.append(Spill(*arguments)) or spills[-1])
     for budget_bytes in (0, 150_000):
         footprint = Footprint(
             runtime_bytes=1, work_bytes=1, activation_bytes=10**9, past_bytes=0, limit_bytes=2 + budget_bytes
         )
-        monkeypatch.setattr(pipeline, "footprint_of", lambda plan, footprint=footprint: footprint)
+        monkeypatch.setattr(loop, "footprint_of", lambda plan, footprint=footprint: footprint)
         out = tmp_path / f"out-{budget_bytes}"
         report = pipeline.quantize(model, out, recipe, few)
         assert contents(out) == contents(tmp_path / "whole")

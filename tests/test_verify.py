@@ -18,8 +18,8 @@ from llmquant.checkpoints.manifest import REPORT_JSON
 from llmquant.eval.divergence import divergence
 from llmquant.hub import load_tokenizer
 from llmquant.models.walk import Walk
+from llmquant.pipeline import loop, solve
 from llmquant.pipeline import quantize as pipeline
-from llmquant.pipeline import solve
 from llmquant.pipeline.calibration import MAX_HELD_OUT, MIN_HELD_OUT, calibration_tokens, num_held_out
 from llmquant.pipeline.quantize import prepare, quantize
 from llmquant.pipeline.verify import BROKEN, GOOD, WORDS, HeldOut, held_out, judge, verify_text
@@ -202,7 +202,7 @@ def test_run_that_died_while_it_was_verified_is_continued_and_verification_chang
             quantize(path, tmp_path / "out", recipe, FEW)
     assert not (tmp_path / "out").exists()
     solved = []
-    monkeypatch.setattr(pipeline, "quantize_block", lambda *arguments: solved.append(arguments))
+    monkeypatch.setattr(loop, "quantize_block", lambda *arguments: solved.append(arguments))
     continued = quantize(path, tmp_path / "out", recipe, FEW)
     assert not solved, "no block is made again"
     assert continued.verification.kl_mean > 0
