@@ -17,7 +17,7 @@ from llmquant.algorithms.affine import (
     search_range,
     values_on_grid,
 )
-from llmquant.algorithms.gptq import column_order, factor_inverse, gptq_round, solve_with_hessian
+from llmquant.algorithms.gptq import column_order, factor_inverse, finish_solve, gptq_round, half_solve
 from llmquant.algorithms.refine import descend, refit_scales
 from llmquant.algorithms.statistics import PANEL_COLUMNS, InputStatistics
 from llmquant.algorithms.targets import corrected_target
@@ -164,7 +164,7 @@ def test_inverse_factor_is_the_upper_factor_of_the_inverse():
     inverse = torch.linalg.inv(damped)[order][:, order]
     assert torch.allclose(factor.upper_KK.T @ factor.upper_KK, inverse, rtol=1e-6, atol=1e-9)
     rhs = random(24, 3, dtype=torch.float64)
-    assert torch.allclose(damped @ solve_with_hessian(factor, rhs), rhs, atol=1e-8)
+    assert torch.allclose(damped @ finish_solve(factor, half_solve(factor, rhs)), rhs, atol=1e-8)
 
 
 def test_damping_is_raised_until_the_factorization_succeeds():
@@ -244,7 +244,7 @@ def test_corrected_target_is_the_least_squares_weight():
     hessian = x.T @ x / 400
     factor = factor_inverse(hessian, column_order(hessian), ladder=(1e-12,))
     moment = x.T @ ((original - x) @ weight + gap) / 400
-    target, share = corrected_target(weight, factor, hessian, [moment])
+    target, share = corrected_target(weight, factor, [moment])
     expected = torch.linalg.lstsq(x, original @ weight + gap).solution
     assert torch.allclose(target, expected, atol=1e-6) and share == 1
 
@@ -262,14 +262,14 @@ def test_share_of_a_correction_is_the_best_on_other_text(noise, lowest, highest)
     hessian = sum(x.T @ x for x, _ in halves) / 2000
     factor = factor_inverse(hessian, column_order(hessian), ladder=(1e-12,), dtype=torch.float64)
     weight = torch.zeros(20, 5, dtype=torch.float64)
-    target, share = corrected_target(weight, factor, hessian, [x.T @ missing / 2000 for x, missing in halves])
+    target, share = corrected_target(weight, factor, [x.T @ missing / 2000 for x, missing in halves])
     assert lowest <= share <= highest
     others = [text(seed) for seed in range(3, 43)]
 
     def error(correction: torch.Tensor) -> float:
         return sum((missing - x @ correction).square().mean().item() for x, missing in others)
 
-    whole, _ = corrected_target(weight, factor, hessian, [sum(x.T @ missing for x, missing in halves) / 2000])
+    whole, _ = corrected_target(weight, factor, [sum(x.T @ missing for x, missing in halves) / 2000])
     tried = [error(part * whole) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert error(target) <= min(tried) + 0.05 * (max(tried) - min(tried))
 

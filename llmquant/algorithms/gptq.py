@@ -42,6 +42,8 @@ class InverseFactor:
     """int64, column processed at each step."""
     damping: float
     """The fraction of mean(diag H) that made the factorization succeed."""
+    added_K: Tensor
+    """What the diagonal was raised by, float [K], in the original column order."""
 
 
 def column_order(hessian_KK: Tensor, by_activation: bool = True) -> Tensor:
@@ -107,16 +109,20 @@ def factor_inverse(
             inverse_KK = torch.eye(len(order_K), dtype=torch.float64, device=hessian_KK.device)
             torch.linalg.solve_triangular(lower_KK, inverse_KK, upper=False, out=inverse_KK)
             del lower_KK
-            return InverseFactor(inverse_KK.to(dtype).flip(0, 1), order_K, damping)
+            added_K = (damped_diagonal(diagonal_K, damping, scale_K) - diagonal_K).to(dtype)
+            return InverseFactor(inverse_KK.to(dtype).flip(0, 1), order_K, damping, added_K)
     return None
 
 
-def solve_with_hessian(factor: InverseFactor, rhs_KN: Tensor) -> Tensor:
-    """(H + damping)^-1 @ rhs = U^T (U rhs), in the original column order and the dtype of the factor, [K, N]."""
-    upper_KK = factor.upper_KK
-    solved_KN = upper_KK.T @ (upper_KK @ rhs_KN[factor.order_K].to(upper_KK.dtype))
-    result_KN = torch.empty_like(solved_KN)
-    result_KN[factor.order_K] = solved_KN
+def half_solve(factor: InverseFactor, rhs_KN: Tensor) -> Tensor:
+    """U rhs, [K, N] in processing order: y^T y' = rhs^T (H + damping)^-1 rhs' for two of these."""
+    return factor.upper_KK @ rhs_KN[factor.order_K].to(factor.upper_KK.dtype)
+
+
+def finish_solve(factor: InverseFactor, half_KN: Tensor) -> Tensor:
+    """(H + damping)^-1 rhs = U^T (U rhs) from its `half_solve`, [K, N] in the original column order."""
+    result_KN = torch.empty_like(half_KN)
+    result_KN[factor.order_K] = factor.upper_KK.T @ half_KN
     return result_KN
 
 

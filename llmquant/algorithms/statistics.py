@@ -71,9 +71,10 @@ class InputStatistics:
         """
         if x_TK.dtype == torch.float16:  # its products would overflow: 300 squared is beyond its range
             x_TK = x_TK.float()
-        factor_TK = x_TK.float() if self._exact else x_TK
+        exact_TK = x_TK.float()
+        factor_TK = exact_TK if self._exact else x_TK
         self.num_tokens += x_TK.shape[0]
-        self._abs_K += torch.linalg.vector_norm(x_TK, ord=1, dim=0, dtype=torch.float32)
+        self._abs_K += exact_TK.abs().sum(0)
         in_features = x_TK.shape[1]
         for start in range(0, in_features, PANEL_COLUMNS):
             stop = min(start + PANEL_COLUMNS, in_features)
@@ -92,7 +93,7 @@ class InputStatistics:
                 missing_TN = (drift_TK @ self._writer_NK.to(x_TK.dtype).T).float()
                 gap_TN = missing_TN if gap_TN is None else gap_TN + missing_TN
             if gap_TN is not None:
-                self._count(self.half, x_TK.float().T @ gap_TN)
+                self._count(self.half, exact_TK.T @ gap_TN)
         elif drift_TK is not None:
             self._count(self.half, drift_TK.T @ x_TK)
 

@@ -25,23 +25,23 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from llmquant.algorithms.gptq import InverseFactor, solve_with_hessian
+from llmquant.algorithms.gptq import InverseFactor, finish_solve, half_solve
 
 
-def corrected_target(
-    weight_KN: Tensor, factor: InverseFactor, hessian_KK: Tensor, moments_KN: Sequence[Tensor]
-) -> tuple[Tensor, float]:
+def corrected_target(weight_KN: Tensor, factor: InverseFactor, moments_KN: Sequence[Tensor]) -> tuple[Tensor, float]:
     """The weight to round instead of weight_KN, float32 [K, N], and the share of the correction that was taken.
 
     moments_KN: X^T (dX W^T + dh) / T of two halves of the text, which add up to the mean
     (`InputStatistics.moments_KN`); of a single one the correction is taken whole.
     """
-    changes_KN = [solve_with_hessian(factor, moment_KN) for moment_KN in moments_KN]
-    change_KN = sum(changes_KN[1:], changes_KN[0])
+    halves_KN = [half_solve(factor, moment_KN) for moment_KN in moments_KN]
+    half_KN = sum(halves_KN[1:], halves_KN[0])
+    change_KN = finish_solve(factor, half_KN)
     share = 1.0
-    if len(changes_KN) == 2:
+    if len(halves_KN) == 2:
         # Each is of half the tokens over all of them: half of the half's own mean.
-        common = 4 * (changes_KN[0] * moments_KN[1]).sum().item()
-        whole = (change_KN * (hessian_KK @ change_KN)).sum().item()
+        common = 4 * (halves_KN[0] * halves_KN[1]).sum().item()
+        # c^T H c, from c^T (H + damping) c = y^T y.
+        whole = (half_KN.square().sum() - (change_KN.square() * factor.added_K[:, None]).sum()).item()
         share = min(max(common / whole, 0.0), 1.0) if whole > 0 else 0.0
     return weight_KN + share * change_KN, share

@@ -158,7 +158,7 @@ def _solve(
 
     target_KN = weight_KN
     if factor is not None and (moments_KN := statistics.moments_KN(weight_KN)):
-        target_KN, _ = corrected_target(weight_KN, factor, hessian_KK, moments_KN)
+        target_KN, _ = corrected_target(weight_KN, factor, moments_KN)
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
