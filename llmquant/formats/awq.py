@@ -35,6 +35,7 @@ from llmquant.formats.format import (
     check_zeros,
     key_set,
     make_grid,
+    refuse_partial_group,
     string_list,
 )
 from llmquant.spec import QuantSpec
@@ -80,12 +81,7 @@ def refuses(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.d
         return (
             f"out_features {out_features} is not a multiple of 8, as AWQ packing needs; use --format compressed-tensors"
         )
-    if in_features % spec.effective_group_size(in_features) or spec.group_size > in_features:
-        return (
-            f"in_features {in_features} is not a multiple of group_size {spec.group_size}, which the AWQ format needs; "
-            "use a smaller --group-size, or --format gptq"
-        )
-    return None
+    return refuse_partial_group(spec, in_features, "the AWQ format")
 
 
 def tensor_shapes(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype) -> TensorShapes:

@@ -38,6 +38,7 @@ from llmquant.formats.format import (
     compile_pattern,
     key_set,
     make_grid,
+    refuse_partial_group,
     require,
     string_list,
 )
@@ -69,12 +70,7 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
     """Any K and N, but whole groups: the reader divides K by group_size."""
-    if spec.group_size != -1 and in_features % spec.group_size:
-        return (
-            f"in_features {in_features} is not a multiple of group_size {spec.group_size}, which compressed-tensors "
-            "needs; use a smaller --group-size, or --format gptq"
-        )
-    return None
+    return refuse_partial_group(spec, in_features, "compressed-tensors")
 
 
 def tensor_shapes(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype) -> TensorShapes:

@@ -179,6 +179,16 @@ def num_features(words: int, bits: int, suffix: str) -> int:
     return words * 32 // bits
 
 
+def refuse_partial_group(spec: QuantSpec, in_features: int, needed_by: str) -> str | None:
+    """Why a format whose readers divide in_features by group_size cannot hold a linear, or None where it can."""
+    if spec.group_size == -1 or in_features % spec.group_size == 0:
+        return None
+    return (
+        f"in_features {in_features} is not a multiple of group_size {spec.group_size}, which {needed_by} needs; "
+        "use a smaller --group-size, or --format gptq"
+    )
+
+
 def check_features(found: tuple[int, int], out_features: int, in_features: int, suffix: str) -> None:
     """UserError unless the tensors hold an [N, K] weight."""
     if found != (out_features, in_features):
