@@ -133,8 +133,10 @@ def test_sensitivities_are_those_of_the_whole_model_at_once(architecture, tiny_m
                 weight_KN = (weight if type(model.get_submodule(name)).__name__ == "Conv1D" else weight.T).contiguous()
                 grid = find_grid(weight_KN, importance_K, spec, plan.scale_dtype, plan.format.min_zero, 8)
                 error_KN = values_on_grid(round_to_grid(weight_KN, grid, spec), grid, spec) - weight_KN
-                gradient_N = gradients[name].flatten(0, -2).square().mean(0)
-                expected += 0.5 * (gradient_N @ (importance_K @ error_KN.square())).item()
+                # Token by token: the squared gradients of its outputs times its squared inputs.
+                for x_K, gradient_N in zip(inputs[name], gradients[name].flatten(0, -2), strict=True):
+                    cost_KN = x_K.square()[:, None] * gradient_N.square() * error_KN.square()
+                    expected += 0.5 * cost_KN.sum().item() / len(inputs[name])
             assert each.losses[spec] == pytest.approx(expected, rel=1e-3)
 
 

@@ -1,15 +1,16 @@
 """What each grid that a linear could get would cost the model: measured before anything is rounded.
 
 To second order, the divergence of a model whose outputs z_n of a linear are off by dz_n is 1/2 E[(g . dz)^2], g the
-gradient of the loss in z for tokens drawn from the model's own predictions (the Fisher information). Taken apart into
-outputs and inputs, for a rounding error E of the weight,
+gradient of the loss in z for tokens drawn from the model's own predictions (the Fisher information). For a rounding
+error E of the weight, whose entries do not depend on each other,
 
-    loss = 1/2 sum_n g_n (E H E^T)_nn        g_n: mean squared gradient at output n;  H: second moment of the input
+    loss = 1/2 sum_nk F_nk E_nk^2        F_nk = E[g_n^2 x_k^2]
 
 so that layers are comparable, which their relative errors are not: allocating by those is worse than one grid for all.
-E is that of rounding to nearest on searched ranges. Its columns do not depend on each other, so of H the diagonal
-counts; where GPTQ will round, what counts is the part of each input that the columns behind it in the order cannot make
-up for: 1 / U_kk^2 of its factor.
+The mean is over the product: a token with massive inputs hardly matters to the predictions, and the product of the two
+means would count what it must not (CONTRIBUTING.md). E is that of rounding to nearest on searched ranges. Where GPTQ
+will round, of each column counts the part that the columns behind it in the order cannot make up for: 1 / U_kk^2 of its
+factor, over H_kk.
 
 A few calibration sequences run forward and backward, side by side. Block by block: weights are read, the block runs,
 its linears are rounded on every grid, weights go; on the way back each block is run again from its kept input, for the
@@ -89,12 +90,9 @@ def measure(
             hidden_SLD.backward(gradient_SLD)
     shared = []
     for names in run.shared:
-        if not all(name in run.gradient_N for name in names):
+        if not all(run.losses[name] for name in names):
             continue
-        losses = {
-            spec: sum(0.5 * float(run.gradient_N[name] @ run.error_N[name][spec]) for name in names)
-            for spec in run.error_N[names[0]]
-        }
+        losses = {spec: sum(run.losses[name][spec] for name in names) for spec in run.losses[names[0]]}
         if not all(map(math.isfinite, losses.values())):
             raise UserError(
                 f"{names[0]}: its sensitivity is {next(iter(losses.values()))}: the network's numbers or gradients "
@@ -150,6 +148,18 @@ class _Through(torch.autograd.Function):
         return ctx.run_back(hidden, gradient), None, None
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """What is known of a linear's input before there are gradients."""
+
+    specs: Sequence[QuantSpec]
+    """Grids to try."""
+    importance_K: Tensor
+    """What an error of each column costs where ranges are searched, float32."""
+    left_K: Tensor
+    """The part of a column's error that later columns cannot make up for, float32."""
+
+
 @dataclass
 class _Run:
     """The blocks of a model, made to read their weights when they run; and what was measured of their linears."""
@@ -160,10 +170,10 @@ class _Run:
     is_measuring: bool = False
     """Until then the blocks only run."""
     shared: list[tuple[str, ...]] = field(default_factory=list)
-    error_N: dict[str, dict[QuantSpec, Tensor]] = field(default_factory=dict)
-    """Mean squared error of each output, float32 on the CPU, by full name and grid."""
-    gradient_N: dict[str, Tensor] = field(default_factory=dict)
-    """Mean squared gradient at each output, float32 on the CPU, by full name."""
+    columns: dict[str, _Columns] = field(default_factory=dict)
+    """By full name of a linear."""
+    losses: dict[str, dict[QuantSpec, float]] = field(default_factory=dict)
+    """Nats per token, by full name and grid; empty until a gradient has reached the linear."""
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -197,7 +207,7 @@ class _Run:
                     return self._measure(name, block, lambda: call(replaced)) if self.is_measuring else call(replaced)
 
             def run_back(replaced: Tensor, gradient: Tensor) -> Tensor:
-                with self._loaded(index, "gradient"), torch.enable_grad(), self._squaring(name, block):
+                with self._loaded(index, "gradient"), torch.enable_grad(), self._counting(name, block):
                     replaced = replaced.detach().requires_grad_()
                     (result,) = torch.autograd.grad(call(replaced), replaced, gradient)
                 outputs.clear()
@@ -225,7 +235,7 @@ class _Run:
             give_back()
 
     def _measure(self, name: str, block: nn.Module, call: Callable[[], Tensor]) -> Tensor:
-        """Run a block, see which linears share an input, and round them on every grid."""
+        """Run a block, and see which linears share an input and what an error of each column costs."""
         inputs: dict[str, Tensor] = {}
         handles = [
             linear.register_forward_pre_hook(
@@ -245,50 +255,60 @@ class _Run:
             if not specs or not keys:
                 continue
             self.shared.append(tuple(keys))
-            importance_K = self._importance(inputs[stage.linears[0]].flatten(0, -2))
+            columns = self._columns(specs, inputs[stage.linears[0]].flatten(0, -2))
             for full, key in keys.items():
-                weight_KN = weight_of(block.get_submodule(key)).float().T.contiguous()
-                if not torch.isfinite(weight_KN).all():
+                if not torch.isfinite(weight_of(block.get_submodule(key))).all():
                     raise damaged_weights(self.plan.path, self.plan.skeleton.names[f"{full}.weight"])
-                self.error_N[full] = {spec: self._error(weight_KN, spec, importance_K) for spec in specs}
+                self.columns[full], self.losses[full] = columns, {}
         return output[0]
 
-    def _importance(self, x_TK: Tensor) -> Tensor:
-        """What an error of each column costs, float32 [K]; nothing in a column that is never an input."""
+    def _columns(self, specs: Sequence[QuantSpec], x_TK: Tensor) -> _Columns:
+        """Of linears that read an input; a column that is never an input costs nothing."""
         recipe = self.plan.recipe
         statistics = InputStatistics(x_TK.shape[1], x_TK.device)
         for piece in x_TK.split(TOKENS_AT_ONCE):
             statistics.add(piece)
         hessian_KK = statistics.hessian_KK
         diagonal_K = hessian_KK.diagonal()
-        importance_K = damped_diagonal(diagonal_K, recipe.damping)
+        damped_K = damped_diagonal(diagonal_K, recipe.damping)
+        importance_K = damped_K.clone()
         if recipe.compensates:
             order_K = column_order(hessian_KK, recipe.activation_order)
             factor = factor_inverse(hessian_KK, order_K, damping_ladder(recipe))
             if factor is not None:
                 importance_K[factor.order_K] = factor.upper_KK.diagonal().square().reciprocal()
-        return importance_K.masked_fill(diagonal_K == 0, 0.0)
+        return _Columns(specs, importance_K.masked_fill(diagonal_K == 0, 0.0), importance_K / damped_K)
 
-    def _error(self, weight_KN: Tensor, spec: QuantSpec, importance_K: Tensor) -> Tensor:
-        plan = self.plan
-        grid = find_grid(weight_KN, importance_K, spec, plan.scale_dtype, plan.format.min_zero, SEARCH_STEPS)
-        error_KN = values_on_grid(round_to_grid(weight_KN, grid, spec), grid, spec) - weight_KN
-        return (importance_K @ error_KN.square()).cpu()
+    def _count(self, full: str, linear: nn.Module, x_TK: Tensor, gradient_TN: Tensor) -> None:
+        """Add what each grid of a linear costs, by its inputs and the gradients at its outputs."""
+        plan, columns, losses = self.plan, self.columns[full], self.losses[full]
+        fisher_KN = x_TK.float().square().T @ gradient_TN.float().square()
+        fisher_KN *= columns.left_K[:, None] / len(x_TK)
+        weight_KN = weight_of(linear).float().T.contiguous()
+        for spec in columns.specs:
+            grid = find_grid(
+                weight_KN, columns.importance_K, spec, plan.scale_dtype, plan.format.min_zero, SEARCH_STEPS
+            )
+            error_KN = values_on_grid(round_to_grid(weight_KN, grid, spec), grid, spec) - weight_KN
+            losses[spec] = losses.get(spec, 0.0) + 0.5 * (fisher_KN * error_KN.square_()).sum().item()
 
     @contextmanager
-    def _squaring(self, name: str, block: nn.Module) -> Iterator[None]:
-        """Note the mean squared gradient at the outputs of a block's linears."""
-
-        def note(full: str, gradient: Tensor) -> None:
-            self.gradient_N[full] = gradient.flatten(0, -2).float().square().mean(0).cpu()
+    def _counting(self, name: str, block: nn.Module) -> Iterator[None]:
+        """Count the linears of a block when the gradients reach their outputs."""
 
         def hook(full: str) -> Callable:
-            return lambda module, args, output: output.register_hook(lambda gradient: note(full, gradient)) and None
+            def called(linear: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+                x = first_tensor(args, kwargs)
+                assert x is not None
+                x_TK = x.detach().flatten(0, -2)
+                output.register_hook(lambda gradient: self._count(full, linear, x_TK, gradient.flatten(0, -2)))
+
+            return called
 
         handles = [
-            linear.register_forward_hook(hook(f"{name}.{key}"))
+            linear.register_forward_hook(hook(f"{name}.{key}"), with_kwargs=True)
             for key, linear in linears_of(block).items()
-            if f"{name}.{key}" in self.error_N
+            if f"{name}.{key}" in self.columns
         ]
         try:
             yield
