@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmquant import cli
 from llmquant.checkpoints.manifest import REPORT_FILES
 
 LONGEST_RUN_SECONDS = 3600.0
@@ -164,8 +165,7 @@ def _continued(warm: Warm, command: Sequence[object], out: Path, expected: dict[
 def _serve(model: str, page: str) -> None:
     import torch
 
-    import llmquant.cli
-    import llmquant.console
+    from llmquant.console.progress import quiet_libraries
     from llmquant.hub import load_tokenizer
     from llmquant.pipeline import quantize as pipeline
     from llmquant.spec import Recipe
@@ -173,7 +173,7 @@ def _serve(model: str, page: str) -> None:
     torch.set_num_threads(1)
     if page == "no page":
         pipeline.write_page = lambda report, file: None
-    llmquant.console.quiet_libraries()
+    quiet_libraries()
     pipeline.dry_run(model, Path(model) / "never", Recipe(method="rtn"))
     load_tokenizer(Path(model))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -254,8 +254,6 @@ def _fork(arguments: list[str], environment: dict[str, str], file_bytes: int | N
         os.environ.update(environment)
         if file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-        from llmquant import cli
-
         sys.argv = ["llmquant", *arguments]
         cli.main()
         code = 0
