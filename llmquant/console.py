@@ -172,6 +172,7 @@ class _BlockClock:
 def print_report(report: Report) -> None:
     """What `llmquant quantize` ends with: errors beside RTN's, incidents, sizes, times, what to type next, verdict."""
     from llmquant.checkpoints.manifest import REPORT_HTML
+    from llmquant.console_rounding import rounding_facts
 
     console = Console(highlight=False)
     table = _table()
@@ -184,6 +185,7 @@ def print_report(report: Report) -> None:
     console.print(table)
     of = "outputs on the calibration text" if report.calibration else "weights"
     facts = [("error", f"squared, of the {of}, relative: mean over the blocks, worst, and its block; RTN: mean")]
+    facts += rounding_facts(report.linears)
     facts += _places("incidents", report.incidents) + _places("remarks", report.remarks)
     for reason, kept in _grouped(report.kept.items(), lambda item: item[1]).items():
         facts.append(("in 16 bit", f"{_names(name for name, _ in kept)}: {reason}"))
