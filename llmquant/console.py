@@ -180,7 +180,8 @@ def print_report(report: Report) -> None:
     table.add_column("grid", no_wrap=True)
     for heading in ("n", "error", "worst", "in", "RTN"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for (kind, grid), linears in _grouped(report.linears, lambda linear: (linear.kind, linear.grid)).items():
+    together = [linear for same in _grouped(report.linears, lambda linear: linear.kind).values() for linear in same]
+    for (kind, grid), linears in _grouped(together, lambda linear: (linear.kind, linear.grid)).items():
         table.add_row(kind, grid, str(len(linears)), *_errors(linears))
     console.print(table)
     of = "outputs on the calibration text" if report.calibration else "weights"

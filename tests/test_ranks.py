@@ -11,7 +11,7 @@ import pytest
 from faults import Warm, contents
 from test_faults import command, one_line
 
-from llmquant.pipeline.ranks import LANES, Ranks, lane_of
+from llmquant.pipeline.ranks import LANES, Ranks, half_of, lane_of
 
 TEXT = " ".join(f"It was a dark and stormy night, the {number}th in a row." for number in range(200))
 
@@ -42,6 +42,13 @@ def test_every_sample_has_one_lane_and_every_lane_one_rank():
             lanes = [lane_of(sample, num_samples) for sample in range(num_samples)]
             assert lanes == sorted(lanes)
             assert set(lanes) == set(range(LANES))
+
+
+@pytest.mark.parametrize("num_samples", [2, 3, 4, 5, 7, 8, 9, 13, 128])
+def test_lanes_are_of_either_half_in_turn_also_where_there_are_few_samples(num_samples):
+    lanes = {(lane_of(sample, num_samples), half_of(sample, num_samples)) for sample in range(num_samples)}
+    assert len(lanes) == min(num_samples, LANES), "a lane is of one half"
+    assert [half for _, half in sorted(lanes)] == [0, 1] * (len(lanes) // 2) + [0] * (len(lanes) % 2)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ from llmquant.pipeline.verify import BROKEN, GOOD
 from llmquant.spec import QuantSpec
 
 TEMPLATE = "page.html"
+MORE_BITS = 1.5
+"""Bits per weight beyond the choice that the trade-off is drawn for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +116,8 @@ def page(report: Report) -> str:
         "short": words.short,
         "clock": words.clock,
         "seconds": lambda seconds: f"{seconds:,.1f} s".replace(",", "\u202f"),
-        "percent": lambda share: f"{share:.1%}".replace("%", "\u202f%"),
-        "whole_percent": lambda share: f"{share:.0%}".replace("%", "\u202f%"),
+        "percent": percent,
+        "whole_percent": lambda share: percent(share, 0 if share >= 0.01 else 1),
         "thousands": lambda number: f"{number:,}".replace(",", "\u202f"),
     }
     template = environment.from_string(files("llmquant.pipeline").joinpath(TEMPLATE).read_text(encoding="utf-8"))
@@ -151,6 +153,11 @@ def page(report: Report) -> str:
     )
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """A share in per cent."""
+    return f"{share:.{digits}%}".replace("%", "\u202f%")
+
+
 def breakable(name: str) -> Markup:
     """A module's name that may be broken behind its dots."""
     return Markup(".<wbr>").join(name.split("."))
@@ -162,9 +169,10 @@ def words_together(command: str) -> Markup:
 
 
 def kinds(linears: Sequence[LinearReport]) -> list[Kind]:
-    """The linears by kind and grid, in the order of the first."""
+    """The linears by kind and grid, those of a kind together, in the order of the first."""
     found = []
-    for (name, grid), same in _grouped(linears, lambda linear: (linear.kind, linear.grid)).items():
+    together = [linear for same in _grouped(linears, lambda linear: linear.kind).values() for linear in same]
+    for (name, grid), same in _grouped(together, lambda linear: (linear.kind, linear.grid)).items():
         worst = max(same, key=lambda linear: linear.error)
         shares = [linear.correction_share for linear in same if linear.correction_share is not None]
         found.append(
@@ -212,11 +220,14 @@ def depths(linears: Sequence[LinearReport]) -> list[Depth]:
 
 
 def budget_curve(report: Report) -> str:
-    """Estimated loss over bits, where grids were chosen to a budget; else empty."""
+    """Estimated loss over bits, where grids were chosen to a budget; else empty. It ends MORE_BITS behind the choice:
+    further on a loss is so small that nothing could be told apart where it matters."""
     if report.allocation is None:
         return ""
-    curve, chosen, others = (report.allocation[key] for key in ("curve", "chosen", "uniform"))
-    return trade_off([_point(each) for each in curve], _point(chosen), [_point(each) for each in others])
+    curve, others = ([_point(each) for each in report.allocation[key]] for key in ("curve", "uniform"))
+    chosen = _point(report.allocation["chosen"])
+    shown = [[point for point in points if point[0] <= chosen[0] + MORE_BITS] for points in (curve, others)]
+    return trade_off(shown[0], chosen, shown[1])
 
 
 def uniform(report: Report) -> list[tuple[str, float, float]]:

@@ -65,7 +65,8 @@ class LinearReport:
     rows: int
     """Its outputs: each is a row of the weight."""
     error: float
-    """Squared output error relative to the squared output, over the calibration inputs."""
+    """Squared error of the output relative to the squared output, over the calibration inputs; against the weight that
+    makes up for the error before it, where the recipe corrects its targets."""
     rtn_error: float
     """The same for plain round-to-nearest of the original weight on the same grid: without AWQ's scales, on the inputs
     as they were before AWQ divided them."""

@@ -46,8 +46,8 @@ class Solved:
 
     weight: QuantizedWeight
     error: float
-    """Squared output error over the calibration inputs, relative to the squared output of the target; for `rtn`
-    without data the same of the weights themselves."""
+    """Squared error of the output against that of the target (the weight, corrected where there is a correction), over
+    the calibration inputs, relative to the squared output; for `rtn` without data that of the weights themselves."""
     rtn_error: float
     """The same for plain RTN of the weight as it was before AWQ scaled its input channels."""
     rtn_rows: int | None = None
