@@ -19,9 +19,10 @@ from llmquant.algorithms.affine import (
 )
 from llmquant.algorithms.gptq import column_order, factor_inverse, finish_solve, gptq_round, half_solve
 from llmquant.algorithms.refine import descend, refit_scales
-from llmquant.algorithms.statistics import PANEL_COLUMNS, InputStatistics
+from llmquant.algorithms.statistics import PANEL_COLUMNS, InputStatistics, output_errors
 from llmquant.algorithms.targets import corrected_target
-from llmquant.pipeline.solve import Stored, solve_stage
+from llmquant.pipeline import solve as solve_module
+from llmquant.pipeline.solve import Stored, solve_stage, solve_without_data
 from llmquant.spec import QuantSpec, Recipe
 
 SPECS = [
@@ -294,6 +295,81 @@ def test_a_solved_linear_is_never_worse_than_rtn(spec):
         rtn = error(round_to_nearest(weights[name], spec, torch.float16)).item()
         assert result.rtn_error == pytest.approx(rtn, rel=1e-3)
         assert result.error <= rtn * (1 if spec.bits < 8 else 1.001)
+
+
+def test_rows_where_the_search_loses_are_plain_roundings_and_counted(monkeypatch):
+    statistics = InputStatistics(64, torch.device("cpu"))
+    statistics.add(correlated_inputs(256, 64))
+    weights = {"a": random(16, 64), "b": random(8, 64, seed=5)}
+    specs = {"a": QuantSpec(group_size=32), "b": QuantSpec(group_size=16)}
+    good = solve_stage(weights, specs, statistics, Recipe(), Stored(torch.float16))
+    assert [good[name].rtn_rows for name in weights] == [0, 0]
+
+    def ruined(target_KN, *arguments):
+        steps_KN = gptq_round(target_KN, *arguments)
+        if target_KN.shape[1] == 8:
+            steps_KN[:, [2, 5]] = 0
+        return steps_KN
+
+    monkeypatch.setattr(solve_module, "gptq_round", ruined)
+    solved = solve_stage(weights, specs, statistics, Recipe(), Stored(torch.float16))
+    assert [solved[name].rtn_rows for name in weights] == [0, 2]
+    is_rtn_N = (solved["b"].weight.codes_NK == round_to_nearest(weights["b"], specs["b"], torch.float16).codes_NK).all(
+        1
+    )
+    assert is_rtn_N.nonzero().flatten().tolist() == [2, 5]
+    assert solve_without_data(weights["b"], specs["b"], Stored(torch.float16)).rtn_rows is None
+
+
+def test_share_of_a_correction_is_told_of_each_linear():
+    weights = {"a": random(24, 64), "b": random(8, 64, seed=6)}
+    specs = {"a": QuantSpec(group_size=32), "b": QuantSpec(bits=8, group_size=32)}
+    statistics = InputStatistics(64, torch.device("cpu"))
+    for half, x_TK in enumerate(correlated_inputs(512, 64).split(256)):
+        statistics.half = half
+        statistics.add(x_TK, 0.9 * x_TK + random(256, 64, seed=10 + half))
+    recipe = Recipe()
+    solved = solve_stage(weights, specs, statistics, recipe, Stored(torch.float16))
+    hessian = statistics.hessian_KK
+    factor = factor_inverse(hessian, column_order(hessian), (recipe.damping,))
+    for name, weight in weights.items():
+        _, share = corrected_target(weight.T, factor, statistics.moments_KN(weight.T))
+        assert 0.5 < share < 0.99
+        assert solved[name].correction_share == pytest.approx(share, rel=1e-4)
+    assert solved["a"].correction_share != pytest.approx(solved["b"].correction_share, rel=1e-3)
+
+    unmoved, alone = InputStatistics(64, torch.device("cpu")), InputStatistics(64, torch.device("cpu"))
+    unmoved.add(x_TK, x_TK)
+    alone.add(x_TK)
+    for nothing_lost in (unmoved, alone):
+        solved = solve_stage(weights, specs, nothing_lost, recipe, Stored(torch.float16))
+        assert solved["a"].correction_share is None
+
+
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_rtn_beside_awq_is_that_of_the_original_weight_on_its_own_inputs(method):
+    x_TK, weight, spec = correlated_inputs(256, 64), random(16, 64), QuantSpec(group_size=32)
+    scale_K = torch.exp2(torch.randn(64, generator=torch.Generator().manual_seed(2)))
+    # As what makes the channels of the next linear, its rows are divided too.
+    made_N = torch.exp2(torch.arange(16) % 4)
+    plain, scaled = InputStatistics(64, x_TK.device), InputStatistics(64, x_TK.device, scale_K=scale_K)
+    plain.add(x_TK)
+    scaled.add(x_TK / scale_K)
+
+    def solve(weight_NK, statistics):
+        return solve_stage({"a": weight_NK}, {"a": spec}, statistics, Recipe(method=method), Stored(torch.float32))["a"]
+
+    original = solve(weight, plain).rtn_error
+    assert solve(weight * scale_K, scaled).rtn_error == pytest.approx(original, rel=1e-3)
+    folded = weight * scale_K
+    lost_KN = (round_to_nearest(folded, spec, torch.float32).dequantize() - folded).T
+    of_folded = output_errors(lost_KN, scaled.hessian_KK).sum() / output_errors(folded.T, scaled.hessian_KK).sum()
+    assert abs(of_folded.item() / original - 1) > 0.1, "scales that change nothing would show nothing"
+
+    rows_N = output_errors((round_to_nearest(weight, spec, torch.float32).dequantize() - weight).T, plain.hessian_KK)
+    expected = (rows_N / made_N**2).sum() / (output_errors(weight.T, plain.hessian_KK) / made_N**2).sum()
+    divided = solve(weight * scale_K / made_N[:, None], scaled)
+    assert divided.rtn_error == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_linears_solved_together_are_those_solved_alone():

@@ -104,6 +104,7 @@ def test_a_run_that_died_is_continued_to_the_same_bytes(tiny_model, tmp_path):
     continued = quantize(original, tmp_path / "out", recipe, FEW)
     assert_same_bytes(tmp_path / "whole", tmp_path / "out")
     assert continued.linears == whole.linears
+    assert {linear.kind for linear in whole.linears if linear.correction_share} >= {"mlp.down_proj", "mlp.up_proj"}
 
 
 def test_config_says_what_was_done(tiny_model, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from commands import command
 
 from llmquant.checkpoints.manifest import REPORT_HTML, REPORT_JSON
+from llmquant.console.rounding import rounding_facts
 from llmquant.errors import UserError
 from llmquant.pipeline import samples as samples_module
 from llmquant.pipeline.figures import ACCENT, LINE, MUTED, bars, over_depth, trade_off
@@ -54,7 +55,7 @@ def test_file_holds_what_the_function_returns_and_gives_it_back(name, reports):
     report = reports[name]
     stored = json.loads((report.out / REPORT_JSON).read_text())
     assert stored == json.loads(json.dumps(report.to_dict()))
-    assert stored["schema"] == 1
+    assert stored["schema"] == 2
     again = read_report(report.out)
     assert again == report
     assert again.command == "llmquant quantize a b"
@@ -79,6 +80,12 @@ def test_report_holds_what_was_measured(reports):
     assert all(sample.original and sample.quantized for sample in report.samples)
     assert report.original_hashes.keys() == {"config.json", "model.safetensors"}
     assert report.hashes["model.safetensors"] != report.original_hashes["model.safetensors"]
+    assert {linear.rows for linear in report.linears if linear.kind == "mlp.up_proj"} == {96}
+    assert all(0 <= linear.rtn_rows < linear.rows for linear in report.linears)
+    corrected = [linear.kind for linear in report.linears if linear.correction_share is not None]
+    assert all(0 <= linear.correction_share <= 1 for linear in report.linears if linear.kind == "mlp.down_proj")
+    assert corrected.count("mlp.down_proj") == 2 and corrected.count("self_attn.q_proj") == 1, "nothing is lost before"
+    assert all(linear.rtn_rows is linear.correction_share is None for linear in reports["rtn"].linears)
     assert reports["not verified"].samples == () and reports["not verified"].verification.kl_mean is None
 
 
@@ -178,6 +185,29 @@ def test_shades_stand_under_their_block_and_a_head_under_none(reports):
     Page(page(replace(reports["awq"], linears=tuple(mixed), histograms=())))
 
 
+def test_corrections_and_rows_that_plain_rounding_won_are_told_where_there_are_any(reports):
+    up, down = (
+        next(one for one in reports["awq"].linears if one.kind == f"mlp.{kind}_proj") for kind in ("up", "down")
+    )
+    won = (
+        replace(up, rtn_rows=2, correction_share=0.25),
+        replace(up, rtn_rows=3, correction_share=0.5),
+        replace(up, rtn_rows=None, correction_share=None),
+        replace(down, rtn_rows=0, correction_share=0.9),
+    )
+    found = {kind.name: (kind.rows, kind.rtn_rows, kind.correction) for kind in kinds(won)}
+    assert found == {"mlp.up_proj": (192, 5, pytest.approx(0.375)), "mlp.down_proj": (64, 0, pytest.approx(0.9))}
+    text = " ".join(Page(page(replace(reports["awq"], linears=won, histograms=()))).text.split())
+    assert "RTN rows: 5 of 256 rows hold the codes of plain rounding, of the scaled weight," in text
+    assert "38 %" in text and "90 %" in text
+    facts = rounding_facts(won)
+    assert [name for name, _ in facts] == ["corrections", "RTN rows"]
+    assert "up_proj 38%, down_proj 90%" in facts[0][1] and facts[1][1].startswith("5 of 256 rows")
+    none = tuple(replace(linear, rtn_rows=0, correction_share=None) for linear in won)
+    text = Page(page(replace(reports["awq"], linears=none, histograms=()))).text
+    assert "RTN rows" not in text and "orrection" not in text and rounding_facts(none) == []
+
+
 def test_choice_to_a_budget_is_drawn_and_told(reports):
     points = [{"bits_per_weight": 3 + step / 10, "loss": 0.5**step} for step in range(20)]
     uniform = [{"bits": 4, "group_size": 64, "symmetric": True, "bits_per_weight": 4.25, "loss": 0.00123}]
@@ -232,8 +262,8 @@ def test_report_makes_the_same_page_again(reports, tmp_path, monkeypatch, capsys
     [
         (None, "only `llmquant quantize` writes one"),
         ("{", "JSON"),
-        ('{"schema": 2}', "schema 2, and this llmquant reads 1"),
-        ('{"schema": 1}', "damaged"),
+        ('{"schema": 1}', "schema 1, and this llmquant reads 2"),
+        ('{"schema": 2}', "damaged"),
     ],
 )
 def test_report_that_cannot_be_read_is_refused_in_a_line(content, message, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from llmquant.models.skeleton import Skeleton, read_config
 from llmquant.models.walk import Walk
 from llmquant.pipeline.calibration import calibration_tokens
 from llmquant.pipeline.quantize import quantize
-from llmquant.pipeline.ranks import lane_of
+from llmquant.pipeline.ranks import half_of
 from llmquant.pipeline.solve import Stored, solve_stage
 from llmquant.spec import Options, QuantSpec, Recipe
 
@@ -143,7 +143,7 @@ def test_one_walk_equals_a_pass_per_stage(tiny_model, tmp_path):
             for sample in range(SAMPLES):  # each is a lane of its own
                 rows = slice(sample * LENGTH, (sample + 1) * LENGTH)
                 lane = InputStatistics(here[0].shape[1], torch.device("cpu"), writer_NK=writer)
-                lane.half = lane_of(sample, SAMPLES) % 2
+                lane.half = half_of(sample, SAMPLES)
                 gap = (there[1] - here[1])[rows] if source is not None else None
                 lane.add(here[0][rows], there[0][rows], gap)
                 if statistics is None:

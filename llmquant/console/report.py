@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmquant.console.rounding import rounding_facts
 from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
 from llmquant.pipeline.names import block_of
 from llmquant.spec import QuantSpec
@@ -21,11 +22,13 @@ def print_report(report: Report) -> None:
     from llmquant.checkpoints.manifest import REPORT_HTML
 
     table = new_table("linear", "grid", ">n", ">error", ">worst", ">in", ">RTN")
-    for (kind, grid), linears in grouped(report.linears, lambda linear: (linear.kind, linear.grid)).items():
+    together = [linear for same in grouped(report.linears, lambda linear: linear.kind).values() for linear in same]
+    for (kind, grid), linears in grouped(together, lambda linear: (linear.kind, linear.grid)).items():
         table.add_row(kind, grid, str(len(linears)), *_errors(linears))
     screen().print(table)
     of = "outputs on the calibration text" if report.calibration else "weights"
     facts = [("error", f"squared, of the {of}, relative: mean over the blocks, worst, and its block; RTN: mean")]
+    facts += rounding_facts(report.linears)
     facts += _places("incidents", report.incidents) + _places("remarks", report.remarks)
     for reason, kept in grouped(report.kept.items(), lambda item: item[1]).items():
         facts.append(("in 16 bit", f"{kinds_of(name for name, _ in kept)}: {reason}"))

@@ -40,6 +40,8 @@ def over_depth(
     first, last = min(blocks), max(blocks)
     axes.set_xlim(first - 0.5, last + 0.5) if single else axes.set_xlim(first, last)
     axes.set_xticks(sorted({first, (first + last) // 2, last}))
+    if not single:
+        axes.get_xticklabels()[-1].set_horizontalalignment("right")
     return _svg(figure)
 
 
@@ -77,10 +79,12 @@ def trade_off(
     _ticks(axes, limits, "")
     axes.plot(*zip(*curve, strict=True), color=ACCENT, linewidth=1.6)
     if others:
-        axes.plot(*zip(*others, strict=True), color=MUTED, linestyle="", marker="o", markersize=3)
+        axes.plot(*zip(*others, strict=True), color=MUTED, linestyle="", marker="o", markersize=4, clip_on=False)
     axes.plot(*chosen, color=ACCENT, marker="o", markersize=6, clip_on=False)
     low, high = axes.get_xlim()
-    axes.set_xticks(range(math.ceil(low), math.floor(high) + 1))
+    step = 1 if high - low > 3 else 0.5
+    places = [step * index for index in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    axes.set_xticks(places, labels=[f"{place:g}" for place in places])
     return _svg(figure)
 
 
@@ -89,7 +93,7 @@ def _figure(height: float = HEIGHT) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(WIDTH, height))
     figure.patch.set_visible(False)
-    axes = figure.add_axes((0.185, 0.155, 0.8, 0.8))
+    axes = figure.add_axes((0.215, 0.155, 0.775, 0.8))
     axes.patch.set_visible(False)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
@@ -107,12 +111,12 @@ def _no_ticks() -> Any:
 
 
 def _ticks(axes: Any, limits: tuple[float, float], unit: str) -> None:
-    """About four round values: 1, 3, 10, 30, …, or finer ones where the axis is short."""
+    """About four round values: 1, 10, 100, or 1, 3, 10, …, or finer ones where the axis is short."""
     low, high = limits
-    for steps in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
+    for steps, enough in (((1,), 3), ((1, 3), 3), ((1, 2, 5), 2), ((1, 1.5, 2, 3, 5, 7), 1)):
         values = [step * 10.0**power for power in range(-12, 13) for step in steps]
         inside = [value for value in values if low <= value <= high]
-        if len(inside) >= 3:
+        if len(inside) >= enough:
             break
     while len(inside) > 5:
         inside = inside[::2]
@@ -123,7 +127,7 @@ def _ticks(axes: Any, limits: tuple[float, float], unit: str) -> None:
 
 def _short(value: float) -> str:
     """One digit of a round value, with a power of ten where there would be many zeros."""
-    if 0.01 <= value < 1e5:
+    if 0.0009 < value < 1e5:
         return f"{value:.4g}"
     digit, power = f"{value:.0e}".split("e")
     return f"{digit}e{int(power)}".replace("-", "−")

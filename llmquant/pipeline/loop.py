@@ -34,7 +34,7 @@ from llmquant.pipeline.parts import (
     unpack_part,
 )
 from llmquant.pipeline.plan import LinearPlan, Plan, all_finite, damaged_weights, read_finite
-from llmquant.pipeline.ranks import Ranks, lane_of
+from llmquant.pipeline.ranks import Ranks, half_of, lane_of
 from llmquant.pipeline.report import ReportBuilder, input_peaks
 from llmquant.pipeline.smoothing import SEARCH_SEQUENCES, Folded, Smoother, put_folded
 from llmquant.pipeline.solve import Solved, solve_stage, solve_without_data
@@ -204,14 +204,16 @@ def lanes(
     report: ReportBuilder,
 ) -> Iterator[InputStatistics]:
     """The statistics of each lane of the samples (`ranks.py`) on its own, in order; the lanes are of either half."""
-    groups = groupby(arrivals, lambda arrival: lane_of(arrival.sample, num_samples))
+    groups = groupby(
+        arrivals, lambda arrival: (lane_of(arrival.sample, num_samples), half_of(arrival.sample, num_samples))
+    )
     while True:
         with report.timed("forward"):
-            number, lane = next(groups, (0, None))
+            (_, half), lane = next(groups, ((0, 0), None))
         if lane is None:
             return
         statistics = empty()
-        statistics.half = number % 2
+        statistics.half = half
         gather(recipe, lane, statistics, report)
         yield statistics
 

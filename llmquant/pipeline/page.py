@@ -26,6 +26,8 @@ from llmquant.pipeline.verify import BROKEN, GOOD
 from llmquant.spec import QuantSpec
 
 TEMPLATE = "page.html"
+MORE_BITS = 1.5
+"""Bits per weight beyond the choice that the trade-off is drawn for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,12 @@ class Kind:
     """Mean."""
     worst: float
     worst_block: int | None
+    correction: float | None
+    """Mean share of the corrections that was taken; None where there were none."""
+    rows: int
+    """Of those that were searched."""
+    rtn_rows: int
+    """Rows among them that are plain rounding's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +115,9 @@ def page(report: Report) -> str:
         "size": words.size,
         "short": words.short,
         "clock": words.clock,
-        "spent": words.spent,
-        "percent": lambda share: f"{share:.1%}".replace("%", "\u202f%"),
+        "seconds": lambda seconds: f"{seconds:,.1f} s".replace(",", "\u202f"),
+        "percent": percent,
+        "whole_percent": lambda share: percent(share, 0 if share >= 0.01 else 1),
         "thousands": lambda number: f"{number:,}".replace(",", "\u202f"),
     }
     template = environment.from_string(files("llmquant.pipeline").joinpath(TEMPLATE).read_text(encoding="utf-8"))
@@ -119,9 +128,13 @@ def page(report: Report) -> str:
         good=GOOD,
         broken=f"{BROKEN:g}",
         breakable=breakable,
+        command=words_together(report.command),
         day=datetime.fromisoformat(report.finished).strftime("%-d %B %Y, %H:%M"),
         grids=list(dict.fromkeys(linear.grid for linear in report.linears)),
-        kinds=kinds(report.linears),
+        kinds=(rows := kinds(report.linears)),
+        corrected=any(kind.correction is not None for kind in rows),
+        searched_rows=sum(kind.rows for kind in rows),
+        rtn_rows=sum(kind.rtn_rows for kind in rows),
         depths=(by_depth := depths(report.linears)),
         strongest=max((shade[0] for depth in by_depth for shade in depth.shades if shade), default=0.0),
         drift=drift(report),
@@ -140,16 +153,28 @@ def page(report: Report) -> str:
     )
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """A share in per cent."""
+    return f"{share:.{digits}%}".replace("%", "\u202f%")
+
+
 def breakable(name: str) -> Markup:
     """A module's name that may be broken behind its dots."""
     return Markup(".<wbr>").join(name.split("."))
 
 
+def words_together(command: str) -> Markup:
+    """A command line that is broken between its words, not behind the hyphens of an option."""
+    return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split(" ") if word)
+
+
 def kinds(linears: Sequence[LinearReport]) -> list[Kind]:
-    """The linears by kind and grid, in the order of the first."""
+    """The linears by kind and grid, those of a kind together, in the order of the first."""
     found = []
-    for (name, grid), same in _grouped(linears, lambda linear: (linear.kind, linear.grid)).items():
+    together = [linear for same in _grouped(linears, lambda linear: linear.kind).values() for linear in same]
+    for (name, grid), same in _grouped(together, lambda linear: (linear.kind, linear.grid)).items():
         worst = max(same, key=lambda linear: linear.error)
+        shares = [linear.correction_share for linear in same if linear.correction_share is not None]
         found.append(
             Kind(
                 name=name,
@@ -159,6 +184,9 @@ def kinds(linears: Sequence[LinearReport]) -> list[Kind]:
                 rtn_error=_mean(linear.rtn_error for linear in same),
                 worst=worst.error,
                 worst_block=block_of(worst.name),
+                correction=_mean(shares) if shares else None,
+                rows=sum(linear.rows for linear in same if linear.rtn_rows is not None),
+                rtn_rows=sum(linear.rtn_rows or 0 for linear in same),
             )
         )
     return found
@@ -192,11 +220,14 @@ def depths(linears: Sequence[LinearReport]) -> list[Depth]:
 
 
 def budget_curve(report: Report) -> str:
-    """Estimated loss over bits, where grids were chosen to a budget; else empty."""
+    """Estimated loss over bits, where grids were chosen to a budget; else empty. It ends MORE_BITS behind the choice:
+    further on a loss is so small that nothing could be told apart where it matters."""
     if report.allocation is None:
         return ""
-    curve, chosen, others = (report.allocation[key] for key in ("curve", "chosen", "uniform"))
-    return trade_off([_point(each) for each in curve], _point(chosen), [_point(each) for each in others])
+    curve, others = ([_point(each) for each in report.allocation[key]] for key in ("curve", "uniform"))
+    chosen = _point(report.allocation["chosen"])
+    shown = [[point for point in points if point[0] <= chosen[0] + MORE_BITS] for points in (curve, others)]
+    return trade_off(shown[0], chosen, shown[1])
 
 
 def uniform(report: Report) -> list[tuple[str, float, float]]:

@@ -213,6 +213,11 @@ def lane_of(sample: int, num_samples: int) -> int:
     return LANES * sample // num_samples
 
 
+def half_of(sample: int, num_samples: int) -> int:
+    """The half of the text, 0 or 1, that a sample's lane counts to: in turn, of those lanes that have a sample."""
+    return (lane_of(sample, num_samples) if num_samples >= LANES else sample) % 2
+
+
 def _sum(lanes: Iterable[InputStatistics], empty: Callable[[], InputStatistics]) -> InputStatistics:
     lanes = iter(lanes)
     total = next(lanes, None) or empty()

@@ -3,7 +3,8 @@
 The file holds one JSON object: the fields of `Report` by name, nested as the classes here and their docstrings say, and
 
     schema   SCHEMA, the version of this description: raised when a field changes its meaning or goes. New fields may
-             come without; a reader takes what it knows.
+             come without; a reader takes what it knows. 2: `rtn_error` is of the original weight also under AWQ,
+             and linears tell their `rows`, `rtn_rows` and `correction_share`.
 
 Numbers are plain: bytes, seconds, shares from 0 to 1, errors squared and relative, divergences in nats per token. What
 was not measured is null; nothing is NaN or infinite. Times and memory differ from run to run, so this file and the page
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from llmquant.pipeline.calibration import CalibrationTokens
     from llmquant.pipeline.solve import Solved
 
-SCHEMA = 1
+SCHEMA = 2
 LIBRARIES = ("torch", "transformers", "safetensors")
 """Whose versions a report names, beside Python's and ours."""
 
@@ -61,12 +62,22 @@ class LinearReport:
     kind: str
     grid: str
     weights: int
+    rows: int
+    """Its outputs: each is a row of the weight."""
     error: float
-    """Squared output error relative to the squared output, over the calibration inputs."""
+    """Squared error of the output relative to the squared output, over the calibration inputs; against the weight that
+    makes up for the error before it, where the recipe corrects its targets."""
     rtn_error: float
-    """The same for plain round-to-nearest on the same grid."""
+    """The same for plain round-to-nearest of the original weight on the same grid: without AWQ's scales, on the inputs
+    as they were before AWQ divided them."""
     digest: str
     """SHA-256 of its codes, scales and zero-points, with which the finished checkpoint is compared."""
+    rtn_rows: int | None = None
+    """Rows where nothing that was searched measured better than plain rounding, and that hold its codes (of the weight
+    with AWQ's scales, where there are any); None where nothing was searched."""
+    correction_share: float | None = None
+    """How much of the correction for the error before it was taken, 0 … 1: what holds on text that the correction was
+    not fitted to. None where there was nothing to correct."""
     input_peak: float | None = None
     """Its loudest input channel against the middle one (root mean squares), as the quantized model sees them."""
     unscaled_input_peak: float | None = None
@@ -230,14 +241,18 @@ class ReportBuilder:
         assert linear.spec is not None
         self.linears.append(
             LinearReport(
-                linear.name,
-                linear.kind,
-                linear.spec.describe(),
-                linear.out_features * linear.in_features,
-                solved.error,
-                solved.rtn_error,
-                solved.weight.digest(),
-                *peaks,
+                name=linear.name,
+                kind=linear.kind,
+                grid=linear.spec.describe(),
+                weights=linear.out_features * linear.in_features,
+                rows=linear.out_features,
+                error=solved.error,
+                rtn_error=solved.rtn_error,
+                digest=solved.weight.digest(),
+                rtn_rows=solved.rtn_rows,
+                correction_share=solved.correction_share,
+                input_peak=peaks[0],
+                unscaled_input_peak=peaks[1],
             )
         )
         for what in solved.incidents:

@@ -7,8 +7,8 @@ and 192 rows); nothing at gate and up, and at 4096 columns less than can be meas
 
 A method is what its name says: `rtn` rounds to nearest on each group's extremes and needs no data; `gptq` rounds a
 target with GPTQ on searched grids; `awq` rounds to nearest on searched grids. `awq` and `awq+gptq` get weights whose
-channels were scaled before (`smoothing.py`). Whatever was searched has to beat plain RTN on the calibration inputs, row
-of the weight by row; rows where it does not are RTN's.
+channels were scaled before (`smoothing.py`). Whatever was searched has to beat plain RTN of the same weight on the
+calibration inputs, row of the weight by row; rows where it does not are RTN's.
 
 Letters: N out_features, K in_features.
 """
@@ -51,10 +51,14 @@ class Solved:
 
     weight: QuantizedWeight
     error: float
-    """Squared output error over the calibration inputs, relative to the squared output of the target; for `rtn`
-    without data the same of the weights themselves."""
+    """Squared error of the output against that of the target (the weight, corrected where there is a correction), over
+    the calibration inputs, relative to the squared output; for `rtn` without data that of the weights themselves."""
     rtn_error: float
-    """The same for plain RTN."""
+    """The same for plain RTN of the weight as it was before AWQ scaled its input channels."""
+    rtn_rows: int | None = None
+    """Rows where nothing that was searched beat plain RTN, and that are RTN's; None where nothing was searched."""
+    correction_share: float | None = None
+    """How much of its target's correction was taken, 0 … 1 (`targets.py`); None where there was nothing to correct."""
     incidents: tuple[str, ...] = ()
     """What fell back, in words."""
 
@@ -117,27 +121,8 @@ def solve_stage(
     for name, weight_NK in weights.items():
         weight_KN = weight_NK.float().T.contiguous()
         result = _solve(weight_KN, specs[name], statistics, hessian_KK, factor, recipe, stored)
-        solved[name] = result.of(slice(None), specs[name], stored, tuple(incidents))
+        solved[name] = replace(result, incidents=tuple(incidents))
     return solved
-
-
-@dataclass
-class _Result:
-    steps_KN: Tensor
-    grid: Grid
-    error_N: Tensor
-    rtn_error_N: Tensor
-    output_N: Tensor
-
-    def of(self, rows: slice, spec: QuantSpec, stored: Stored, incidents: tuple[str, ...]) -> Solved:
-        grid = Grid(self.grid.scale_GN[:, rows], self.grid.zero_GN[:, rows])
-        output = self.output_N[rows].sum().clamp(min=1e-30)
-        return Solved(
-            weight=to_quantized_weight(self.steps_KN[:, rows], grid, spec, stored.scale_dtype),
-            error=(self.error_N[rows].sum() / output).item(),
-            rtn_error=(self.rtn_error_N[rows].sum() / output).item(),
-            incidents=incidents,
-        )
 
 
 def _solve(
@@ -148,7 +133,7 @@ def _solve(
     factor: InverseFactor | None,
     recipe: Recipe,
     stored: Stored,
-) -> _Result:
+) -> Solved:
     importance_K = None
     if recipe.range_search == "hessian":
         diagonal_K = hessian_KK.diagonal()
@@ -156,9 +141,10 @@ def _solve(
     elif recipe.range_search == "mse":
         importance_K = torch.ones_like(hessian_KK.diagonal())
 
-    target_KN = weight_KN
-    if factor is not None and (moments_KN := statistics.moments_KN(weight_KN)):
-        target_KN, _ = corrected_target(weight_KN, factor, moments_KN)
+    target_KN, share = weight_KN, None
+    moments_KN = [] if factor is None else statistics.moments_KN(weight_KN)
+    if factor is not None and any(bool(moment_KN.any()) for moment_KN in moments_KN):
+        target_KN, share = corrected_target(weight_KN, factor, moments_KN)
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
@@ -171,19 +157,32 @@ def _solve(
         steps_KN = round_to_grid(target_KN, grid, spec)
     error_N = output_errors(values_on_grid(steps_KN, grid, spec) - target_KN, hessian_KK)
 
-    rtn_grid = find_grid(weight_KN, None, spec, stored.scale_dtype, stored.min_zero)
-    rtn_steps_KN = round_to_grid(weight_KN, rtn_grid, spec)
+    def rtn(of_KN: Tensor) -> tuple[Tensor, Grid]:
+        grid = find_grid(of_KN, None, spec, stored.scale_dtype, stored.min_zero)
+        return round_to_grid(of_KN, grid, spec), grid
+
+    rtn_steps_KN, rtn_grid = rtn(weight_KN)
     rtn_error_N = output_errors(values_on_grid(rtn_steps_KN, rtn_grid, spec) - target_KN, hessian_KK)
     worse_N = rtn_error_N < error_N
-    return _Result(
-        steps_KN=torch.where(worse_N, rtn_steps_KN, steps_KN),
-        grid=Grid(
-            torch.where(worse_N, rtn_grid.scale_GN, grid.scale_GN),
-            torch.where(worse_N, rtn_grid.zero_GN, grid.zero_GN),
-        ),
-        error_N=torch.where(worse_N, rtn_error_N, error_N),
-        rtn_error_N=rtn_error_N,
-        output_N=output_errors(weight_KN, hessian_KK),
+    unscaled_rtn_error_N = rtn_error_N
+    if statistics.scale_K is not None:
+        # The original's rounding, in the units of the scaled inputs. Where AWQ divided rows too, as what makes the
+        # channels of another linear, they stay divided: rounding to nearest takes no notice but in the last bit of
+        # the stored scale.
+        scale_K1 = statistics.scale_K.to(weight_KN.dtype)[:, None]
+        unscaled_KN = values_on_grid(*rtn(weight_KN / scale_K1), spec) * scale_K1
+        unscaled_rtn_error_N = output_errors(unscaled_KN - target_KN, hessian_KK)
+    grid = Grid(
+        torch.where(worse_N, rtn_grid.scale_GN, grid.scale_GN), torch.where(worse_N, rtn_grid.zero_GN, grid.zero_GN)
+    )
+    steps_KN = torch.where(worse_N, rtn_steps_KN, steps_KN)
+    output = output_errors(weight_KN, hessian_KK).sum().clamp(min=1e-30)
+    return Solved(
+        weight=to_quantized_weight(steps_KN, grid, spec, stored.scale_dtype),
+        error=(torch.where(worse_N, rtn_error_N, error_N).sum() / output).item(),
+        rtn_error=(unscaled_rtn_error_N.sum() / output).item(),
+        rtn_rows=int(worse_N.sum()),
+        correction_share=share,
     )
 
 
