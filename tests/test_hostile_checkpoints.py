@@ -4,179 +4,44 @@ allocated."""
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from hostile_files import (
+    INDEX,
+    SHARDS,
+    SPEC,
+    at_five,
+    deep_json,
+    duplicate,
+    edit_json,
+    entry,
+    filled,
+    good_checkpoint,
+    header_bytes,
+    in_index,
+    link_shard,
+    only_pickles,
+    overlap,
+    quantization,
+    rename_tensor,
+    row_of,
+    shape_of,
+    shrink,
+    swap_shards,
+    tensor,
+    weights,
+    write_json,
+)
 
-from llmquant.checkpoints import reader as reader_module
 from llmquant.checkpoints.quantized import validate_quantized
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
-from llmquant.formats.format import runs_away
 from llmquant.formats.registry import FORMATS
-from llmquant.spec import QuantSpec
-from llmquant.weight import QuantizedWeight
-
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-INDEX = "model.safetensors.index.json"
-SPEC = QuantSpec(bits=4, group_size=16, symmetric=False)
-
-
-def good_checkpoint(folder: Path, name: str = "gptq") -> Path:
-    """Two linears in two shards, with an index; no zero-point is the middle code."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    weight_map = {}
-    for i, shard in enumerate(SHARDS):
-        weight = QuantizedWeight(
-            codes_NK=torch.randint(0, 16, (32, 32), dtype=torch.uint8, generator=generator),
-            scale_NG=torch.rand(32, 2, generator=generator).half() + 0.1,
-            zero_NG=torch.randint(1, 8, (32, 2), dtype=torch.uint8, generator=generator),
-            spec=SPEC,
-        )
-        tensors = {f"layers.{i}.up.{suffix}": tensor for suffix, tensor in FORMATS[name].pack(weight).items()}
-        tensors[f"layers.{i}.norm.weight"] = torch.ones(32)
-        save_file(tensors, folder / shard)
-        weight_map |= dict.fromkeys(tensors, shard)
-    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
-    config = FORMATS[name].config(SPEC, {"layers.0.up": SPEC, "layers.1.up": SPEC})
-    write_json(folder / "config.json", {"model_type": "tiny", "quantization_config": config})
-    return folder
-
-
-def write_json(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content))
-
-
-def edit_json(file: Path, edit: Callable[[Any], None]) -> None:
-    content = json.loads(file.read_text())
-    edit(content)
-    write_json(file, content)
-
-
-def edit_header(file: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Changes the JSON of a safetensors file and leaves its bytes."""
-    content = file.read_bytes()
-    (length,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + length])
-    edit(header)
-    text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
-
-
-def raw_safetensors(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    return struct.pack("<Q", len(header) if length is None else length) + header + data
-
-
-def edit_tensor(folder: Path, name: str, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-    """Replaces a tensor (None: removes it) consistently in shard and index."""
-    shard = json.loads((folder / INDEX).read_text())["weight_map"].get(name, SHARDS[0])
-    tensors = load_file(folder / shard)
-    result = edit(tensors.pop(name, torch.zeros(1)))
-    if result is not None:
-        tensors[name] = result.contiguous()
-    save_file(tensors, folder / shard)
-
-    def change(index: dict) -> None:
-        index["weight_map"].pop(name, None)
-        if result is not None:
-            index["weight_map"][name] = shard
-
-    edit_json(folder / INDEX, change)
-
-
-def entry(**changes: object) -> Callable[[Path], None]:
-    """Changes the header entry of `layers.0.norm.weight`."""
-    return lambda folder: edit_header(folder / SHARDS[0], lambda header: header["layers.0.norm.weight"].update(changes))
-
-
-def header_bytes(content: bytes, data: bytes = b"", length: int | None = None) -> Callable[[Path], None]:
-    return lambda folder: (folder / SHARDS[0]).write_bytes(raw_safetensors(content, data, length)) and None  # type: ignore
-
-
-def in_index(file_name: object) -> Callable[[Path], None]:
-    return lambda folder: edit_json(
-        folder / INDEX, lambda index: index["weight_map"].update({"layers.0.norm.weight": file_name})
-    )
-
-
-def shrink(folder: Path, by: int) -> None:
-    os.truncate(folder / SHARDS[1], (folder / SHARDS[1]).stat().st_size - by)
-
-
-def link_shard(target: str) -> Callable[[Path], None]:
-    def build(folder: Path) -> None:
-        (folder / SHARDS[0]).rename(folder.parent / "outside.safetensors")
-        (folder / SHARDS[0]).symlink_to(target)
-
-    return build
-
-
-def swap_shards(folder: Path) -> None:
-    (folder / SHARDS[0]).rename(folder / "x")
-    (folder / SHARDS[1]).rename(folder / SHARDS[0])
-    (folder / "x").rename(folder / SHARDS[1])
-
-
-def duplicate(folder: Path) -> None:
-    tensors = load_file(folder / SHARDS[1]) | {"layers.0.norm.weight": torch.zeros(32)}
-    save_file(tensors, folder / SHARDS[1])
-
-
-def only_pickles(folder: Path) -> None:
-    for name in (*SHARDS, INDEX):
-        (folder / name).unlink()
-    # Whoever unpickles this fails the test by name.
-    (folder / "pytorch_model.bin").write_bytes(b"cbuiltins\nexit\n(I1\ntR.")
-
-
-def overlap(folder: Path) -> None:
-    def edit(header: dict) -> None:
-        second = sorted(
-            (value for key, value in header.items() if key != "__metadata__"), key=lambda e: e["data_offsets"]
-        )[1]
-        second["data_offsets"] = [offset - 4 for offset in second["data_offsets"]]
-
-    edit_header(folder / SHARDS[0], edit)
-
-
-def rename_tensor(name: str) -> Callable[[Path], None]:
-    return lambda folder: edit_header(
-        folder / SHARDS[0], lambda header: header.update({name: header.pop("layers.0.norm.weight")})
-    )
-
-
-def deep_json(folder: Path) -> None:
-    (folder / SHARDS[0]).write_bytes(raw_safetensors(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"))
-
-
-def quantization(**changes: object) -> Callable[[Path], None]:
-    return lambda folder: edit_json(
-        folder / "config.json", lambda config: config["quantization_config"].update(changes)
-    )
-
-
-def tensor(suffix: str, edit: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path], None]:
-    return lambda folder: edit_tensor(folder, f"layers.0.up.{suffix}", edit)
-
-
-def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda good: good.index_fill(1, torch.tensor([3]), value)
-
-
-def at_five(value: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda good: good.index_fill(0, torch.tensor([5]), value)
-
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 ABSURD = 2**62
@@ -431,21 +296,6 @@ def ends_in_one_line(
     assert str(folder) in str(error.value)
 
 
-def row_of(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda good: good.index_fill(0, torch.tensor([3]), value)
-
-
-def shape_of(*sizes: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda good: torch.tensor(sizes)
-
-
-def weights(**changes: object) -> Callable[[Path], None]:
-    def edit(config: dict) -> None:
-        config["quantization_config"]["config_groups"]["group_0"]["weights"].update(changes)
-
-    return lambda folder: edit_json(folder / "config.json", edit)
-
-
 # format -> name -> (what to do to a good checkpoint of that format, what the message must contain)
 HOSTILE_ELSEWHERE: dict[str, dict[str, tuple[Callable[[Path], object], str]]] = {
     "awq": {
@@ -539,213 +389,3 @@ def test_hostile_checkpoints_of_other_formats_end_in_one_line(
 
 def test_there_are_enough_hostile_files() -> None:
     assert len(HOSTILE) + len(ELSEWHERE) >= 60
-
-
-@pytest.mark.parametrize(
-    ("pattern", "expected"),
-    [
-        (r"^(?:model\.layers\.\d+\.mlp\.up|model\.layers\.\d+\.mlp\.gate)$", False),
-        (r"^(?!.*layers\.[0-9]+\.mlp).*proj$", False),
-        (r"|".join([r"a\.\d+\.b\.\d+"] * 50), False),
-        (r"(?:.*\.)?q_proj", False),
-        (r"\(a+\)+[)*+]", False),
-        (r"(a|a)*$", True),
-        (r"(?:a?){30}", True),
-        (r".*.*.*(|).*.*.*.*", True),
-        (r"(?x)(a #[\n+)+", True),
-    ],
-)
-def test_expressions_that_could_run_for_ever_are_told_from_those_that_tools_write(pattern: str, expected: bool) -> None:
-    assert runs_away(pattern) == expected
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [("nothing", "nothing: no such folder"), ("file", "file: a file; give the folder"), ("folder", "no config.json")],
-)
-def test_paths_that_are_no_checkpoint_are_refused(tmp_path: Path, path: str, message: str) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match=message):
-        CheckpointReader(tmp_path / path)
-
-
-def test_a_plain_checkpoint_is_not_quantized(tmp_path: Path) -> None:
-    folder = good_checkpoint(tmp_path / "model")
-    edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
-    with pytest.raises(UserError, match="no quantization_config"):
-        validate_quantized(CheckpointReader(folder))
-
-
-def test_quantize_config_of_old_tools_is_found(tmp_path: Path) -> None:
-    folder = good_checkpoint(tmp_path / "model")
-    edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
-    write_json(folder / "quantize_config.json", {"bits": 4, "group_size": 16, "desc_act": False, "sym": False})
-    assert len(validate_quantized(CheckpointReader(folder))) == 2
-
-
-@pytest.mark.parametrize("name", ["awq", "compressed-tensors"])
-def test_other_formats_are_checked_too(tmp_path: Path, name: str) -> None:
-    folder = good_checkpoint(tmp_path / "model", name)
-    assert len(validate_quantized(CheckpointReader(folder))) == 2
-    packed = FORMATS[name].suffixes[0]
-    edit_tensor(folder, f"layers.0.up.{packed}", lambda good: good[:, :1])
-    with pytest.raises(UserError, match=r"layers\.0\.up\.\w+: "):
-        validate_quantized(CheckpointReader(folder))
-
-
-@pytest.mark.parametrize("how", ["vanished", "truncated", "replaced", "rewritten"])
-def test_files_that_change_while_they_are_used_are_noticed(tmp_path: Path, how: str) -> None:
-    folder = good_checkpoint(tmp_path / "model")
-    reader = CheckpointReader(folder)
-    file, content = folder / SHARDS[0], (folder / SHARDS[0]).read_bytes()
-    if how == "vanished":
-        file.unlink()
-    elif how == "truncated":
-        os.truncate(file, 900)
-    elif how == "replaced":
-        (folder / "new").write_bytes(content)
-        (folder / "new").replace(file)
-    else:
-        file.write_bytes(content)
-        os.utime(file, ns=(0, 0))
-    name = max((info for info in reader.tensors.values() if info.file == file), key=lambda info: info.start).name
-    with pytest.raises(UserError, match=f"{SHARDS[0]}: (vanished|ends inside|changed)"):
-        reader.read(name)
-    with pytest.raises(UserError, match=f"{SHARDS[0]}: (vanished|ends inside|changed)"):
-        list(reader.chunks(name))
-
-
-def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no tensor ghost"):
-        CheckpointReader(good_checkpoint(tmp_path / "model")).read("ghost")
-
-
-def test_a_huge_json_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = good_checkpoint(tmp_path / "model")
-    monkeypatch.setattr(reader_module, "MAX_JSON_BYTES", 10)
-    with pytest.raises(UserError, match=re.escape("config.json: ")):
-        CheckpointReader(folder)
-
-
-FUZZ = int(os.environ.get("LLMQUANT_FUZZ", "30"))
-"""Examples of each fuzz test."""
-NAMES = ["", "layers.0.up", "layers.0.up.qweight", "*", "re:.*", "F16", "I32", "gptq", "\ud800", "\n", "../x", "9" * 40]
-LEAVES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 300),
-    st.sampled_from([2**31, 2**62, 2**64, -(2**63), 10**40]),
-    st.floats(),
-    st.sampled_from(NAMES),
-    st.text(max_size=4),
-)
-ANY_JSON = st.recursive(
-    LEAVES,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=4), st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(max_size=3)), inner)
-    ),
-    max_leaves=6,
-)
-
-
-def mutate(data: st.DataObject, value: Any) -> Any:
-    """JSON with one thing replaced, added, renamed or left out, anywhere in it."""
-    if isinstance(value, dict) and value and data.draw(st.integers(0, 4)):
-        key = data.draw(st.sampled_from(sorted(value)))
-        what = data.draw(st.sampled_from(["deeper", "deeper", "deeper", "remove", "rename", "add"]))
-        if what == "deeper":
-            return value | {key: mutate(data, value[key])}
-        rest = {other: inner for other, inner in value.items() if other != key}
-        if what == "remove":
-            return rest
-        if what == "rename":
-            return rest | {data.draw(st.sampled_from([*NAMES, *sorted(value)])): value[key]}
-        return value | {data.draw(st.sampled_from(NAMES)): data.draw(ANY_JSON)}
-    if isinstance(value, list) and value and data.draw(st.integers(0, 4)):
-        place = data.draw(st.integers(0, len(value) - 1))
-        return [*value[:place], mutate(data, value[place]), *value[place + 1 :]]
-    return data.draw(ANY_JSON)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck), deadline=None)
-@given(data=st.data())
-def test_any_json_anywhere_ends_in_a_clear_line_or_is_read_as_it_is(
-    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
-) -> None:
-    """Changes what headers, the index and the configuration say, in valid JSON."""
-    folder = fuzzed_folder(tmp_path_factory, format)
-    good = {name: (folder / name).read_bytes() for name in (*SHARDS, INDEX, "config.json")}
-    try:
-        for _ in range(data.draw(st.integers(1, 3))):
-            name = data.draw(st.sampled_from([*SHARDS, INDEX, "config.json", "config.json"]))
-            if name in SHARDS:
-                length = struct.unpack("<Q", (content := (folder / name).read_bytes())[:8])[0]
-                header = mutate(data, json.loads(content[8 : 8 + length]))
-                (folder / name).write_bytes(raw_safetensors(json.dumps(header).encode(), content[8 + length :]))
-            else:
-                write_json(folder / name, mutate(data, json.loads((folder / name).read_bytes())))
-        validate_quantized(CheckpointReader(folder))
-    except UserError as error:
-        assert "\n" not in str(error) and len(str(error)) < 1500
-        str(error).encode("utf-8", "backslashreplace")
-    finally:
-        for name, content in good.items():
-            (folder / name).write_bytes(content)
-
-
-@pytest.mark.parametrize("format", FORMATS)
-@settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck), deadline=None)
-@given(data=st.data())
-def test_any_tensor_in_the_place_of_another_ends_in_a_clear_line_or_is_read_as_it_is(
-    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
-) -> None:
-    """Tensors of any dtype, shape and content: well-formed files that no tool would write."""
-    folder = fuzzed_folder(tmp_path_factory, format)
-    good = (folder / SHARDS[0]).read_bytes()
-    tensors = load_file(folder / SHARDS[0])
-    name = data.draw(st.sampled_from(sorted(tensors)))
-    dtype = data.draw(st.sampled_from([tensors[name].dtype, torch.int32, torch.int64, torch.float16, torch.uint8]))
-    shape = data.draw(st.sampled_from([tuple(tensors[name].shape), (2,), (32,), (32, 32), (2, 32), (1, 4, 32), ()]))
-    content = torch.tensor(data.draw(st.lists(st.integers(0, 255), min_size=8, max_size=64)), dtype=torch.uint8)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    tensors[name] = content.repeat(num_bytes // len(content) + 1)[:num_bytes].view(dtype).reshape(shape)
-    try:
-        save_file(tensors, folder / SHARDS[0])
-        validate_quantized(CheckpointReader(folder))
-    except UserError as error:
-        assert "\n" not in str(error)
-    finally:
-        (folder / SHARDS[0]).write_bytes(good)
-
-
-FUZZED: dict[str, Path] = {}
-
-
-def fuzzed_folder(tmp_path_factory: pytest.TempPathFactory, format: str) -> Path:
-    """A good checkpoint, made once; every example puts back what it changes."""
-    if format not in FUZZED:
-        FUZZED[format] = good_checkpoint(tmp_path_factory.mktemp(format) / "model", format)
-    return FUZZED[format]
-
-
-@settings(max_examples=max(FUZZ, 300), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(data=st.data())
-def test_any_damage_to_the_bytes_ends_in_a_clear_line_or_is_read_as_it_is(tmp_path: Path, data: st.DataObject) -> None:
-    """Flips, cuts and inserts bytes anywhere in a shard, its index or the configuration."""
-    folder = tmp_path / "model"
-    if not folder.exists():
-        good_checkpoint(folder)
-    file = folder / data.draw(st.sampled_from([*SHARDS, INDEX, "config.json"]))
-    good = file.read_bytes()
-    position = data.draw(st.integers(0, min(len(good) - 1, 900)))
-    junk = data.draw(st.binary(max_size=8))
-    removed = data.draw(st.integers(0, 8))
-    file.write_bytes(good[:position] + junk + good[position + removed :])
-    try:
-        validate_quantized(CheckpointReader(folder))
-    except UserError as error:
-        assert "\n" not in str(error)
-    finally:
-        file.write_bytes(good)

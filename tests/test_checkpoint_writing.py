@@ -1,4 +1,4 @@
-"""Checkpoints: what is read is what lies there, and what is written is complete or absent, whenever a run dies."""
+"""What is written is complete or absent, whenever a run dies, and nothing that is dear to someone is written over."""
 
 from __future__ import annotations
 
@@ -7,73 +7,21 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_parts import ALL_TENSORS, EXTRA, MANIFEST, PARTS, REQUEST, contents, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from llmquant.checkpoints import writer
-from llmquant.checkpoints.header import DTYPES
 from llmquant.checkpoints.manifest import MANIFEST_FILE, verify_files
-from llmquant.checkpoints.quantized import (
-    find_quantized_modules,
-    parsed_quantization,
-    read_quantized,
-    validate_quantized,
-)
-from llmquant.checkpoints.reader import CheckpointReader, file_sha256
+from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream, plan_shards
 from llmquant.errors import UserError
-from llmquant.formats.registry import FORMATS
-from llmquant.spec import QuantSpec
-from llmquant.weight import QuantizedWeight
-
-REQUEST = {"options": {"bits": 4, "method": "gptq"}, "version": "1"}
-EXTRA = {"config.json": b'{"model_type": "tiny"}', "templates/chat.jinja": b"{{ messages }}"}
-MANIFEST = {"method": "gptq"}
-
-
-def make_parts() -> dict[str, dict[str, Tensor]]:
-    """Three parts of mixed dtypes and odd sizes; a misaligned layout would show in the library's own reader."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        f"block-{i}": {
-            f"layers.{i}.half": torch.randn(3, generator=generator).half(),
-            f"layers.{i}.words": torch.randint(-(2**31), 2**31, (5, i + 1), dtype=torch.int32, generator=generator),
-            f"layers.{i}.flags": torch.tensor([True, False, True]),
-            f"layers.{i}.shape": torch.tensor([i, 2**40]),
-            f"layers.{i}.scalar": torch.tensor(1.5 + i),
-            f"layers.{i}.empty": torch.zeros(0, 4),
-        }
-        for i in range(3)
-    }
-
-
-PARTS = make_parts()
-ALL_TENSORS = {name: tensor for part in PARTS.values() for name, tensor in part.items()}
-
-
-def write_checkpoint(
-    out: Path, *, max_shard_bytes: int = 100, overwrite: bool = False, **options: bool
-) -> PartialCheckpoint:
-    """What the quantizer does: makes the parts that are not there, then finishes."""
-    with PartialCheckpoint.open(out, REQUEST, overwrite=overwrite, **options) as partial:
-        if not partial.is_finishing:
-            for name, tensors in PARTS.items():
-                if not partial.has_part(name):
-                    partial.add_part(name, tensors)
-        partial.finish(list(PARTS), EXTRA, manifest=MANIFEST, max_shard_bytes=max_shard_bytes)
-    return partial
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -439,105 +387,3 @@ def test_verify_finds_every_change(tmp_path: Path) -> None:
         "more.safetensors",
         "templates/chat.jinja",
     ]
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
-def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
-    tensors = {
-        name: torch.zeros(2, 3).to(dtype) if dtype == torch.bool else _filled(dtype) for name, dtype in DTYPES.items()
-    }
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    reader = CheckpointReader(tmp_path)
-    for name, tensor in reader.read_many(tensors).items():
-        assert tensor.dtype == tensors[name].dtype and tensor.shape == tensors[name].shape
-        assert torch.equal(tensor.view(torch.uint8), tensors[name].view(torch.uint8))
-        assert b"".join(bytes(chunk) for chunk in reader.chunks(name)) == bytes(
-            tensor.view(torch.uint8).flatten().tolist()
-        )
-    assert reader.total_bytes == sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _filled(dtype: torch.dtype) -> Tensor:
-    return torch.arange(6 * dtype.itemsize, dtype=torch.uint8).view(dtype).reshape(2, 3)
-
-
-def test_reading_does_not_count_the_file(tmp_path: Path) -> None:
-    """Reads a 64 MiB file tensor by tensor in a fresh process and asks how much more it held at its peak."""
-    save_file({f"t{i}": torch.zeros(2**20, dtype=torch.float32) for i in range(16)}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    script = (
-        "import resource, sys\n"
-        "from llmquant.checkpoints.reader import CheckpointReader\n"
-        "reader = CheckpointReader(sys.argv[1])\n"
-        "reader.read('t0')\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "for name in reader.tensors: reader.read(name)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 12 * 1024  # KiB
-
-
-def test_a_hub_cache_of_links_is_read(tmp_path: Path) -> None:
-    repository = tmp_path / "models--someone--tiny"
-    snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    save_file({"a": torch.ones(2)}, blobs / "123")
-    (blobs / "456").write_text("{}")
-    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
-    (snapshot / "config.json").symlink_to("../../blobs/456")
-    assert CheckpointReader(snapshot).read("a").tolist() == [1, 1]
-
-
-def test_file_hashes_identify_the_inputs(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "out")
-    reader = CheckpointReader(tmp_path / "out")
-    assert reader.file_hashes() == {
-        name: file_sha256(tmp_path / "out" / name)
-        for name in ("config.json", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)))
-    }
-
-
-# --- quantized checkpoints -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "symmetric"),
-    # AWQ's configuration cannot say symmetric.
-    [(name, symmetric) for name in FORMATS for symmetric in (True, False) if (name, symmetric) != ("awq", True)],
-)
-def test_quantized_modules_are_found_and_read(tmp_path: Path, name: str, symmetric: bool) -> None:
-    format, spec = FORMATS[name], QuantSpec(bits=4, group_size=16, symmetric=symmetric)
-    weights = {f"layers.{i}.up": _random_weight(spec, 32, 48 + 16 * i) for i in range(2)}
-    with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
-        for module, weight in weights.items():
-            partial.add_part(module, {f"{module}.{suffix}": t for suffix, t in format.pack(weight).items()})
-        partial.add_part("rest", {"lm_head.weight": torch.ones(4, 4), "layers.0.up.bias": torch.ones(32)})
-        config = format.config(spec, {**dict.fromkeys(weights, spec), "lm_head": None})
-        content = json.dumps({"quantization_config": config}).encode()
-        partial.finish([*weights, "rest"], {"config.json": content})
-    reader = CheckpointReader(tmp_path / "out")
-    parsed = parsed_quantization(reader)
-    assert parsed is not None and parsed.format is format
-    modules = find_quantized_modules(reader, parsed)
-    assert modules.keys() == weights.keys()
-    for module, weight in weights.items():
-        read = read_quantized(reader, modules[module])
-        assert read.spec == spec and torch.equal(read.codes_NK, weight.codes_NK)
-        assert torch.equal(read.scale_NG, weight.scale_NG) and torch.equal(read.zero_NG, weight.zero_NG)
-    assert validate_quantized(reader) == modules
-
-
-def _random_weight(spec: QuantSpec, out_features: int, in_features: int) -> QuantizedWeight:
-    groups = (out_features, spec.num_groups(in_features))
-    zero_NG = torch.randint(1, 16, groups, dtype=torch.uint8)
-    return QuantizedWeight(
-        codes_NK=torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8),
-        scale_NG=torch.rand(groups).half() + 0.01,
-        zero_NG=torch.full_like(zero_NG, 8) if spec.symmetric else zero_NG,
-        spec=spec,
-    )

@@ -1,0 +1,145 @@
+"""Checkpoints changed at random, in their JSON, their tensors or their bytes: each is read as it is, or ends in one
+clear line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hostile_files import INDEX, SHARDS, good_checkpoint, raw_safetensors, write_json
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from llmquant.checkpoints.quantized import validate_quantized
+from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.errors import UserError
+from llmquant.formats.registry import FORMATS
+
+FUZZ = int(os.environ.get("LLMQUANT_FUZZ", "30"))
+"""Examples of each fuzz test."""
+NAMES = ["", "layers.0.up", "layers.0.up.qweight", "*", "re:.*", "F16", "I32", "gptq", "\ud800", "\n", "../x", "9" * 40]
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.sampled_from([2**31, 2**62, 2**64, -(2**63), 10**40]),
+    st.floats(),
+    st.sampled_from(NAMES),
+    st.text(max_size=4),
+)
+ANY_JSON = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(max_size=3)), inner)
+    ),
+    max_leaves=6,
+)
+
+
+def mutate(data: st.DataObject, value: Any) -> Any:
+    """JSON with one thing replaced, added, renamed or left out, anywhere in it."""
+    if isinstance(value, dict) and value and data.draw(st.integers(0, 4)):
+        key = data.draw(st.sampled_from(sorted(value)))
+        what = data.draw(st.sampled_from(["deeper", "deeper", "deeper", "remove", "rename", "add"]))
+        if what == "deeper":
+            return value | {key: mutate(data, value[key])}
+        rest = {other: inner for other, inner in value.items() if other != key}
+        if what == "remove":
+            return rest
+        if what == "rename":
+            return rest | {data.draw(st.sampled_from([*NAMES, *sorted(value)])): value[key]}
+        return value | {data.draw(st.sampled_from(NAMES)): data.draw(ANY_JSON)}
+    if isinstance(value, list) and value and data.draw(st.integers(0, 4)):
+        place = data.draw(st.integers(0, len(value) - 1))
+        return [*value[:place], mutate(data, value[place]), *value[place + 1 :]]
+    return data.draw(ANY_JSON)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck), deadline=None)
+@given(data=st.data())
+def test_any_json_anywhere_ends_in_a_clear_line_or_is_read_as_it_is(
+    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
+) -> None:
+    """Changes what headers, the index and the configuration say, in valid JSON."""
+    folder = fuzzed_folder(tmp_path_factory, format)
+    good = {name: (folder / name).read_bytes() for name in (*SHARDS, INDEX, "config.json")}
+    try:
+        for _ in range(data.draw(st.integers(1, 3))):
+            name = data.draw(st.sampled_from([*SHARDS, INDEX, "config.json", "config.json"]))
+            if name in SHARDS:
+                length = struct.unpack("<Q", (content := (folder / name).read_bytes())[:8])[0]
+                header = mutate(data, json.loads(content[8 : 8 + length]))
+                (folder / name).write_bytes(raw_safetensors(json.dumps(header).encode(), content[8 + length :]))
+            else:
+                write_json(folder / name, mutate(data, json.loads((folder / name).read_bytes())))
+        validate_quantized(CheckpointReader(folder))
+    except UserError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1500
+        str(error).encode("utf-8", "backslashreplace")
+    finally:
+        for name, content in good.items():
+            (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck), deadline=None)
+@given(data=st.data())
+def test_any_tensor_in_the_place_of_another_ends_in_a_clear_line_or_is_read_as_it_is(
+    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
+) -> None:
+    """Tensors of any dtype, shape and content: well-formed files that no tool would write."""
+    folder = fuzzed_folder(tmp_path_factory, format)
+    good = (folder / SHARDS[0]).read_bytes()
+    tensors = load_file(folder / SHARDS[0])
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    dtype = data.draw(st.sampled_from([tensors[name].dtype, torch.int32, torch.int64, torch.float16, torch.uint8]))
+    shape = data.draw(st.sampled_from([tuple(tensors[name].shape), (2,), (32,), (32, 32), (2, 32), (1, 4, 32), ()]))
+    content = torch.tensor(data.draw(st.lists(st.integers(0, 255), min_size=8, max_size=64)), dtype=torch.uint8)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    tensors[name] = content.repeat(num_bytes // len(content) + 1)[:num_bytes].view(dtype).reshape(shape)
+    try:
+        save_file(tensors, folder / SHARDS[0])
+        validate_quantized(CheckpointReader(folder))
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        (folder / SHARDS[0]).write_bytes(good)
+
+
+FUZZED: dict[str, Path] = {}
+
+
+def fuzzed_folder(tmp_path_factory: pytest.TempPathFactory, format: str) -> Path:
+    """A good checkpoint, made once; every example puts back what it changes."""
+    if format not in FUZZED:
+        FUZZED[format] = good_checkpoint(tmp_path_factory.mktemp(format) / "model", format)
+    return FUZZED[format]
+
+
+@settings(max_examples=max(FUZZ, 300), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_any_damage_to_the_bytes_ends_in_a_clear_line_or_is_read_as_it_is(tmp_path: Path, data: st.DataObject) -> None:
+    """Flips, cuts and inserts bytes anywhere in a shard, its index or the configuration."""
+    folder = tmp_path / "model"
+    if not folder.exists():
+        good_checkpoint(folder)
+    file = folder / data.draw(st.sampled_from([*SHARDS, INDEX, "config.json"]))
+    good = file.read_bytes()
+    position = data.draw(st.integers(0, min(len(good) - 1, 900)))
+    junk = data.draw(st.binary(max_size=8))
+    removed = data.draw(st.integers(0, 8))
+    file.write_bytes(good[:position] + junk + good[position + removed :])
+    try:
+        validate_quantized(CheckpointReader(folder))
+    except UserError as error:
+        assert "\n" not in str(error)
+    finally:
+        file.write_bytes(good)
