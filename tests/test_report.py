@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 from commands import command
+from manual import short_manual
 
 from llmquant.checkpoints.manifest import REPORT_HTML, REPORT_JSON
 from llmquant.console_rounding import rounding_facts
@@ -41,9 +42,10 @@ def reports(tiny_model, tmp_path_factory) -> dict[str, Report]:
         "rtn": ("gpt2", Recipe(method="rtn", skip=("*.0.*",), spec=QuantSpec(bits=8, group_size=-1)), Options()),
         "not verified": ("llama", Recipe(spec=SPEC), replace(FEW, verify=False)),
     }
-    for name, (architecture, recipe, options) in runs.items():
-        out = folder / name.replace(" ", "-")
-        made[name] = quantize(tiny_model(architecture), out, recipe, options, command="llmquant quantize a b")
+    with short_manual():
+        for name, (architecture, recipe, options) in runs.items():
+            out = folder / name.replace(" ", "-")
+            made[name] = quantize(tiny_model(architecture), out, recipe, options, command="llmquant quantize a b")
     return made
 
 
