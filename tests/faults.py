@@ -4,6 +4,7 @@
         done = warm.run("quantize", model, out, "--method", "rtn")
         warm.run(…, stop_after=0.3, signal=SIGKILL)   # dies in the middle
         warm.run(…, file_bytes=20_000)                # on a disk that takes no larger file
+    warm.run(…, notes=folder)                     # each rank notes in a file of its number which linears it solves
 
 The command line runs in the child as it would in a process of its own: its exit code, stdout and stderr come back.
 Run as a program, this file is that process.
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmquant import cli
 from llmquant.checkpoints.manifest import REPORT_FILES
 
 LONGEST_RUN_SECONDS = 3600.0
@@ -79,7 +81,7 @@ class Warm:
         """Run `llmquant` with these arguments; the `Done` of the one process, or a list of them for several ranks.
 
         fault: stop_after (seconds), signal and rank say what is sent when to which process; file_bytes is the largest
-        file that the disk takes.
+        file that the disk takes. notes: a folder with a file for each rank's number, a line for each linear it solves.
         """
         assert self._process.stdin is not None
         job = {"arguments": [str(argument) for argument in arguments], "ranks": ranks} | fault
@@ -164,8 +166,7 @@ def _continued(warm: Warm, command: Sequence[object], out: Path, expected: dict[
 def _serve(model: str, page: str) -> None:
     import torch
 
-    import llmquant.cli
-    import llmquant.console
+    from llmquant.console.progress import quiet_libraries
     from llmquant.hub import load_tokenizer
     from llmquant.pipeline import quantize as pipeline
     from llmquant.spec import Recipe
@@ -173,7 +174,7 @@ def _serve(model: str, page: str) -> None:
     torch.set_num_threads(1)
     if page == "no page":
         pipeline.write_page = lambda report, file: None
-    llmquant.console.quiet_libraries()
+    quiet_libraries()
     pipeline.dry_run(model, Path(model) / "never", Recipe(method="rtn"))
     load_tokenizer(Path(model))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -189,13 +190,14 @@ def _run(
     signal: int = signal.SIGKILL,
     rank: int = 0,
     file_bytes: int | None = None,
+    notes: str | None = None,
 ) -> list[dict[str, Any]]:
     environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     start = time.monotonic()
     children = []
     for number in range(ranks):
         place = environment | {"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {}
-        children.append(_fork(arguments, place, file_bytes))
+        children.append(_fork(arguments, place, file_bytes, None if notes is None else Path(notes) / str(number)))
     deadline = start + (LONGEST_RUN_SECONDS if stop_after is None else stop_after)
     reader, child = children[rank][1][0], children[rank][0]
     # The end of its output is the end of the process.
@@ -237,7 +239,22 @@ def _read_all(reader: int) -> bytes:
         return file.read()
 
 
-def _fork(arguments: list[str], environment: dict[str, str], file_bytes: int | None) -> tuple[int, tuple[int, int]]:
+def _note_solved(file: Path) -> None:
+    from llmquant.pipeline import loop
+
+    solve_stage = loop.solve_stage
+
+    def noting(weights: Any, *others: Any) -> Any:
+        with file.open("a") as lines:
+            lines.writelines(f"{name}\n" for name in weights)
+        return solve_stage(weights, *others)
+
+    loop.solve_stage = noting
+
+
+def _fork(
+    arguments: list[str], environment: dict[str, str], file_bytes: int | None, notes: Path | None
+) -> tuple[int, tuple[int, int]]:
     """A child that runs the command line: its process id, and where its stdout and stderr can be read."""
     out, error = os.pipe(), os.pipe()
     child = os.fork()
@@ -254,8 +271,8 @@ def _fork(arguments: list[str], environment: dict[str, str], file_bytes: int | N
         os.environ.update(environment)
         if file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-        from llmquant import cli
-
+        if notes is not None:
+            _note_solved(notes)
         sys.argv = ["llmquant", *arguments]
         cli.main()
         code = 0

@@ -14,7 +14,7 @@ from tiny_models import ARCHITECTURES, random_model, tiny_tokenizer
 import llmquant.pipeline.inspect
 from llmquant.algorithms.affine import find_grid, round_to_grid, values_on_grid
 from llmquant.algorithms.allocation import Choice, allocate
-from llmquant.console_budget import parse_size
+from llmquant.cli.quantize import parse_target_size
 from llmquant.errors import UserError
 from llmquant.models.blocks import linears_of
 from llmquant.pipeline import budget
@@ -282,6 +282,6 @@ def test_budgets_that_cannot_be_kept_are_refused(arguments, message, few, tiny_m
 
 
 def test_sizes():
-    assert [parse_size(text) for text in ("5GB", "1.5 MiB", "100", "2kB")] == [5 * 10**9, 1572864, 100, 2000]
+    assert [parse_target_size(text) for text in ("5GB", "1.5 MiB", "100", "2kB")] == [5 * 10**9, 1572864, 100, 2000]
     with pytest.raises(UserError, match="use --target-size 5GB"):
-        parse_size("five")
+        parse_target_size("five")

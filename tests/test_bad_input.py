@@ -17,7 +17,7 @@ from commands import command
 from paths import ROOT
 from safetensors.torch import load_file, save_file
 
-from llmquant.console import PHASES
+from llmquant.console.progress import PHASES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FEW = ("--calibration", "python-docs", "--samples", "4", "--seq-len", "32", "--group-size", "32")

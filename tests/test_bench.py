@@ -11,7 +11,7 @@ import torch
 from commands import command
 
 import llmquant
-from llmquant.console_bench import plot_bench, print_bench
+from llmquant.console.bench import plot_bench, print_bench
 from llmquant.kernels.dispatch import BACKENDS
 from llmquant.runtime import explain
 from llmquant.runtime.bench import Bench, Run, Workload, held_bytes

@@ -17,9 +17,9 @@ from commands import command
 from paths import ROOT
 
 import llmquant
-from llmquant import cli
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.writer import PartialCheckpoint
+from llmquant.cli.quantize import quantize_command
 from llmquant.formats.registry import FORMATS
 from llmquant.kernels.dispatch import BACKENDS
 from llmquant.pipeline.inspect import inspect
@@ -44,7 +44,7 @@ def small(tiny_model, tmp_path_factory) -> Path:
 
 
 def test_defaults_of_the_command_are_those_of_the_options():
-    parameters = signatures.signature(cli.quantize_command).parameters
+    parameters = signatures.signature(quantize_command).parameters
     names = {"num_samples": "samples", "targets": "target", "max_memory_bytes": "max_memory"}
     for field in fields(llmquant.Options):
         if field.name != "max_shard_bytes":  # only from Python

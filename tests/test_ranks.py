@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from faults import Warm, contents
+from safetensors.torch import load_file, save_file
 from test_faults import command, one_line
 
-from llmquant.pipeline.ranks import LANES, Ranks, half_of, lane_of
+from llmquant.pipeline.ranks import LANES, Ranks, divided, half_of, lane_of
 
 TEXT = " ".join(f"It was a dark and stormy night, the {number}th in a row." for number in range(200))
 
@@ -51,6 +53,13 @@ def test_lanes_are_of_either_half_in_turn_also_where_there_are_few_samples(num_s
     assert [half for _, half in sorted(lanes)] == [0, 1] * (len(lanes) // 2) + [0] * (len(lanes) % 2)
 
 
+def test_the_largest_linears_go_first_each_to_the_rank_with_least_to_do():
+    sizes = {"q": 16, "k": 4, "v": 4, "gate": 20, "up": 20}
+    assert divided(sizes, 1) == [["gate", "up", "q", "k", "v"]]
+    assert divided(sizes, 3) == [["gate", "v"], ["up"], ["q", "k"]]
+    assert divided({"down": 7}, 2) == [["down"], []]
+
+
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [(2, ()), (3, ("--samples", "13")), (2, ("--method", "awq+gptq", "--samples", "16")), (2, ("--method", "rtn"))],
@@ -66,6 +75,29 @@ def test_ranks_make_the_bytes_of_one_process(ranks, options, warm, model, text, 
     assert many[0].out
     assert all(done.out == done.error == "" for done in many[1:]), "only the first speaks"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["many", "one", "text.txt"]
+
+
+def test_the_linears_of_a_block_are_solved_on_different_ranks(warm, model, text, tmp_path):
+    done = warm.run(*command(model, tmp_path / "out", text), ranks=2, notes=str(tmp_path))
+    assert [one.code for one in done] == [0, 0], done
+    first, second = ((tmp_path / rank).read_text().split() for rank in "01")
+    assert first == 3 * ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
+    assert second == 3 * ["self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]
+
+
+def test_a_linear_that_only_the_second_rank_can_refuse_ends_both_with_one_line(warm, model, text, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    tensors = load_file(damaged / "model.safetensors")
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    done = warm.run(*command(damaged, tmp_path / "out", text), ranks=2, notes=str(tmp_path))
+    assert [one.code for one in done] == [2, 2], done
+    one_line(done[0].error, f"tensor '{name}' holds NaN or inf")
+    assert done[1].error == ""
+    assert (tmp_path / "0").read_text().endswith("self_attn.q_proj\n"), "the first found nothing wrong"
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("rank", [0, 1])

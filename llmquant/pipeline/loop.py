@@ -6,7 +6,7 @@ earlier run has finished are read back and walked through, which restores the ac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial as partial_call
 from itertools import groupby, islice
@@ -158,8 +158,11 @@ def quantize_block(
         give_back()
         on_step(index, total, ", ".join(name.rpartition(".")[2] for name in names), None)
         with report.timed("solving"):
-            of_stage = {name: linears[name] for name in names}
-            results = ranks.share(partial_call(solve, plan, index, of_stage, statistics, report))
+            sizes = {name: linears[name].in_features * linears[name].out_features for name in names}
+            results = ranks.spread(sizes, partial_call(solve, plan, index, linears, statistics))
+        peaks = input_peaks(statistics)
+        for name, result in results.items():
+            report.linear(linears[name], result, peaks)
         solved |= results
         put_back(plan, linears, results)
         give_back()
@@ -179,19 +182,16 @@ def quantize_block(
 
 
 def solve(
-    plan: Plan, index: int, linears: Mapping[str, LinearPlan], statistics: InputStatistics, report: ReportBuilder
+    plan: Plan, index: int, linears: Mapping[str, LinearPlan], statistics: InputStatistics, names: Sequence[str]
 ) -> dict[str, Solved]:
-    """Solve the linears of one stage from the weights that the block holds; the results lie in main memory."""
+    """Solve some linears of one stage from the weights that the block holds; the results lie in main memory."""
     block = plan.skeleton.model.get_submodule(plan.block_names[index])
-    weights = {name: weight_of(block.get_submodule(name)) for name in linears}
+    weights = {name: weight_of(block.get_submodule(name)) for name in names}
     for name, weight_NK in weights.items():
         if not all_finite(weight_NK):
             raise damaged_weights(plan.path, f"{linears[name].source}.weight")
-    specs = {name: linear.grid for name, linear in linears.items()}
+    specs = {name: linears[name].grid for name in names}
     results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
-    peaks = input_peaks(statistics)
-    for name, result in results.items():
-        report.linear(linears[name], result, peaks)
     # Other ranks have other devices.
     return {name: replace(result, weight=result.weight.to("cpu")) for name, result in results.items()}
 

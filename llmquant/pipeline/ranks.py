@@ -1,12 +1,16 @@
 """Several processes that quantize one model together: `torchrun --nproc-per-node N -m llmquant quantize …`.
 
 Every rank walks through the network with its share of the calibration sequences; their statistics are summed up, the
-first rank solves, and all go on with its result. Only the first rank writes, and only it speaks.
+linears that read one input are solved on different ranks, and all go on with all results. Only the first rank writes,
+and only it speaks.
 
 The sum does not depend on the number of ranks. The samples are divided into LANES, in order; each lane is summed up on
 its own, and the lanes are added one after the other: a rank receives the sum of those before its own, adds its own, and
 hands it on; the last one gives it to all. One process does the same additions. So the codes are those of one process,
 bit for bit, as long as all compute alike (the same kind of processor or GPU, the same number of threads).
+
+Each linear is solved on its own, so it does not matter where. Every rank that solves factors the Hessian itself: one
+that was sent the factor would have waited for it as long, and then for the sending.
 
 What goes wrong on one rank goes wrong on all: `together` and `share` pass an error of the user's on to every rank. A
 rank that is gone ends the others.
@@ -15,7 +19,7 @@ rank that is gone ends the others.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -61,7 +65,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the rank that solves, writes and speaks."""
+        """Whether this is the rank that writes and speaks."""
         return self.rank == 0
 
     def options(self, options: Options) -> Options:
@@ -143,6 +147,25 @@ class Ranks:
             self._told = first
             raise first
 
+    def spread(self, costs: Mapping[str, int], work: Callable[[list[str]], dict[str, T]]) -> dict[str, T]:
+        """What the ranks make of some tasks, each of its own (`divided`), on all ranks in the order of the tasks.
+
+        costs: of each task, by name. work: makes the results of a rank's tasks, by name, in main memory; a rank
+        without a task does not call it.
+        """
+        parts = divided(costs, self.size)
+        mine = parts[self.rank]
+        with self.together():
+            own = work(mine) if mine else {}
+        results = dict(own)
+        for rank, names in enumerate(parts if self.size > 1 else []):
+            if names:
+                box = [own if rank == self.rank else None]
+                with _lost_ranks():
+                    dist.broadcast_object_list(box, src=rank, device=torch.device("cpu"))
+                results |= box[0] or {}
+        return {name: results[name] for name in costs}
+
     def fold(self, lanes: Iterable[InputStatistics], empty: Callable[[], InputStatistics]) -> InputStatistics:
         """The sum of the lanes of all ranks, on all ranks. lanes: this rank's, in order. empty: makes one of no
         token."""
@@ -172,6 +195,17 @@ def _passing(call: Callable[[Tensor, int], object], rank: int) -> Callable[[Tens
             call(tensor, rank)
 
     return pass_on
+
+
+def divided(costs: Mapping[str, int], size: int) -> list[list[str]]:
+    """The tasks of each rank: the most expensive first, each to the rank that has least to do, the first of several."""
+    parts: list[list[str]] = [[] for _ in range(size)]
+    loads = [0] * size
+    for name in sorted(costs, key=lambda name: -costs[name]):
+        rank = loads.index(min(loads))
+        parts[rank].append(name)
+        loads[rank] += costs[name]
+    return parts
 
 
 def lane_of(sample: int, num_samples: int) -> int:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from llmquant.console import _size, _table
+from llmquant.console.tables import new_table, screen
 from llmquant.errors import UserError
+from llmquant.words import size
 
 if TYPE_CHECKING:
     from llmquant.runtime.bench import Bench, Run
@@ -21,29 +20,17 @@ ACCENT, BESIDE, QUIET, INK, FAINT = "#0b7285", "#9cc3cb", "#d5dade", "#343a40", 
 
 def print_bench(result: Bench) -> None:
     """One line per contender; with an original, how many times as fast as that it is."""
-    table = _table()
-    table.add_column("model", overflow="fold")
-    table.add_column("kernel", no_wrap=True)
-    for heading in ("weights", "peak", "load", "prefill/s", "decode/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = new_table("model", "kernel", ">weights", ">peak", ">load", ">prefill/s", ">decode/s")
     for run in result.runs:
-        peak = "" if run.peak_bytes is None else _size(run.peak_bytes)
-        table.add_row(
-            run.model,
-            run.kernel,
-            _size(run.weight_bytes),
-            peak,
-            f"{run.load_seconds:.1f} s",
-            _rate(run.prefill_tokens_per_second, result, "prefill_tokens_per_second", run),
-            _rate(run.decode_tokens_per_second, result, "decode_tokens_per_second", run),
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(_conditions(result), style="dim")
+        peak = "" if run.peak_bytes is None else size(run.peak_bytes)
+        rates = [_rate(result, run, f"{step}_tokens_per_second") for step in ("prefill", "decode")]
+        table.add_row(run.model, run.kernel, size(run.weight_bytes), peak, f"{run.load_seconds:.1f} s", *rates)
+    screen().print(table)
+    screen().print(_conditions(result), style="dim")
 
 
-def _rate(rate: float, result: Bench, name: str, run: Run) -> str:
-    base = result.original
+def _rate(result: Bench, run: Run, name: str) -> str:
+    rate, base = getattr(run, name), result.original
     return f"{rate:.1f}" if base is None or run is base else f"{rate:.1f} ({rate / getattr(base, name):.2f}x)"
 
 

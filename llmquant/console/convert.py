@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from llmquant.console import _print_facts, _size
+from llmquant.console.tables import print_facts, screen
+from llmquant.words import size
 
 if TYPE_CHECKING:
     from llmquant.pipeline.convert import Converted
@@ -15,15 +14,14 @@ if TYPE_CHECKING:
 
 def print_converted(converted: Converted) -> None:
     """What was converted into what, and how large it is."""
-    console = Console(highlight=False)
     grids = ", ".join(f"{count} x {grid}" for grid, count in converted.grids.items())
     facts = [
         ("format", f"{converted.source_format} -> {converted.format}"),
         ("linears", f"{grids}: read back, equal"),
-        ("size", f"{_size(converted.original_bytes)} -> {_size(converted.output_bytes)}"),
+        ("size", f"{size(converted.original_bytes)} -> {size(converted.output_bytes)}"),
     ]
     facts += [("remarks", remark) for remark in converted.remarks]
-    _print_facts(console, facts)
-    console.print(
+    print_facts(facts)
+    screen().print(
         f'\n  llmquant generate {shlex.quote(str(converted.out))} --prompt "Once upon a time"', soft_wrap=True
     )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from llmquant.console import _size, _table
+from llmquant.console.tables import new_table, screen
+from llmquant.words import size
 
 if TYPE_CHECKING:
     from llmquant.eval.perplexity import Perplexity
@@ -19,54 +18,46 @@ CHIEF_METRICS = ("acc_norm", "acc", "exact_match")
 
 def print_evaluation(result: Evaluation) -> None:
     """One row a model, the original first; below it what was measured."""
-    console = Console(highlight=False)
     rows = [*([result.against] if result.against else []), *result.models]
     if result.dataset is not None:
-        _print_text(console, result, rows)
+        _print_text(result, rows)
     if any(row.tasks for row in rows):
-        _print_tasks(console, rows)
+        _print_tasks(rows)
 
 
-def _print_text(console: Console, result: Evaluation, rows: list[ModelEvaluation]) -> None:
-    headings = ["size", "perplexity"]
-    if result.against:
-        headings += ["KL mean", "median", "99 %", "top-1"]
-    table = _table()
-    table.add_column("model", overflow="fold")
-    for heading in [*headings, "tokens/s"]:
-        table.add_column(heading, justify="right", no_wrap=True)
+def _print_text(result: Evaluation, rows: list[ModelEvaluation]) -> None:
+    divergences = (">KL mean", ">median", ">99 %", ">top-1") if result.against else ()
+    table = new_table("model", ">size", ">perplexity", *divergences, ">tokens/s")
     for row in rows:
         assert row.perplexity is not None
-        cells = [_size(row.stored_bytes), _plus_minus(row.perplexity)]
+        cells = [size(row.stored_bytes), _plus_minus(row.perplexity)]
         if compared := row.divergence:
             cells += [f"{value:.4f}" for value in (compared.kl_mean, compared.kl_median, compared.kl_p99)]
             cells.append(f"{compared.top1_agreement:.1%}")
-        elif result.against:
-            cells += [""] * 4
+        else:
+            cells += [""] * len(divergences)
         table.add_row(row.model, *cells, f"{row.perplexity.tokens_per_second:.0f}")
-    console.print(table)
+    screen().print(table)
     measured = rows[0].perplexity
     assert measured is not None
     overlap = "" if measured.stride == measured.seq_len else f", one every {measured.stride}"
     places = ", ".join(dict.fromkeys(f"{row.dtype} on {row.device}" for row in rows))
     kl = "; KL in nats per token" if result.against else ""
-    console.print(
+    screen().print(
         f"{result.dataset}: {measured.num_windows} windows of {measured.seq_len} tokens{overlap}, {places}{kl}",
         style="dim",
     )
 
 
-def _print_tasks(console: Console, rows: list[ModelEvaluation]) -> None:
-    table = _table()
-    table.add_column("task", overflow="fold")
-    table.add_column("metric", no_wrap=True)
+def _print_tasks(rows: list[ModelEvaluation]) -> None:
+    table = new_table("task", "metric")
     for row in rows:
         table.add_column(row.model, justify="right", overflow="fold")
     for task in rows[0].tasks:
         metric = chief_metric(rows[0].tasks[task])
         if metric is not None:
             table.add_row(task, metric, *(_score(row.tasks[task], metric) for row in rows))
-    console.print(table)
+    screen().print(table)
 
 
 def chief_metric(score: TaskScore) -> str | None:

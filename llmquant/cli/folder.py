@@ -1,0 +1,74 @@
+"""`llmquant inspect`, `verify` and `report`: what is known of a finished folder."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from llmquant.cli.options import AnyModel, Device, Dtype, Json
+
+
+def inspect_command(
+    model: AnyModel,
+    backends: Annotated[
+        bool, Option("--backends", help="Also say which kernel runs each kind of linear, and why.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """What is in MODEL: grids, sizes, bits per weight. Reads headers, no weights."""
+    from llmquant.console.contents import print_backends, print_contents
+    from llmquant.console.progress import quiet_libraries
+    from llmquant.pipeline.inspect import inspect
+
+    contents = inspect(model)
+    choices = {}
+    if backends:
+        quiet_libraries()
+        from llmquant.runtime.explain import explain_backends
+
+        choices = explain_backends(model, device=device, dtype=dtype)
+    if as_json:
+        told = {
+            name: {"backend": choice.backend.name, "reason": choice.reason, "refusals": choice.refusals}
+            for name, choice in choices.items()
+        }
+        print(json.dumps(contents.to_dict() | ({"backends": told} if backends else {})))
+    else:
+        print_contents(contents)
+        if backends:
+            print_backends(choices)
+
+
+def verify_command(out: Annotated[Path, Argument(help="A folder that llmquant wrote.")], as_json: Json = False) -> None:
+    """Compare the files of OUT with the hashes noted when it was written; exit with 1 if one differs."""
+    from llmquant.checkpoints.manifest import read_manifest, verify_files
+
+    manifest = read_manifest(out)
+    problems = verify_files(out)
+    if as_json:
+        print(json.dumps({"path": str(out), "files": len(manifest["files"]), "problems": problems}))
+    else:
+        for problem in problems:
+            print(problem)
+        if not problems:
+            print(f"{out}: {len(manifest['files'])} files, all as they were written")
+    if problems:
+        raise typer.Exit(1)
+
+
+def report_command(
+    out: Annotated[Path, Argument(help="A folder that llmquant quantize wrote.")],
+    output: Annotated[Path | None, Option(help="Where the page goes; by default report.html in OUT.")] = None,
+) -> None:
+    """Make the page of a quantization again, from the quantize_report.json in OUT."""
+    from llmquant.checkpoints.manifest import REPORT_HTML
+    from llmquant.pipeline.page import write_page
+    from llmquant.pipeline.report import read_report
+
+    file = output or out / REPORT_HTML
+    write_page(read_report(out), file)
+    print(file)

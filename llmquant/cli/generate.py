@@ -1,0 +1,79 @@
+"""`llmquant generate`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from llmquant.cli.options import AnyModel, Device, Dtype, Json, Quiet, RemoteCode, count
+from llmquant.errors import UserError
+
+
+def generate_command(
+    model: AnyModel,
+    prompt: Annotated[str | None, Option(help="The text to continue.")] = None,
+    prompts: Annotated[Path | None, Option(help="A file with one prompt per line, run in batches.")] = None,
+    batch_size: Annotated[int, count("Prompts of a file that run together.")] = 8,
+    chat: Annotated[bool, Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    max_new_tokens: Annotated[int, count("Tokens after which a text ends.")] = 128,
+    greedy: Annotated[bool, Option("--greedy", help="Always the most likely token.")] = False,
+    temperature: Annotated[float | None, Option(help="Draw at random; lower is closer to greedy.")] = None,
+    top_p: Annotated[float | None, Option(help="Draw from the tokens that together have this probability.")] = None,
+    top_k: Annotated[int | None, Option(help="Draw from the K most likely tokens.", metavar="K")] = None,
+    seed: Annotated[int, count("Of the draw.")] = 0,
+    backend: Annotated[str, Option(help="Kernel of the quantized linears; see inspect --backends.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    compiled: Annotated[
+        bool, Option("--compile", help="On a GPU: decode through torch.compile and CUDA graphs.")
+    ] = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let MODEL continue a text, or answer with --chat."""
+    if (prompt is None) == (prompts is None):
+        raise UserError("generate: give one of --prompt TEXT and --prompts FILE")
+    lines = [str(prompt)] if prompts is None else _lines(prompts)
+    if batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: must be at least 1; use --batch-size 8")
+    from llmquant.console.generate import print_piece, print_speed, print_texts
+    from llmquant.console.progress import quiet_libraries
+
+    quiet_libraries()
+    from llmquant.hub import load_tokenizer, resolve_model
+    from llmquant.runtime.generate import Sampling, generate
+    from llmquant.runtime.load import load
+
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    path = resolve_model(model)
+    tokenizer = load_tokenizer(path)
+    loaded = load(path, device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
+    results = []
+    streams = prompt is not None and not as_json
+    for start in range(0, len(lines), batch_size):
+        batch = lines[start : start + batch_size]
+        on_text = print_piece if streams else None
+        result = generate(loaded, tokenizer, batch, sampling, chat=chat, compiled=compiled, on_text=on_text)
+        results.append(result)
+        if streams:
+            print()
+        elif not as_json:
+            print_texts(batch, result.texts)
+    if as_json:
+        print(json.dumps({"prompts": lines, "batches": [result.to_dict() for result in results]}))
+    if not quiet:
+        print_speed(results)
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as text ({error}); give a UTF-8 file, one prompt per line") from error
+    if not lines:
+        raise UserError(f"{file}: holds no prompt; write one per line")
+    return lines

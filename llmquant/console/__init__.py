@@ -1,0 +1,1 @@
+"""What the commands show: one module per thing that is shown."""

@@ -1,0 +1,68 @@
+"""What `llmquant quantize --dry-run` says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
+from llmquant.words import size
+
+if TYPE_CHECKING:
+    from llmquant.pipeline.plan import LinearPlan, Plan
+
+
+def print_plan(plan: Plan, out: Path) -> None:
+    """What `llmquant quantize --dry-run` says."""
+    from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
+    from llmquant.pipeline.plan import disk_bytes, free_bytes
+    from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
+    from llmquant.textdata import PYTHON_DOCS
+
+    def row(linear: LinearPlan) -> tuple[str, str, str]:
+        assert linear.spec is not None
+        return linear.kind, f"{linear.out_features} x {linear.in_features}", linear.spec.describe()
+
+    table = new_table("linear", ">n", ">out x in", "grid", ">bits", ">size")
+    for (kind, shape, grid), linears in grouped(plan.quantized, row).items():
+        weights = sum(linear.out_features * linear.in_features for linear in linears)
+        stored = sum(plan.packed_bytes(linear) for linear in linears)
+        table.add_row(kind, str(len(linears)), shape, grid, f"{8 * stored / weights:.3f}", size(stored))
+    screen().print(table)
+    facts = []
+    for title, linears in (
+        ("in 16 bit", [linear for linear in plan.linears if linear.spec is None]),
+        ("changed", [linear for linear in plan.quantized if linear.reason]),
+    ):
+        for reason, same in grouped(linears, lambda linear: linear.reason).items():
+            facts.append((title, f"{reason}: {len(same)} x {kinds_of(linear.name for linear in same)}"))
+    facts += [
+        ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
+        ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),
+        ("size", f"{size(plan.reader.total_bytes)} -> {size(plan.output_bytes)}"),
+        ("peak memory", _predicted_memory(plan)),
+        ("disk", f"{size(disk_bytes(plan, out))} needed while it runs, {size(free_bytes(out))} free"),
+    ]
+    if plan.recipe.has_budget:
+        facts.append(
+            ("budget", "grids above keep it as if all weights were equally sensitive; the run measures, then chooses")
+        )
+    if plan.recipe.needs_data:
+        options = plan.options
+        source = options.calibration
+        if source == AUTO:
+            source = f"{AUTO_PRESET} from the hub, or {PYTHON_DOCS} offline"
+        facts.append(("calibration", f"{source}, {options.num_samples} x {options.seq_len} tokens"))
+    for name in plan.options.targets:
+        facts.append(("target", f"{TARGETS[name].name} loads it, by its rules of {RULES_DATE}"))
+    facts += [("target", needed) for needed in needs_of(plan)]
+    facts.append(("dry run", "nothing is written; the same command without --dry-run does it"))
+    print_facts(facts)
+
+
+def _predicted_memory(plan: Plan) -> str:
+    from llmquant.pipeline.footprint import footprint_of
+
+    footprint = footprint_of(plan)
+    spilled = f", {size(footprint.spilled_bytes)} of activations on the disk" if footprint.spilled_bytes else ""
+    return f"about {size(footprint.peak_bytes)}{spilled}"

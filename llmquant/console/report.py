@@ -1,0 +1,113 @@
+"""What `llmquant quantize` ends with."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
+from llmquant.pipeline.names import block_of
+from llmquant.spec import QuantSpec
+from llmquant.words import clock, short, size, spent
+
+if TYPE_CHECKING:
+    from llmquant.pipeline.report import Incident, LinearReport, Report
+    from llmquant.pipeline.verify import Verification
+
+
+def print_report(report: Report) -> None:
+    """What `llmquant quantize` ends with: errors beside RTN's, incidents, sizes, times, what to type next, verdict."""
+    from llmquant.checkpoints.manifest import REPORT_HTML
+
+    table = new_table("linear", "grid", ">n", ">error", ">worst", ">in", ">RTN")
+    together = [linear for same in grouped(report.linears, lambda linear: linear.kind).values() for linear in same]
+    for (kind, grid), linears in grouped(together, lambda linear: (linear.kind, linear.grid)).items():
+        table.add_row(kind, grid, str(len(linears)), *_errors(linears))
+    screen().print(table)
+    of = "outputs on the calibration text" if report.calibration else "weights"
+    facts = [("error", f"squared, of the {of}, relative: mean over the blocks, worst, and its block; RTN: mean")]
+    facts += rounding_facts(report.linears)
+    facts += _places("incidents", report.incidents) + _places("remarks", report.remarks)
+    for reason, kept in grouped(report.kept.items(), lambda item: item[1]).items():
+        facts.append(("in 16 bit", f"{kinds_of(name for name, _ in kept)}: {reason}"))
+    steps = ", ".join(f"{step} {spent(seconds)}" for step, seconds in report.seconds.items())
+    memory = size(report.peak_bytes) + (f", GPU {size(report.peak_device_bytes)}" if report.peak_device_bytes else "")
+    facts += [
+        ("size", f"{size(report.original_bytes)} -> {size(report.output_bytes)}"),
+        ("bits", f"{report.bits_per_weight:.3f} per quantized weight ({report.format})"),
+        ("time", f"{clock(sum(report.seconds.values()))}: {steps}"),
+        ("peak memory", memory),
+    ]
+    if report.allocation:
+        facts += _allocation_facts(report.allocation)
+    if report.calibration:
+        used = report.calibration
+        facts.append(("calibration", f"{used['source']}, {used['num_samples']} x {used['seq_len']} tokens"))
+    facts.append(("report", str(report.out / REPORT_HTML)))
+    out, original = shlex.quote(str(report.out)), shlex.quote(report.model)
+    print_facts(facts)
+    # Lines to copy, so never wrapped.
+    screen().print(f'\n  llmquant generate {out} --prompt "Once upon a time"', soft_wrap=True)
+    screen().print(f"  llmquant eval {out} --against {original}\n", soft_wrap=True)
+    screen().print(verdict_line(report.verification), soft_wrap=True)
+
+
+def verdict_line(verification: Verification) -> str:
+    """The verdict and its reasons in one line."""
+    v = verification
+    if v.kl_mean is None:
+        return f"{v.verdict}: {v.reason}"
+    return (
+        f"{v.verdict}: perplexity {v.perplexity:.2f}, original {v.original_perplexity:.2f}; KL {v.kl_mean:.4f}; "
+        f"same first choice {v.top1_agreement:.1%}; on {v.num_tokens} held-out tokens of {v.source}"
+    )
+
+
+def rounding_facts(linears: Sequence[LinearReport]) -> list[tuple[str, str]]:
+    """How much of the corrections was taken, and how many rows plain rounding won: lines where there are any."""
+    facts, told = [], []
+    corrected = [linear for linear in linears if linear.correction_share is not None]
+    for parent, inside in grouped(corrected, lambda linear: linear.kind.rpartition(".")[0]).items():
+        shares = []
+        for kind, same in grouped(inside, lambda linear: linear.kind.rpartition(".")[2]).items():
+            shares.append(f"{kind} {sum(linear.correction_share for linear in same) / len(same):.0%}")
+        told.append(f"{parent} {', '.join(shares)}".strip())
+    if told:
+        facts.append(("corrections", f"share taken, mean: {'; '.join(told)}"))
+    if won := sum(linear.rtn_rows or 0 for linear in linears):
+        rows = sum(linear.rows for linear in linears if linear.rtn_rows is not None)
+        facts.append(("RTN rows", f"{won} of {rows} rows are plain rounding's, which measured better there"))
+    return facts
+
+
+def _errors(linears: Sequence[LinearReport]) -> list[str]:
+    worst = max(linears, key=lambda linear: linear.error)
+    return [
+        short(sum(linear.error for linear in linears) / len(linears)),
+        short(worst.error),
+        str(block_of(worst.name)),
+        short(sum(linear.rtn_error for linear in linears) / len(linears)),
+    ]
+
+
+def _places(label: str, happened: Iterable[Incident]) -> list[tuple[str, str]]:
+    """What went otherwise than asked, or is worth knowing; what happened to many linears in one line."""
+    facts = []
+    for what, incidents in grouped(happened, lambda incident: incident.what).items():
+        places = [incident.where for incident in incidents]
+        where = places[0] if len(places) == 1 else f"{len(places)} x {kinds_of(places)}"
+        facts.append((label, f"{where}: {what}"))
+    return facts
+
+
+def _allocation_facts(allocation: dict[str, Any]) -> list[tuple[str, str]]:
+    """Lines for the end of a run: what was chosen, and beside it what one grid for all would be."""
+    chosen, target = allocation["chosen"], allocation["target_bits_per_weight"]
+    kept = f"{chosen['bits_per_weight']:.3f} of {target:.3f} bits per weight"
+    facts = [("budget", f"{kept}, estimated loss {chosen['loss']:.4g}")]
+    for one in allocation["uniform"]:
+        spec = QuantSpec(**{key: one[key] for key in ("bits", "group_size", "symmetric")})
+        bits = f"{one['bits_per_weight']:.3f} bits"
+        facts.append(("budget", f"{spec.describe()} everywhere: {bits}, estimated loss {one['loss']:.4g}"))
+    return facts
