@@ -14,8 +14,6 @@ from tiny_models import ARCHITECTURES, random_model, tiny_tokenizer
 import llmquant.pipeline.inspect
 from llmquant.algorithms.affine import find_grid, round_to_grid, values_on_grid
 from llmquant.algorithms.allocation import Choice, allocate
-from llmquant.cli.quantize import parse_target_size
-from llmquant.errors import UserError
 from llmquant.models.blocks import linears_of
 from llmquant.pipeline import budget
 from llmquant.pipeline.plan import make_plan
@@ -257,7 +255,7 @@ def test_bits_below_4_are_candidates_only_where_4_do_not_fit(few, tiny_model, tm
         (["--target-bpw", "1"], "target_bpw 1: the smallest grids that gptq and the targets take need"),
         (["--target-bpw", "3", "--target", "vllm"], "use --target-bpw 4."),
         (["--target-size", "100kB"], "target_size 0.1MB: the smallest grids .* use --target-size 0.1"),
-        (["--target-size", "5 apples"], "target_size '5 apples': not a size"),
+        (["--target-size", "5 apples"], "target_size '5 apples': not a size; write a number"),
         (["--target-bpw", "5", "--target-size", "1GB"], "leave out the other"),
         (["--target-bpw", "5", "--method", "rtn"], "method 'rtn': grids are chosen"),
     ],
@@ -279,9 +277,3 @@ def test_budgets_that_cannot_be_kept_are_refused(arguments, message, few, tiny_m
         == 2
     )
     assert re.search(message, capsys.readouterr().err)
-
-
-def test_sizes():
-    assert [parse_target_size(text) for text in ("5GB", "1.5 MiB", "100", "2kB")] == [5 * 10**9, 1572864, 100, 2000]
-    with pytest.raises(UserError, match="use --target-size 5GB"):
-        parse_target_size("five")

@@ -46,18 +46,18 @@ def test_every_sample_has_one_lane_and_every_lane_one_rank():
             assert set(lanes) == set(range(LANES))
 
 
-def test_the_largest_linears_go_first_each_to_the_rank_with_least_to_do():
-    sizes = {"q": 16, "k": 4, "v": 4, "gate": 20, "up": 20}
-    assert divided(sizes, 1) == [["gate", "up", "q", "k", "v"]]
-    assert divided(sizes, 3) == [["gate", "v"], ["up"], ["q", "k"]]
-    assert divided({"down": 7}, 2) == [["down"], []]
-
-
 @pytest.mark.parametrize("num_samples", [2, 3, 4, 5, 7, 8, 9, 13, 128])
 def test_lanes_are_of_either_half_in_turn_also_where_there_are_few_samples(num_samples):
     lanes = {(lane_of(sample, num_samples), half_of(sample, num_samples)) for sample in range(num_samples)}
     assert len(lanes) == min(num_samples, LANES), "a lane is of one half"
     assert [half for _, half in sorted(lanes)] == [0, 1] * (len(lanes) // 2) + [0] * (len(lanes) % 2)
+
+
+def test_the_largest_linears_go_first_each_to_the_rank_with_least_to_do():
+    sizes = {"q": 16, "k": 4, "v": 4, "gate": 20, "up": 20}
+    assert divided(sizes, 1) == [["gate", "up", "q", "k", "v"]]
+    assert divided(sizes, 3) == [["gate", "v"], ["up"], ["q", "k"]]
+    assert divided({"down": 7}, 2) == [["down"], []]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ from xml.etree import ElementTree
 
 import pytest
 from commands import command
+from manual import short_manual
 
 from llmquant.checkpoints.manifest import REPORT_HTML, REPORT_JSON
-from llmquant.console.rounding import rounding_facts
+from llmquant.console.report import rounding_facts
 from llmquant.errors import UserError
 from llmquant.pipeline import samples as samples_module
 from llmquant.pipeline.figures import ACCENT, LINE, MUTED, bars, over_depth, trade_off
@@ -41,9 +42,10 @@ def reports(tiny_model, tmp_path_factory) -> dict[str, Report]:
         "rtn": ("gpt2", Recipe(method="rtn", skip=("*.0.*",), spec=QuantSpec(bits=8, group_size=-1)), Options()),
         "not verified": ("llama", Recipe(spec=SPEC), replace(FEW, verify=False)),
     }
-    for name, (architecture, recipe, options) in runs.items():
-        out = folder / name.replace(" ", "-")
-        made[name] = quantize(tiny_model(architecture), out, recipe, options, command="llmquant quantize a b")
+    with short_manual():
+        for name, (architecture, recipe, options) in runs.items():
+            out = folder / name.replace(" ", "-")
+            made[name] = quantize(tiny_model(architecture), out, recipe, options, command="llmquant quantize a b")
     return made
 
 
@@ -202,7 +204,7 @@ def test_corrections_and_rows_that_plain_rounding_won_are_told_where_there_are_a
     assert "38 %" in text and "90 %" in text
     facts = rounding_facts(won)
     assert [name for name, _ in facts] == ["corrections", "RTN rows"]
-    assert "up_proj 38%, down_proj 90%" in facts[0][1] and facts[1][1].startswith("5 of 256 rows")
+    assert facts[0][1].endswith("mlp up_proj 38%, down_proj 90%") and facts[1][1].startswith("5 of 256 rows")
     none = tuple(replace(linear, rtn_rows=0, correction_share=None) for linear in won)
     text = Page(page(replace(reports["awq"], linears=none, histograms=()))).text
     assert "RTN rows" not in text and "orrection" not in text and rounding_facts(none) == []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import command
 from folders import assert_same_bytes
+from manual import short_manual
 from test_quantize import dequantized
 from tiny_models import ARCHITECTURES, MAX_POSITIONS
 from transformers import AutoModelForCausalLM
@@ -28,6 +29,13 @@ from llmquant.textdata import load_rows
 
 RTN = Recipe(method="rtn", spec=QuantSpec(bits=3, group_size=32))
 FEW = Options(calibration="python-docs", num_samples=4, seq_len=32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def manual():
+    """Every run here reads it."""
+    with short_manual():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """`llmquant quantize`."""
 
-import re
 import shlex
 import sys
 from functools import partial
@@ -13,8 +12,6 @@ from llmquant.cli.options import Device, Json, NewFolder, Overwrite, Quiet, Remo
 from llmquant.cli.voice import Interrupted, say, show, speaks
 from llmquant.errors import UserError
 from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe, parse_size
-
-_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 RECIPE, OPTIONS = Recipe(), Options()
 SPEC = RECIPE.spec
@@ -104,7 +101,7 @@ def quantize_command(
         skip=tuple(skip or ()),
         overrides=overrides,
         target_bpw=target_bpw,
-        target_bytes=None if target_size is None else parse_target_size(target_size),
+        target_bytes=None if target_size is None else parse_size(target_size, "target_size"),
         **EFFORTS[effort],
     )
     from llmquant.console.plan import print_plan
@@ -150,11 +147,3 @@ def quantize_command(
     if strict and report.incidents:
         say(f"--strict: {len(report.incidents)} incidents")
         raise typer.Exit(1)
-
-
-def parse_target_size(text: str) -> int:
-    """Bytes, from 5GB, 750MB or 4.5GiB; UserError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2] not in _UNITS:
-        raise UserError(f"target_size '{text}': not a size; use --target-size 5GB, or 750MB, or 4.5GiB")
-    return int(float(match[1]) * _UNITS[match[2]])

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmquant.console.rounding import rounding_facts
 from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
 from llmquant.pipeline.names import block_of
 from llmquant.spec import QuantSpec
@@ -63,6 +62,23 @@ def verdict_line(verification: Verification) -> str:
         f"{v.verdict}: perplexity {v.perplexity:.2f}, original {v.original_perplexity:.2f}; KL {v.kl_mean:.4f}; "
         f"same first choice {v.top1_agreement:.1%}; on {v.num_tokens} held-out tokens of {v.source}"
     )
+
+
+def rounding_facts(linears: Sequence[LinearReport]) -> list[tuple[str, str]]:
+    """How much of the corrections was taken, and how many rows plain rounding won: lines where there are any."""
+    facts, told = [], []
+    corrected = [linear for linear in linears if linear.correction_share is not None]
+    for parent, inside in grouped(corrected, lambda linear: linear.kind.rpartition(".")[0]).items():
+        shares = []
+        for kind, same in grouped(inside, lambda linear: linear.kind.rpartition(".")[2]).items():
+            shares.append(f"{kind} {sum(linear.correction_share for linear in same) / len(same):.0%}")
+        told.append(f"{parent} {', '.join(shares)}".strip())
+    if told:
+        facts.append(("corrections", f"share taken, mean: {'; '.join(told)}"))
+    if won := sum(linear.rtn_rows or 0 for linear in linears):
+        rows = sum(linear.rows for linear in linears if linear.rtn_rows is not None)
+        facts.append(("RTN rows", f"{won} of {rows} rows are plain rounding's, which measured better there"))
+    return facts
 
 
 def _errors(linears: Sequence[LinearReport]) -> list[str]:

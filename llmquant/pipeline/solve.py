@@ -58,7 +58,8 @@ class Solved:
     rtn_rows: int | None = None
     """Rows where nothing that was searched beat plain RTN, and that are RTN's; None where nothing was searched."""
     correction_share: float | None = None
-    """How much of its target's correction was taken, 0 … 1 (`targets.py`); None where there was nothing to correct."""
+    """How much of its target's correction was taken, 0 … 1 (`targets.py`), all of it where there is only one sample;
+    None where there was nothing to correct."""
     incidents: tuple[str, ...] = ()
     """What fell back, in words."""
 
