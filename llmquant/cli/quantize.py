@@ -14,10 +14,7 @@ from llmquant.cli.voice import Interrupted, say, show, speaks
 from llmquant.errors import UserError
 from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe, parse_size
 
-_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-RECIPE, OPTIONS = Recipe(), Options()
-SPEC = RECIPE.spec
+RECIPE, SPEC, OPTIONS = Recipe(), Recipe().spec, Options()
 """Where the defaults come from."""
 
 
@@ -150,6 +147,9 @@ def quantize_command(
     if strict and report.incidents:
         say(f"--strict: {len(report.incidents)} incidents")
         raise typer.Exit(1)
+
+
+_UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
 def parse_target_size(text: str) -> int:
