@@ -13,8 +13,7 @@ from llmquant.cli.voice import Interrupted, say, show, speaks
 from llmquant.errors import UserError
 from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe, parse_size
 
-RECIPE, OPTIONS = Recipe(), Options()
-SPEC = RECIPE.spec
+RECIPE, SPEC, OPTIONS = Recipe(), Recipe().spec, Options()
 """Where the defaults come from."""
 
 
