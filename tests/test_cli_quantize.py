@@ -97,11 +97,13 @@ def test_format_follows_the_grid_unless_it_is_named(options, name, tiny_model, t
 
 def test_quantize_prints_errors_incidents_and_what_to_type_next(tiny_model, tmp_path, monkeypatch, capsys):
     model, out = tiny_model("llama"), tmp_path / "out"
+    capsys.readouterr()  # what making the model has shown
     assert command(monkeypatch, "quantize", model, out, *FEW, "--skip", "*.o_proj") == 0
     streams = capsys.readouterr()
     text = " ".join(streams.out.split())
     assert "self_attn.q_proj 4-bit g64 sym 2" in text
     assert "o_proj: --skip '*.o_proj'" in text
+    assert "corrections share taken, mean: self_attn " in text and "; mlp gate_proj " in text
     # One line for what happened to the same kinds in both blocks.
     assert " 2 x mlp.down_proj: group size 128 -> 32, because in_features is 96" in text
     for word in ("size", "bits", "time", "peak memory", "calibration python-docs, 4 x 32 tokens"):

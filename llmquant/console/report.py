@@ -67,12 +67,14 @@ def verdict_line(verification: Verification) -> str:
 def rounding_facts(linears: Sequence[LinearReport]) -> list[tuple[str, str]]:
     """How much of the corrections was taken, and how many rows plain rounding won: lines where there are any."""
     facts, told = [], []
-    corrected = [linear for linear in linears if linear.correction_share is not None]
-    for parent, inside in grouped(corrected, lambda linear: linear.kind.rpartition(".")[0]).items():
-        shares = []
+    for parent, inside in grouped(linears, lambda linear: linear.kind.rpartition(".")[0]).items():
+        means = []
         for kind, same in grouped(inside, lambda linear: linear.kind.rpartition(".")[2]).items():
-            shares.append(f"{kind} {sum(linear.correction_share for linear in same) / len(same):.0%}")
-        told.append(f"{parent} {', '.join(shares)}".strip())
+            shares = [linear.correction_share for linear in same if linear.correction_share is not None]
+            if shares:
+                means.append(f"{kind} {sum(shares) / len(shares):.0%}")
+        if means:
+            told.append(f"{parent} {', '.join(means)}".strip())
     if told:
         facts.append(("corrections", f"share taken, mean: {'; '.join(told)}"))
     if won := sum(linear.rtn_rows or 0 for linear in linears):
