@@ -2,8 +2,8 @@
 
 They share a Hessian and its factor, and each is solved on its own: what becomes of one does not depend on which others
 are solved beside it, so that several ranks can divide them (`ranks.py`). Solving the rows of all of them in one piece
-saves next to nothing: of the 10 CPU-seconds of a block of SmolLM2-135M 0.05, all at q, k and v (576 columns; 576, 192
-and 192 rows); nothing at gate and up, and at 4096 columns less than can be measured.
+saves little: of the 10 CPU-seconds of a block of SmolLM2-135M 0.05 at q, k and v (576 columns; 576, 192 and 192 rows),
+and 0.01 at gate and up. At 4096 columns, timed on 128 of them on a busy machine, it went either way by a tenth.
 
 A method is what its name says: `rtn` rounds to nearest on each group's extremes and needs no data; `gptq` rounds a
 target with GPTQ on searched grids; `awq` rounds to nearest on searched grids. `awq` and `awq+gptq` get weights whose
