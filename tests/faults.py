@@ -244,10 +244,10 @@ def _note_solved(file: Path) -> None:
 
     solve_stage = loop.solve_stage
 
-    def noting(weights: Any, *others: Any) -> Any:
+    def noting(*arguments: Any) -> Any:
         with file.open("a") as lines:
-            lines.writelines(f"{name}\n" for name in weights)
-        return solve_stage(weights, *others)
+            lines.writelines(f"{name}\n" for name in arguments[-1])
+        return solve_stage(*arguments)
 
     loop.solve_stage = noting
 

@@ -20,7 +20,7 @@ from llmquant.algorithms.affine import (
 from llmquant.algorithms.gptq import column_order, factor_inverse, finish_solve, gptq_round, half_solve
 from llmquant.algorithms.refine import descend, refit_scales
 from llmquant.algorithms.statistics import PANEL_COLUMNS, InputStatistics, output_errors
-from llmquant.algorithms.targets import corrected_target
+from llmquant.algorithms.targets import Evidence, correction, share_of
 from llmquant.pipeline import solve as solve_module
 from llmquant.pipeline.solve import Stored, solve_stage, solve_without_data
 from llmquant.spec import QuantSpec, Recipe
@@ -245,9 +245,9 @@ def test_corrected_target_is_the_least_squares_weight():
     hessian = x.T @ x / 400
     factor = factor_inverse(hessian, column_order(hessian), ladder=(1e-12,))
     moment = x.T @ ((original - x) @ weight + gap) / 400
-    target, share = corrected_target(weight, factor, [moment])
+    change, evidence = correction(factor, [moment])
     expected = torch.linalg.lstsq(x, original @ weight + gap).solution
-    assert torch.allclose(target, expected, atol=1e-6) and share == 1
+    assert torch.allclose(weight + change, expected, atol=1e-6) and share_of([evidence]) == 1
 
 
 @pytest.mark.parametrize("noise, lowest, highest", [(0.0, 0.95, 1.0), (25.0, 0.3, 0.9), (200.0, 0.0, 0.2)])
@@ -262,17 +262,16 @@ def test_share_of_a_correction_is_the_best_on_other_text(noise, lowest, highest)
     halves = [text(seed) for seed in (1, 2)]
     hessian = sum(x.T @ x for x, _ in halves) / 2000
     factor = factor_inverse(hessian, column_order(hessian), ladder=(1e-12,), dtype=torch.float64)
-    weight = torch.zeros(20, 5, dtype=torch.float64)
-    target, share = corrected_target(weight, factor, [x.T @ missing / 2000 for x, missing in halves])
+    whole, evidence = correction(factor, [x.T @ missing / 2000 for x, missing in halves])
+    share = share_of([evidence])
     assert lowest <= share <= highest
     others = [text(seed) for seed in range(3, 43)]
 
     def error(correction: torch.Tensor) -> float:
         return sum((missing - x @ correction).square().mean().item() for x, missing in others)
 
-    whole, _ = corrected_target(weight, factor, [sum(x.T @ missing for x, missing in halves) / 2000])
     tried = [error(part * whole) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    assert error(target) <= min(tried) + 0.05 * (max(tried) - min(tried))
+    assert error(share * whole) <= min(tried) + 0.05 * (max(tried) - min(tried))
 
 
 # --- a stage ---------------------------------------------------------------------------------------------------------
@@ -321,7 +320,7 @@ def test_rows_where_the_search_loses_are_plain_roundings_and_counted(monkeypatch
     assert solve_without_data(weights["b"], specs["b"], Stored(torch.float16)).rtn_rows is None
 
 
-def test_share_of_a_correction_is_told_of_each_linear():
+def test_one_share_is_taken_of_the_corrections_of_linears_that_read_one_input():
     weights = {"a": random(24, 64), "b": random(8, 64, seed=6)}
     specs = {"a": QuantSpec(group_size=32), "b": QuantSpec(bits=8, group_size=32)}
     statistics = InputStatistics(64, torch.device("cpu"))
@@ -332,11 +331,15 @@ def test_share_of_a_correction_is_told_of_each_linear():
     solved = solve_stage(weights, specs, statistics, recipe, Stored(torch.float16))
     hessian = statistics.hessian_KK
     factor = factor_inverse(hessian, column_order(hessian), (recipe.damping,))
-    for name, weight in weights.items():
-        _, share = corrected_target(weight.T, factor, statistics.moments_KN(weight.T))
-        assert 0.5 < share < 0.99
+    together = torch.cat([*weights.values()]).T.contiguous()
+    _, evidence = correction(factor, statistics.moments_KN(together))
+    share = share_of([evidence])
+    assert 0.5 < share < 0.99
+    for name in weights:
         assert solved[name].correction_share == pytest.approx(share, rel=1e-4)
-    assert solved["a"].correction_share != pytest.approx(solved["b"].correction_share, rel=1e-3)
+        alone = solve_stage(weights, specs, statistics, recipe, Stored(torch.float16), [name])
+        assert list(alone) == [name]
+        assert alone[name].weight.digest() == solved[name].weight.digest()
 
     unmoved, alone = InputStatistics(64, torch.device("cpu")), InputStatistics(64, torch.device("cpu"))
     unmoved.add(x_TK, x_TK)
@@ -372,15 +375,12 @@ def test_rtn_beside_awq_is_that_of_the_original_weight_on_its_own_inputs(method)
     assert divided.rtn_error == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_linears_solved_together_are_those_solved_alone():
-    statistics = InputStatistics(64, torch.device("cpu"))
-    statistics.add(correlated_inputs(256, 64))
-    weights = {"a": random(16, 64), "b": random(8, 64, seed=5)}
-    specs = dict.fromkeys(weights, QuantSpec(group_size=32))
-    together = solve_stage(weights, specs, statistics, Recipe(), Stored(torch.float16))
-    for name, weight in weights.items():
-        alone = solve_stage({name: weight}, specs, statistics, Recipe(), Stored(torch.float16))[name]
-        assert alone.weight.digest() == together[name].weight.digest()
+def test_share_is_that_of_the_sums_and_stays_within_bounds():
+    assert share_of([Evidence(1.0, 4.0), Evidence(2.0, 2.0)]) == 0.5
+    assert share_of([Evidence(-1.0, 4.0)]) == 0
+    assert share_of([Evidence(5.0, 4.0)]) == 1
+    assert share_of([Evidence(0.0, 0.0)]) == 0
+    assert share_of([Evidence(None, 4.0)]) == 1
 
 
 def test_hessian_that_cannot_be_factored_is_told_and_rounded():

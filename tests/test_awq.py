@@ -16,7 +16,7 @@ from llmquant.algorithms.affine import round_to_nearest
 from llmquant.algorithms.awq import Reader, Search, candidate_scales, scaled_error, search_scale
 from llmquant.algorithms.gptq import column_order, factor_inverse
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.algorithms.targets import corrected_target
+from llmquant.algorithms.targets import correction
 from llmquant.models import folding
 from llmquant.pipeline import smoothing
 from llmquant.pipeline.quantize import quantize
@@ -163,8 +163,8 @@ def test_targets_are_those_of_the_undivided_inputs():
         moments.add(x_TK / t_K, original_TK, residual_TR)
         hessian_KK = moments.hessian_KK
         factor = factor_inverse(hessian_KK, column_order(hessian_KK), (0.05,), torch.float64, divisor_K)
-        target_KN, _ = corrected_target(scaled_KN, factor, moments.moments_KN(scaled_KN))
-        targets.append(target_KN / t_K[:, None])
+        change_KN, _ = correction(factor, moments.moments_KN(scaled_KN))
+        targets.append((scaled_KN + change_KN) / t_K[:, None])
     assert torch.allclose(targets[0].float(), targets[1].float(), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(targets[0].float(), weight_KN, atol=1e-2)
 

@@ -14,34 +14,55 @@ With c = W* - W fitted to all of it, and m_B the moment of half B, the mean squa
 
     g^2 <c, H c> - 2 g <c, m>      <c, m> is estimated by <c_A, m_B>, which are independent
 
-and is least at g = <c_A, m_B> / <c, H c>.
+and is least at g = <c_A, m_B> / <c, H c>: one share for all linears that read an input, taken from the sums over them.
+Each has too few rows to tell its own well.
 
 Letters: N out_features, K in_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from llmquant.algorithms.gptq import InverseFactor, finish_solve, half_solve
 
 
-def corrected_target(weight_KN: Tensor, factor: InverseFactor, moments_KN: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """The weight to round instead of weight_KN, float32 [K, N], and the share of the correction that was taken.
+@dataclass(frozen=True)
+class Evidence:
+    """What tells how much of a correction holds on other text."""
 
-    moments_KN: X^T (dX W^T + dh) / T of two halves of the text, which add up to the mean
-    (`InputStatistics.moments_KN`); of a single one the correction is taken whole.
+    common: float | None
+    """<c_A, m_B>, what the two halves of the text agree on; None where there is but one."""
+    whole: float
+    """<c, H c>."""
+
+
+def correction(factor: InverseFactor, moments_KN: Sequence[Tensor]) -> tuple[Tensor, Evidence]:
+    """c = W* - W, float32 [K, N], fitted to all of the text.
+
+    moments_KN: X^T (dX W^T + dh) / T of two halves of the text, which add up to the mean, or of all of it
+    (`InputStatistics.moments_KN`).
     """
     halves_KN = [half_solve(factor, moment_KN) for moment_KN in moments_KN]
     half_KN = sum(halves_KN[1:], halves_KN[0])
     change_KN = finish_solve(factor, half_KN)
-    share = 1.0
-    if len(halves_KN) == 2:
-        # Each is of half the tokens over all of them: half of the half's own mean.
-        common = 4 * (halves_KN[0] * halves_KN[1]).sum().item()
-        # c^T H c, from c^T (H + damping) c = y^T y.
-        whole = (half_KN.square().sum() - (change_KN.square() * factor.added_K[:, None]).sum()).item()
-        share = min(max(common / whole, 0.0), 1.0) if whole > 0 else 0.0
-    return weight_KN + share * change_KN, share
+    # c^T H c, from c^T (H + damping) c = y^T y.
+    whole = (half_KN.square().sum() - (change_KN.square() * factor.added_K[:, None]).sum()).item()
+    if len(halves_KN) < 2:
+        return change_KN, Evidence(None, whole)
+    # Each is of half the tokens over all of them: half of the half's own mean.
+    return change_KN, Evidence(4 * (halves_KN[0] * halves_KN[1]).sum().item(), whole)
+
+
+def share_of(evidence: Iterable[Evidence]) -> float:
+    """The share to take of the corrections of linears that read one input, 0 to 1; all, where nothing tells."""
+    common = whole = 0.0
+    for each in evidence:
+        if each.common is None:
+            return 1.0
+        common += each.common
+        whole += each.whole
+    return min(max(common / whole, 0.0), 1.0) if whole > 0 else 0.0

@@ -158,8 +158,9 @@ def quantize_block(
         give_back()
         on_step(index, total, ", ".join(name.rpartition(".")[2] for name in names), None)
         with report.timed("solving"):
-            sizes = {name: linears[name].in_features * linears[name].out_features for name in names}
-            results = ranks.spread(sizes, partial_call(solve, plan, index, linears, statistics))
+            of_stage = {name: linears[name] for name in names}
+            sizes = {name: linear.in_features * linear.out_features for name, linear in of_stage.items()}
+            results = ranks.spread(sizes, partial_call(solve, plan, index, of_stage, statistics))
         peaks = input_peaks(statistics)
         for name, result in results.items():
             report.linear(linears[name], result, peaks)
@@ -184,14 +185,14 @@ def quantize_block(
 def solve(
     plan: Plan, index: int, linears: Mapping[str, LinearPlan], statistics: InputStatistics, names: Sequence[str]
 ) -> dict[str, Solved]:
-    """Solve some linears of one stage from the weights that the block holds; the results lie in main memory."""
+    """Solve some of the linears of one stage from the weights that the block holds; the results lie in main memory."""
     block = plan.skeleton.model.get_submodule(plan.block_names[index])
-    weights = {name: weight_of(block.get_submodule(name)) for name in names}
+    weights = {name: weight_of(block.get_submodule(name)) for name in linears}
     for name, weight_NK in weights.items():
         if not all_finite(weight_NK):
             raise damaged_weights(plan.path, f"{linears[name].source}.weight")
-    specs = {name: linears[name].grid for name in names}
-    results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan))
+    specs = {name: linear.grid for name, linear in linears.items()}
+    results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan), names)
     # Other ranks have other devices.
     return {name: replace(result, weight=result.weight.to("cpu")) for name, result in results.items()}
 

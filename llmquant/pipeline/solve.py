@@ -15,7 +15,7 @@ Letters: N out_features, K in_features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +40,7 @@ from llmquant.algorithms.gptq import (
 )
 from llmquant.algorithms.refine import descend, refit_scales
 from llmquant.algorithms.statistics import InputStatistics, output_errors
-from llmquant.algorithms.targets import corrected_target
+from llmquant.algorithms.targets import Evidence, correction, share_of
 from llmquant.spec import QuantSpec, Recipe
 from llmquant.weight import QuantizedWeight
 
@@ -100,14 +100,20 @@ def solve_stage(
     statistics: InputStatistics,
     recipe: Recipe,
     stored: Stored,
+    names: Collection[str] | None = None,
 ) -> dict[str, Solved]:
-    """Solve linears that read one input; weights are [N, K] each, by name."""
+    """Solve linears that read one input.
+
+    weights: [N, K] each, by name, of all that read it. names: those of them that are to be solved here; None: all.
+    """
+    names = weights if names is None else names
     hessian_KK = statistics.hessian_KK
     if not torch.isfinite(hessian_KK).all():
         told = ("the Hessian is not finite (inputs too large to be squared): rounded to nearest",)
         return {
             name: replace(solve_without_data(weight_NK, specs[name], stored), incidents=told)
             for name, weight_NK in weights.items()
+            if name in names
         }
     factor = None
     if recipe.compensates:
@@ -118,16 +124,30 @@ def solve_stage(
         incidents.append("the Hessian could not be factored at any damping: rounded to nearest on searched ranges")
     elif factor is not None and factor.damping > recipe.damping:
         incidents.append(f"damping raised to {factor.damping:g} to factor the Hessian")
+    changes: dict[str, Tensor] = {}
+    evidence: list[Evidence] = []
+    if factor is not None:
+        for name, weight_NK in weights.items():
+            moments_KN = statistics.moments_KN(weight_NK.float().T)
+            if any(bool(moment_KN.any()) for moment_KN in moments_KN):
+                change_KN, found = correction(factor, moments_KN)
+                evidence.append(found)
+                if name in names:
+                    changes[name] = change_KN
+    share = share_of(evidence)
     solved: dict[str, Solved] = {}
-    for name, weight_NK in weights.items():
-        weight_KN = weight_NK.float().T.contiguous()
-        result = _solve(weight_KN, specs[name], statistics, hessian_KK, factor, recipe, stored)
-        solved[name] = replace(result, incidents=tuple(incidents))
+    for name in names:
+        weight_KN = weights[name].float().T.contiguous()
+        corrected = name in changes
+        target_KN = weight_KN + share * changes.pop(name) if corrected else weight_KN
+        result = _solve(weight_KN, target_KN, specs[name], statistics, hessian_KK, factor, recipe, stored)
+        solved[name] = replace(result, correction_share=share if corrected else None, incidents=tuple(incidents))
     return solved
 
 
 def _solve(
     weight_KN: Tensor,
+    target_KN: Tensor,
     spec: QuantSpec,
     statistics: InputStatistics,
     hessian_KK: Tensor,
@@ -142,10 +162,6 @@ def _solve(
     elif recipe.range_search == "mse":
         importance_K = torch.ones_like(hessian_KK.diagonal())
 
-    target_KN, share = weight_KN, None
-    moments_KN = [] if factor is None else statistics.moments_KN(weight_KN)
-    if factor is not None and any(bool(moment_KN.any()) for moment_KN in moments_KN):
-        target_KN, share = corrected_target(weight_KN, factor, moments_KN)
     grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
     if factor is not None:
         steps_KN = gptq_round(target_KN, factor, grid, spec)
@@ -183,7 +199,6 @@ def _solve(
         error=(torch.where(worse_N, rtn_error_N, error_N).sum() / output).item(),
         rtn_error=(unscaled_rtn_error_N.sum() / output).item(),
         rtn_rows=int(worse_N.sum()),
-        correction_share=share,
     )
 
 
