@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -38,7 +39,12 @@ def test_activations_on_the_disk_change_no_byte(architecture, method, tiny_model
     monkeypatch.setattr(loop, "Spill", lambda *arguments: spills.append(Spill(*arguments)) or spills[-1])
     for budget_bytes in (0, 150_000):
         footprint = Footprint(
-            runtime_bytes=1, work_bytes=1, activation_bytes=10**9, past_bytes=0, limit_bytes=2 + budget_bytes
+            runtime_bytes=1,
+            work_bytes=1,
+            activation_bytes=10**9,
+            moments={},
+            past_bytes=0,
+            limit_bytes=2 + budget_bytes,
         )
         monkeypatch.setattr(loop, "footprint_of", lambda plan, footprint=footprint: footprint)
         out = tmp_path / f"out-{budget_bytes}"
@@ -83,6 +89,37 @@ def test_what_fits_stays(tmp_path):
             made[name] = torch.ones(4000) * 3
         spill.settle(owner)
     assert [tensor.untyped_storage().nbytes() for tensor in made.values()] == [16_000, 0]
+
+
+def test_what_comes_before_and_after_takes_memory_of_its_own():
+    small, large = (
+        Footprint(
+            runtime_bytes=100,
+            work_bytes=50,
+            activation_bytes=200,
+            moments={"tokenizing": 90, "comparing": moment_bytes},
+            past_bytes=0,
+            limit_bytes=300,
+        )
+        for moment_bytes in (180, 320)
+    )
+    assert (small.budget_bytes, small.spilled_bytes, small.peak_bytes) == (150, 50, 300)
+    small.check()
+    assert (large.budget_bytes, large.peak_bytes) == (150, 420)
+    with pytest.raises(UserError, match="comparing would take"):
+        large.check()
+
+
+def test_a_text_that_cannot_be_tokenized_in_the_memory_is_refused_before_it_is_read(
+    tiny_model, tmp_path, monkeypatch, capsys
+):
+    text = tmp_path / "text.txt"
+    text.touch()
+    os.truncate(text, 100_000_000)  # a sparse file
+    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--group-size", "32"]
+    arguments += ["--calibration", text, "--seq-len", "32"]
+    assert command(monkeypatch, *arguments, "--max-memory", "4GB") == 2
+    assert "tokenizing the calibration text in one piece would take" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])

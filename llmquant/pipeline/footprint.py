@@ -6,15 +6,21 @@ Counted from what the code holds at its widest moments, measured against real ru
                   libraries that come in when it first computes
     work          one block and its solution; what one sequence makes while it runs, times as many as run between two
                   trims; and the wider of the statistics and the solver
-    activations   what all sequences keep while they wait
+    activations   what all sequences keep while they wait beside that work
+    moments       what needs memory before or after, when no sequence waits: the calibration text while it is tokenized,
+                  the sensitivities that a budget asks for, both models while they are compared
 
-Letters: K in_features, N out_features (of all linears of a stage together).
+The text of a preset or of a parquet file is not known before it is read, and not counted.
+
+Letters: K in_features, N out_features.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmquant.errors import UserError
@@ -32,7 +38,9 @@ RTN_BYTES = 18
 FACTOR_BYTES, SOLVE_BYTES = 34, 16
 """Of an element of the Hessian: while its inverse is factored in float64, and afterwards."""
 TARGET_BYTES = 44
-"""Of a weight while it is solved: target, grid search, steps, errors, each in float32, for GPTQ and for RTN."""
+"""Of a weight while its linear is solved: target, grid search, steps, errors, each in float32, for GPTQ and for RTN."""
+TOKENIZED_BYTES = 150
+"""Of a byte of text while it is tokenized in one piece: what the tokenizer notes of each piece and token, measured."""
 MEASURED_TOKENS = 4096
 """Calibration tokens that run for the sensitivities of linears (`sensitivity.py`), in whole sequences."""
 COMPARED_POSITIONS, COMPARED_BYTES = 64, 24
@@ -48,6 +56,8 @@ class Footprint:
     runtime_bytes: int
     work_bytes: int
     activation_bytes: int
+    moments: Mapping[str, int]
+    """What is needed when no activations wait, in words, with its bytes."""
     past_bytes: int
     """Largest memory of the process so far: a peak cannot be lower."""
     limit_bytes: int | None
@@ -68,7 +78,8 @@ class Footprint:
     @property
     def peak_bytes(self) -> int:
         """The predicted peak."""
-        return max(self._needed_bytes - self.spilled_bytes, self.past_bytes)
+        moment = self.runtime_bytes + max(self.moments.values(), default=0)
+        return max(self._needed_bytes - self.spilled_bytes, moment, self.past_bytes)
 
     @property
     def _needed_bytes(self) -> int:
@@ -76,11 +87,15 @@ class Footprint:
 
     def check(self) -> None:
         """UserError where the run does not fit even with all activations on the disk."""
-        least = self.runtime_bytes + self.work_bytes
-        if self.limit_bytes is not None and least > self.limit_bytes:
+        if self.limit_bytes is None:
+            return
+        work = "the largest block and the solver, with all activations on the disk,"
+        what, most = max({work: self.work_bytes, **self.moments}.items(), key=lambda item: item[1])
+        least = self.runtime_bytes + most
+        if least > self.limit_bytes:
             raise UserError(
-                f"max_memory {self.limit_bytes / 1e9:.2f} GB: the largest block and the solver need "
-                f"{least / 1e9:.2f} GB with all activations on the disk; use --max-memory {least / 1e9 + 0.05:.1f}GB"
+                f"max_memory {self.limit_bytes / 1e9:.2f} GB: {what} would take {least / 1e9:.2f} GB; use --max-memory "
+                f"{least / 1e9 + 0.05:.1f}GB"
             )
 
 
@@ -91,24 +106,32 @@ def footprint_of(plan: Plan) -> Footprint:
     outside = max((math.prod(info.shape) for info in plan.tensors_outside().values()), default=0)
     if plan.recipe.needs_data:
         works = [_block_bytes(plan, index) for index in blocks]
-        activations, entry = _activation_bytes(plan), outside * plan.skeleton.dtype.itemsize
-        # While the embeddings are in memory, the sequences hold nothing but their own.
-        work = max(*works, entry - activations // 2) if works else entry
+        # The embeddings are in memory while the sequences come in.
+        activations, work = _activation_bytes(plan), max([*works, outside * plan.skeleton.dtype.itemsize])
     else:
         work = max(_rounding_bytes(plan, index) for index in blocks)
         activations = 0
+    moments = {}
+    if plan.recipe.needs_data and not on_device:
+        moments["tokenizing the calibration text in one piece"] = TOKENIZED_BYTES * _text_bytes(plan)
     if plan.recipe.has_budget:
-        # Before the sequences start, so that their activations are not there yet.
-        work = max(work, _sensitivity_bytes(plan) - activations)
+        moments["measuring what grids cost, for the budget,"] = _sensitivity_bytes(plan)
     if plan.options.verify:
-        work = max(work, _verifying_bytes(plan, outside))
+        moments["comparing the result with the original (--no-verify leaves it out)"] = _verifying_bytes(plan, outside)
     return Footprint(
         runtime_bytes=0 if on_device else resident_bytes() + LIBRARY_BYTES,
         work_bytes=work,
         activation_bytes=activations,
+        moments=moments,
         past_bytes=0 if on_device else peak_resident_bytes(),
         limit_bytes=plan.options.max_memory_bytes,
     )
+
+
+def _text_bytes(plan: Plan) -> int:
+    """Of a local file of text; else 0."""
+    file = Path(plan.options.calibration).expanduser()
+    return file.stat().st_size if file.suffix in (".txt", ".jsonl") and file.is_file() else 0
 
 
 def _sensitivity_bytes(plan: Plan) -> int:
@@ -149,8 +172,8 @@ def _block_bytes(plan: Plan, index: int) -> int:
     piece = SEQUENCES_AT_ONCE * plan.options.seq_len
     widest = 0
     for stage in _stages(linears):
-        in_features, out_features = stage[0].in_features, sum(linear.out_features for linear in stage)
-        square, weight = in_features**2, in_features * out_features
+        in_features = stage[0].in_features
+        square, weight = in_features**2, max(map(_size, stage))
         # The sums so far, and those of one lane of the samples: Hessian, and with the original network a moment.
         sums = 2 * 4 * square * (2 if recipe.needs_original else 1)
         statistics = sums + piece * in_features * (3 * itemsize + 12 if recipe.needs_original else itemsize + 4)
