@@ -31,6 +31,23 @@ def test_samples_are_distinct_windows_of_the_text(text_file):
     assert drawn.tokens_SL.dtype == torch.int64
 
 
+def test_text_tokenized_in_pieces_has_the_tokens_of_the_whole(text_file, monkeypatch):
+    tokenizer, text = tiny_tokenizer(), Path(text_file).read_text() + "no end of line"
+    calls = []
+
+    def counting(*arguments, **options):
+        calls.append(arguments)
+        return tokenizer(*arguments, **options)
+
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    for characters in (1, 7, 1000, 10**6):
+        calls.clear()
+        monkeypatch.setattr(calibration, "PIECE_CHARACTERS", characters)
+        assert calibration.token_ids(counting, text).tolist() == whole
+        assert (len(calls) > 1) == (characters < len(text))
+        assert max(len(piece) for (piece,) in calls) < characters + 20
+
+
 def test_seed_decides_the_draw(text_file):
     tokenizer = tiny_tokenizer()
 

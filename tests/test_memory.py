@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 import torch
@@ -97,7 +96,7 @@ def test_what_comes_before_and_after_takes_memory_of_its_own():
             runtime_bytes=100,
             work_bytes=50,
             activation_bytes=200,
-            moments={"tokenizing": 90, "comparing": moment_bytes},
+            moments={"measuring": 90, "comparing": moment_bytes},
             past_bytes=0,
             limit_bytes=300,
         )
@@ -108,18 +107,6 @@ def test_what_comes_before_and_after_takes_memory_of_its_own():
     assert (large.budget_bytes, large.peak_bytes) == (150, 420)
     with pytest.raises(UserError, match="comparing would take"):
         large.check()
-
-
-def test_a_text_that_cannot_be_tokenized_in_the_memory_is_refused_before_it_is_read(
-    tiny_model, tmp_path, monkeypatch, capsys
-):
-    text = tmp_path / "text.txt"
-    text.touch()
-    os.truncate(text, 100_000_000)  # a sparse file
-    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--group-size", "32"]
-    arguments += ["--calibration", text, "--seq-len", "32"]
-    assert command(monkeypatch, *arguments, "--max-memory", "4GB") == 2
-    assert "tokenizing the calibration text in one piece would take" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])

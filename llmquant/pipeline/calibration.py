@@ -1,6 +1,6 @@
 """The tokens that a quantization looks at: windows drawn from a text, and an account of what was used and what was not.
 
-The text is tokenized as a whole and cut into windows that do not overlap; `num_samples` of them are drawn at random,
+The text is tokenized (`token_ids`) and cut into windows that do not overlap; `num_samples` of them are drawn at random,
 by a seed, and the next few of the draw are held out: the finished model is measured on text that it was not fitted
 to. Where the tokenizer starts a text with special tokens (a BOS), so does every window: the first token's large
 activations are part of what a model sees in use.
@@ -10,6 +10,7 @@ Letters: S samples, L tokens of a sample, W held-out windows.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 AUTO = "auto"
 """The default source: a broad one from the hub, or, where the hub cannot be reached, the one that is always there."""
 AUTO_PRESET = "c4"
+PIECE_CHARACTERS = 2**18
+"""Text that is tokenized at a time."""
+_LINE_END = re.compile(r"\n(?=\S)")
 MIN_HELD_OUT, MAX_HELD_OUT, SAMPLES_PER_HELD_OUT = 2, 8, 32
 """Windows held out: one for so many samples, so that measuring on them costs a few percent of the run; at least two."""
 
@@ -82,8 +86,7 @@ def calibration_tokens(
     window = seq_len - len(prefix)
     if window < 1:
         raise UserError(f"seq_len {seq_len}: no room for text after {len(prefix)} special tokens; use --seq-len 512")
-    text_ids = tokenizer(text_rows.text, add_special_tokens=False, verbose=False)["input_ids"]
-    tokens_T = torch.tensor(text_ids, dtype=torch.int64)
+    tokens_T = token_ids(tokenizer, text_rows.text)
     available = len(tokens_T) // window
     if available < num_samples:
         raise UserError(
@@ -108,6 +111,23 @@ def calibration_tokens(
         num_tokens_left_over=len(tokens_T) - available * window,
         incidents=incidents,
     )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """The tokens of a text without special ones, int64 [T].
+
+    A tokenizer takes up to 150 bytes for every byte of a text, so a long one is given to it in pieces. They end where a
+    line does, which tokenizers of words and bytes keep apart anyway; one that starts a text with a space of its own
+    does so with each piece.
+    """
+    pieces, start = [], 0
+    while start < len(text):
+        end = _LINE_END.search(text, start + PIECE_CHARACTERS)
+        stop = end.end() if end else len(text)
+        ids = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+        pieces.append(torch.tensor(ids, dtype=torch.int64))
+        start = stop
+    return torch.cat(pieces)
 
 
 def num_held_out(num_samples: int) -> int:

@@ -7,10 +7,10 @@ Counted from what the code holds at its widest moments, measured against real ru
     work          one block and its solution; what one sequence makes while it runs, times as many as run between two
                   trims; and the wider of the statistics and the solver
     activations   what all sequences keep while they wait beside that work
-    moments       what needs memory before or after, when no sequence waits: the calibration text while it is tokenized,
-                  the sensitivities that a budget asks for, both models while they are compared
+    moments       what needs memory before or after, when no sequence waits: the sensitivities that a budget asks for,
+                  both models while they are compared
 
-The text of a preset or of a parquet file is not known before it is read, and not counted.
+The calibration text itself is not counted: it is read whole, and tokenized in small pieces.
 
 Letters: K in_features, N out_features.
 """
@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmquant.errors import UserError
@@ -39,8 +38,6 @@ FACTOR_BYTES, SOLVE_BYTES = 34, 16
 """Of an element of the Hessian: while its inverse is factored in float64, and afterwards."""
 TARGET_BYTES = 44
 """Of a weight while its linear is solved: target, grid search, steps, errors, each in float32, for GPTQ and for RTN."""
-TOKENIZED_BYTES = 150
-"""Of a byte of text while it is tokenized in one piece: what the tokenizer notes of each piece and token, measured."""
 MEASURED_TOKENS = 4096
 """Calibration tokens that run for the sensitivities of linears (`sensitivity.py`), in whole sequences."""
 COMPARED_POSITIONS, COMPARED_BYTES = 64, 24
@@ -112,8 +109,6 @@ def footprint_of(plan: Plan) -> Footprint:
         work = max(_rounding_bytes(plan, index) for index in blocks)
         activations = 0
     moments = {}
-    if plan.recipe.needs_data and not on_device:
-        moments["tokenizing the calibration text in one piece"] = TOKENIZED_BYTES * _text_bytes(plan)
     if plan.recipe.has_budget:
         moments["measuring what grids cost, for the budget,"] = _sensitivity_bytes(plan)
     if plan.options.verify:
@@ -126,12 +121,6 @@ def footprint_of(plan: Plan) -> Footprint:
         past_bytes=0 if on_device else peak_resident_bytes(),
         limit_bytes=plan.options.max_memory_bytes,
     )
-
-
-def _text_bytes(plan: Plan) -> int:
-    """Of a local file of text; else 0."""
-    file = Path(plan.options.calibration).expanduser()
-    return file.stat().st_size if file.suffix in (".txt", ".jsonl") and file.is_file() else 0
 
 
 def _sensitivity_bytes(plan: Plan) -> int:
