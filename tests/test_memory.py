@@ -122,6 +122,7 @@ def test_a_run_that_cannot_fit_is_refused_with_what_it_needs(dry, tiny_model, tm
         "--no-verify",
         *dry,
     ]
+    capsys.readouterr()  # making a model writes there, too
     assert command(monkeypatch, *arguments, "--max-memory", "100MB") == 2
     error = capsys.readouterr().err
     assert "max_memory 0.10 GB" in error

@@ -1,8 +1,8 @@
 """`llmquant quantize`."""
 
+import json
 import shlex
 import sys
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -129,7 +129,12 @@ def quantize_command(
         )
         if dry_run:
             plan = pipeline.dry_run(model, out, recipe, options)
-            show(plan, partial(print_plan, out=out), as_json=as_json)
+            if as_json:
+                from llmquant.pipeline.footprint import footprint_of
+
+                print(json.dumps(plan.to_dict() | footprint_of(plan).to_dict()))
+            else:
+                print_plan(plan, out)
             return
         with block_progress(quiet=quiet or not speaks()) as on_step:
             command = shlex.join(["llmquant", *sys.argv[1:]])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def print_plan(plan: Plan, out: Path) -> None:
     """What `llmquant quantize --dry-run` says."""
     from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
-    from llmquant.pipeline.plan import disk_bytes, free_bytes
+    from llmquant.pipeline.disk import disk_bytes, free_bytes
     from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
     from llmquant.textdata import PYTHON_DOCS
 

@@ -20,15 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from llmquant.errors import UserError
 from llmquant.memory import peak_resident_bytes, resident_bytes
 from llmquant.models.blocks import weight_of
 from llmquant.models.walk import SEQUENCES_AT_ONCE, SEQUENCES_BETWEEN_TRIMS
-
-if TYPE_CHECKING:
-    from llmquant.pipeline.plan import LinearPlan, Plan
+from llmquant.pipeline.plan import LinearPlan, Plan
 
 LIBRARY_BYTES = 45 * 2**20
 """Pages of torch's libraries that come in with the first products and factorizations, measured."""
@@ -77,6 +74,10 @@ class Footprint:
         """The predicted peak."""
         moment = self.runtime_bytes + max(self.moments.values(), default=0)
         return max(self._needed_bytes - self.spilled_bytes, moment, self.past_bytes)
+
+    def to_dict(self) -> dict[str, int]:
+        """What is predicted, for JSON."""
+        return {"peak_bytes": self.peak_bytes, "spilled_bytes": self.spilled_bytes}
 
     @property
     def _needed_bytes(self) -> int:

@@ -6,7 +6,6 @@ A dry run is this and nothing else; a real run starts with it and gets the same 
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +23,6 @@ from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
 from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of, weight_of
 from llmquant.models.skeleton import DTYPES, Skeleton, compute_dtype, read_config, stored_dtype
-from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.names import kind_of
 from llmquant.spec import Options, QuantSpec, Recipe
 
@@ -152,7 +150,6 @@ class Plan:
             }
             for linear in self.linears
         ]
-        footprint = footprint_of(self)
         return {
             "model": str(self.path),
             "recipe": asdict(self.recipe),
@@ -164,8 +161,6 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "original_bytes": self.reader.total_bytes,
             "output_bytes": self.output_bytes,
-            "peak_bytes": footprint.peak_bytes,
-            "spilled_bytes": footprint.spilled_bytes,
         }
 
 
@@ -316,34 +311,3 @@ def check_finite(plan: Plan, name: str, tensor: Tensor) -> None:
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or inf. Takes no memory of the tensor's size, as isfinite would."""
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
-
-
-def free_bytes(out: Path) -> int:
-    """Free space of the disk that will hold OUT."""
-    return shutil.disk_usage(_existing_folder(out)).free
-
-
-def disk_bytes(plan: Plan, out: Path) -> int:
-    """Space that a run still needs: what it writes, once more the shard that is being put together from its parts,
-    activations that do not fit in memory, less what an earlier run has left to continue from."""
-    partial = out.with_name(out.name + ".partial")
-    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
-    shard = min(plan.output_bytes, plan.options.max_shard_bytes)
-    return max(plan.output_bytes + shard + footprint_of(plan).spilled_bytes - there, 0)
-
-
-def check_disk(plan: Plan, out: Path) -> None:
-    """UserError when the disk that will hold OUT is too small for it."""
-    free, needed = free_bytes(out), disk_bytes(plan, out)
-    if needed > free:
-        raise UserError(
-            f"{out}: needs {needed / 1e9:.1f} GB while it is written, and {_existing_folder(out)} has "
-            f"{free / 1e9:.1f} GB free; free some space or choose another place"
-        )
-
-
-def _existing_folder(out: Path) -> Path:
-    folder = out.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    return folder

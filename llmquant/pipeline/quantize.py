@@ -24,6 +24,7 @@ from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
 from llmquant.pipeline.budget import ALLOCATION, choose, grids_in, provisional, with_grids
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
+from llmquant.pipeline.disk import check_disk
 from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.loop import OnStep, quantize_without_data, walk_and_quantize
 from llmquant.pipeline.page import write_page
@@ -37,7 +38,6 @@ from llmquant.pipeline.parts import (
 from llmquant.pipeline.plan import (
     DamagedWeights,
     Plan,
-    check_disk,
     check_tokens,
     make_plan,
 )
