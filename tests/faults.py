@@ -4,7 +4,7 @@
         done = warm.run("quantize", model, out, "--method", "rtn")
         warm.run(…, stop_after=0.3, signal=SIGKILL)   # dies in the middle
         warm.run(…, file_bytes=20_000)                # on a disk that takes no larger file
-    warm.run(…, notes=folder)                     # each rank notes in a file of its number which linears it solves
+        warm.run(…, notes=folder)                     # each rank notes in a file of its number which linears it solves
 
 The command line runs in the child as it would in a process of its own: its exit code, stdout and stderr come back.
 Run as a program, this file is that process.

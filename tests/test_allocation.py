@@ -98,10 +98,13 @@ def few(tmp_path_factory):
 SPECS = [QuantSpec(bits=bits, group_size=32) for bits in (4, 8)]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma2", "cohere2", "falcon"])
-def test_sensitivities_are_those_of_the_whole_model_at_once(architecture, tiny_model, monkeypatch):
+@pytest.mark.parametrize(
+    ("architecture", "method"),
+    [*((name, "awq") for name in ("llama", "gpt2", "opt", "gemma2", "cohere2", "falcon")), ("llama", "gptq")],
+)
+def test_sensitivities_are_those_of_the_whole_model_at_once(architecture, method, tiny_model, monkeypatch):
     """The gradients of a plain backward pass through the model, the inputs of a plain forward pass."""
-    plan = make_plan(tiny_model(architecture), Recipe(method="awq"), Options(seq_len=32))
+    plan = make_plan(tiny_model(architecture), Recipe(method=method), Options(seq_len=32))
     tokens_SL = torch.randint(2, 500, (3, 24), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("llmquant.pipeline.sensitivity.CHUNK_TOKENS", 72)
     measured = measure(plan, tokens_SL, lambda names: SPECS)
@@ -127,15 +130,30 @@ def test_sensitivities_are_those_of_the_whole_model_at_once(architecture, tiny_m
             for name in each.names:
                 square_K = inputs[name].square().mean(0)
                 importance_K = torch.where(square_K > 0, square_K + 0.2 * square_K.mean(), 0.0)
+                left_K = torch.ones_like(square_K)
+                if method == "gptq":
+                    kept_K = what_later_columns_leave(inputs[name], 0.2 * square_K.mean())
+                    importance_K, left_K = kept_K, kept_K / importance_K
                 weight = model.get_submodule(name).weight
                 weight_KN = (weight if type(model.get_submodule(name)).__name__ == "Conv1D" else weight.T).contiguous()
                 grid = find_grid(weight_KN, importance_K, spec, plan.scale_dtype, plan.format.min_zero, 8)
                 error_KN = values_on_grid(round_to_grid(weight_KN, grid, spec), grid, spec) - weight_KN
                 # Token by token: the squared gradients of its outputs times its squared inputs.
                 for x_K, gradient_N in zip(inputs[name], gradients[name].flatten(0, -2), strict=True):
-                    cost_KN = x_K.square()[:, None] * gradient_N.square() * error_KN.square()
+                    cost_KN = (left_K * x_K.square())[:, None] * gradient_N.square() * error_KN.square()
                     expected += 0.5 * cost_KN.sum().item() / len(inputs[name])
             assert each.losses[spec] == pytest.approx(expected, rel=1e-3)
+
+
+def what_later_columns_leave(x_TK: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """Of each column, what a fit by those that come behind it in the order of their size leaves of its square."""
+    hessian_KK = (x_TK.T @ x_TK / len(x_TK) + damping * torch.eye(x_TK.shape[1])).double()
+    order = hessian_KK.diagonal().argsort(descending=True).tolist()
+    left_K = torch.empty(len(order))
+    for place, column in enumerate(order):
+        behind = order[place:]
+        left_K[column] = 1 / hessian_KK[behind][:, behind].inverse()[0, 0]
+    return left_K
 
 
 def test_linears_that_share_an_input_are_measured_together(tiny_model):

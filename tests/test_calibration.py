@@ -31,9 +31,17 @@ def test_samples_are_distinct_windows_of_the_text(text_file):
     assert drawn.tokens_SL.dtype == torch.int64
 
 
-def test_text_tokenized_in_pieces_has_the_tokens_of_the_whole(text_file, monkeypatch):
-    tokenizer, text = tiny_tokenizer(), Path(text_file).read_text() + "no end of line"
-    calls = []
+@pytest.mark.parametrize(
+    "text",
+    [
+        "".join(f" = Title {word} = \n \n It was a dark and stormy night . \n" for word in range(60)),
+        "\n\n".join(["A row.", "", "  indented words here", "", "", "x = 1\n\ny = 2", "one two\tthree"] * 30),
+        "no line ever ends in this text of many words " * 40,
+    ],
+    ids=["raw WikiText", "blank rows", "one line"],
+)
+def test_text_tokenized_in_pieces_has_the_tokens_of_the_whole(text, monkeypatch):
+    tokenizer, calls = tiny_tokenizer(), []
 
     def counting(*arguments, **options):
         calls.append(arguments)
@@ -45,7 +53,7 @@ def test_text_tokenized_in_pieces_has_the_tokens_of_the_whole(text_file, monkeyp
         monkeypatch.setattr(calibration, "PIECE_CHARACTERS", characters)
         assert calibration.token_ids(counting, text).tolist() == whole
         assert (len(calls) > 1) == (characters < len(text))
-        assert max(len(piece) for (piece,) in calls) < characters + 20
+        assert max(len(piece) for (piece,) in calls) < characters + 60
 
 
 def test_seed_decides_the_draw(text_file):

@@ -58,7 +58,8 @@ def correction(factor: InverseFactor, moments_KN: Sequence[Tensor]) -> tuple[Ten
 
 
 def share_of(evidence: Iterable[Evidence]) -> float:
-    """The share to take of the corrections of linears that read one input, 0 to 1; all, where nothing tells."""
+    """The share to take of the corrections of linears that read one input, 0 to 1: 1 where there is but one half of a
+    text, 0 where there is nothing to correct."""
     common = whole = 0.0
     for each in evidence:
         if each.common is None:

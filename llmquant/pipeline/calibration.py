@@ -29,7 +29,7 @@ AUTO = "auto"
 AUTO_PRESET = "c4"
 PIECE_CHARACTERS = 2**18
 """Text that is tokenized at a time."""
-_LINE_END = re.compile(r"\n(?=\S)")
+_BETWEEN_WORDS = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])")
 MIN_HELD_OUT, MAX_HELD_OUT, SAMPLES_PER_HELD_OUT = 2, 8, 32
 """Windows held out: one for so many samples, so that measuring on them costs a few percent of the run; at least two."""
 
@@ -116,14 +116,14 @@ def calibration_tokens(
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """The tokens of a text without special ones, int64 [T].
 
-    A tokenizer takes up to 150 bytes for every byte of a text, so a long one is given to it in pieces. They end where a
-    line does, which tokenizers of words and bytes keep apart anyway; one that starts a text with a space of its own
+    A tokenizer takes up to 150 bytes for every byte of a text, so a long one is given to it in pieces. They are cut
+    between two words, in front of the space, where tokenizers cut too; one that starts a text with a space of its own
     does so with each piece.
     """
     pieces, start = [], 0
     while start < len(text):
-        end = _LINE_END.search(text, start + PIECE_CHARACTERS)
-        stop = end.end() if end else len(text)
+        cut = _BETWEEN_WORDS.search(text, start + PIECE_CHARACTERS)
+        stop = cut.start() if cut else len(text)
         ids = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
         pieces.append(torch.tensor(ids, dtype=torch.int64))
         start = stop

@@ -167,7 +167,9 @@ def _block_bytes(plan: Plan, index: int) -> int:
         # The sums so far, and those of one lane of the samples: Hessian, and with the original network a moment.
         sums = 2 * 4 * square * (2 if recipe.needs_original else 1)
         statistics = sums + piece * in_features * (3 * itemsize + 12 if recipe.needs_original else itemsize + 4)
-        solving = SOLVE_BYTES * square + TARGET_BYTES * weight
+        # One linear after the other; the corrections of all are there before.
+        corrections = 4 * (sum(map(_size, stage)) - weight) if recipe.needs_original else 0
+        solving = SOLVE_BYTES * square + TARGET_BYTES * weight + corrections
         if recipe.compensates:
             solving = max(solving, FACTOR_BYTES * square + 4 * weight)
         widest = max(widest, statistics, solving)

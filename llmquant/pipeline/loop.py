@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial as partial_call
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import torch
@@ -161,9 +161,9 @@ def quantize_block(
             of_stage = {name: linears[name] for name in names}
             sizes = {name: linear.in_features * linear.out_features for name, linear in of_stage.items()}
             results = ranks.spread(sizes, partial_call(solve, plan, index, of_stage, statistics))
-        peaks = input_peaks(statistics)
-        for name, result in results.items():
-            report.linear(linears[name], result, peaks)
+            peaks = input_peaks(statistics) if ranks.is_first else (None, None)
+            for name, result in results.items() if ranks.is_first else ():
+                report.linear(linears[name], result, peaks)
         solved |= results
         put_back(plan, linears, results)
         give_back()
@@ -205,17 +205,16 @@ def lanes(
     report: ReportBuilder,
 ) -> Iterator[InputStatistics]:
     """The statistics of each lane of the samples (`ranks.py`) on its own, in order; the lanes are of either half."""
-    groups = groupby(
-        arrivals, lambda arrival: (lane_of(arrival.sample, num_samples), half_of(arrival.sample, num_samples))
-    )
+    groups = groupby(arrivals, lambda arrival: lane_of(arrival.sample, num_samples))
     while True:
         with report.timed("forward"):
-            (_, half), lane = next(groups, ((0, 0), None))
-        if lane is None:
+            _, lane = next(groups, (0, None))
+            first = None if lane is None else next(lane)
+        if lane is None or first is None:
             return
         statistics = empty()
-        statistics.half = half
-        gather(recipe, lane, statistics, report)
+        statistics.half = half_of(first.sample, num_samples)
+        gather(recipe, chain([first], lane), statistics, report)
         yield statistics
 
 

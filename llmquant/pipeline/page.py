@@ -165,7 +165,7 @@ def breakable(name: str) -> Markup:
 
 def words_together(command: str) -> Markup:
     """A command line that is broken between its words, not behind the hyphens of an option."""
-    return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split(" ") if word)
+    return Markup(" ").join(Markup("<span>{}</span>").format(word) if word else "" for word in command.split(" "))
 
 
 def kinds(linears: Sequence[LinearReport]) -> list[Kind]:

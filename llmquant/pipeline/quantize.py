@@ -42,7 +42,7 @@ from llmquant.pipeline.plan import (
     make_plan,
 )
 from llmquant.pipeline.ranks import Ranks
-from llmquant.pipeline.report import Report, ReportBuilder, read_report
+from llmquant.pipeline.report import SCHEMA, Report, ReportBuilder, read_report
 from llmquant.pipeline.samples import samples
 from llmquant.pipeline.targets import check_targets
 from llmquant.pipeline.verify import Verification, held_out, verify_codes, verify_text
@@ -241,6 +241,7 @@ def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, 
     """Everything the result depends on: it identifies a run that is continued, and is kept in OUT's manifest."""
     request: dict[str, Any] = {
         "llmquant": __version__,
+        "report_schema": SCHEMA,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "format": plan.format.name,

@@ -9,8 +9,9 @@ its own, and the lanes are added one after the other: a rank receives the sum of
 hands it on; the last one gives it to all. One process does the same additions. So the codes are those of one process,
 bit for bit, as long as all compute alike (the same kind of processor or GPU, the same number of threads).
 
-Each linear is solved on its own, so it does not matter where. Every rank that solves factors the Hessian itself: one
-that was sent the factor would have waited for it as long, and then for the sending.
+Each linear is solved on its own, with what all ranks know of its stage, so it does not matter where. Every rank that
+solves factors the Hessian itself: one that was sent the factor would have waited for it as long, and then for the
+sending.
 
 What goes wrong on one rank goes wrong on all: `together` and `share` pass an error of the user's on to every rank. A
 rank that is gone ends the others.

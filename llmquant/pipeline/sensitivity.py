@@ -10,7 +10,7 @@ so that layers are comparable, which their relative errors are not: allocating b
 The mean is over the product: a token with massive inputs hardly matters to the predictions, and the product of the two
 means would count what it must not (CONTRIBUTING.md). E is that of rounding to nearest on searched ranges. Where GPTQ
 will round, of each column counts the part that the columns behind it in the order cannot make up for: 1 / U_kk^2 of its
-factor, over H_kk.
+factor, over the damped H_kk.
 
 A few calibration sequences run forward and backward, side by side. Block by block: weights are read, the block runs,
 its linears are rounded on every grid, weights go; on the way back each block is run again from its kept input, for the
@@ -77,7 +77,7 @@ def measure(
     """
     tokens_SL = tokens_SL[: max(1, MEASURED_TOKENS // tokens_SL.shape[1])]
     skeleton = plan.skeleton
-    run = _Run(plan, grids_of, on_block)
+    run = _Run(plan, grids_of, on_block, tokens_SL.numel())
     with _outside_loaded(plan), run.in_place():
         halves = Halves(skeleton.model, skeleton.device)
         with torch.no_grad():
@@ -167,6 +167,8 @@ class _Run:
     plan: Plan
     grids_of: Callable[[Sequence[str]], Sequence[QuantSpec]]
     on_block: OnBlock
+    num_tokens: int
+    """All that are measured; not every one reaches every linear."""
     is_measuring: bool = False
     """Until then the blocks only run."""
     shared: list[tuple[str, ...]] = field(default_factory=list)
@@ -283,7 +285,7 @@ class _Run:
         """Add what each grid of a linear costs, by its inputs and the gradients at its outputs."""
         plan, columns, losses = self.plan, self.columns[full], self.losses[full]
         fisher_KN = x_TK.float().square().T @ gradient_TN.float().square()
-        fisher_KN *= columns.left_K[:, None] / len(x_TK)
+        fisher_KN *= columns.left_K[:, None] / self.num_tokens
         weight_KN = weight_of(linear).float().T.contiguous()
         for spec in columns.specs:
             grid = find_grid(

@@ -1,9 +1,8 @@
 """Quantize the linears of one stage: those that read the same input.
 
-They share a Hessian and its factor, and each is solved on its own: what becomes of one does not depend on which others
-are solved beside it, so that several ranks can divide them (`ranks.py`). Solving the rows of all of them in one piece
-saves little: of the 10 CPU-seconds of a block of SmolLM2-135M 0.05 at q, k and v (576 columns; 576, 192 and 192 rows),
-and 0.01 at gate and up. At 4096 columns, timed on 128 of them on a busy machine, it went either way by a tenth.
+They share a Hessian, its factor, and the share of their corrections, which comes from all of them. Then each is solved
+on its own, so that several ranks can divide them (`ranks.py`); solving the rows of all of them in one piece saves little
+(CONTRIBUTING.md).
 
 A method is what its name says: `rtn` rounds to nearest on each group's extremes and needs no data; `gptq` rounds a
 target with GPTQ on searched grids; `awq` rounds to nearest on searched grids. `awq` and `awq+gptq` get weights whose
