@@ -1,8 +1,8 @@
 """Quantize the linears of one stage: those that read the same input.
 
 They share a Hessian, its factor, and the share of their corrections, which comes from all of them. Then each is solved
-on its own, so that several ranks can divide them (`ranks.py`); solving the rows of all of them in one piece saves little
-(CONTRIBUTING.md).
+on its own, so that several ranks can divide them (`ranks.py`); solving the rows of all of them in one piece saves
+little (CONTRIBUTING.md).
 
 A method is what its name says: `rtn` rounds to nearest on each group's extremes and needs no data; `gptq` rounds a
 target with GPTQ on searched grids; `awq` rounds to nearest on searched grids. `awq` and `awq+gptq` get weights whose
