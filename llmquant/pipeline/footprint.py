@@ -37,8 +37,10 @@ TARGET_BYTES = 44
 """Of a weight while its linear is solved: target, grid search, steps, errors, each in float32, for GPTQ and for RTN."""
 MEASURED_TOKENS = 4096
 """Calibration tokens that run for the sensitivities of linears (`sensitivity.py`), in whole sequences."""
+CHUNK_TOKENS = 64
+"""Tokens whose logits are there at one time, for the gradient of the loss."""
 COMPARED_POSITIONS, COMPARED_BYTES = 64, 24
-"""Positions whose predictions are compared at a time (`verify.py`), and bytes of one prediction while it is."""
+"""Positions whose predictions are compared at a time (`verify.py`), and bytes of a prediction meanwhile."""
 PACKING_BYTES = 12
 """Of a weight of the linear that is being packed into words."""
 
@@ -139,7 +141,8 @@ def _sensitivity_bytes(plan: Plan) -> int:
         widest = max((linear.in_features for linear in linears), default=0)
         rounding = FACTOR_BYTES * widest**2 + TARGET_BYTES * max(map(_size, linears), default=0)
         inside = max(inside, weights * itemsize + tokens * made * itemsize + rounding)
-    return outside + len(blocks) * tokens * hidden * itemsize + inside
+    logits = COMPARED_BYTES * CHUNK_TOKENS * weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
+    return outside + len(blocks) * tokens * hidden * itemsize + max(inside, logits)
 
 
 def _rounding_bytes(plan: Plan, index: int) -> int:

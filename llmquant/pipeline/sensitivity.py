@@ -38,7 +38,7 @@ from llmquant.errors import UserError
 from llmquant.eval.halves import Halves
 from llmquant.memory import give_back
 from llmquant.models.blocks import first_tensor, linears_of, watch, weight_of
-from llmquant.pipeline.footprint import MEASURED_TOKENS
+from llmquant.pipeline.footprint import CHUNK_TOKENS, MEASURED_TOKENS
 from llmquant.pipeline.plan import Plan, damaged_weights
 from llmquant.pipeline.solve import damping_ladder
 from llmquant.spec import QuantSpec
@@ -47,8 +47,6 @@ SEARCH_STEPS = 8
 """Shrink factors tried for a range: enough to compare grids."""
 TOKENS_AT_ONCE = 2048
 """Tokens whose second moments are added together."""
-CHUNK_TOKENS = 256
-"""Tokens whose logits are there at one time."""
 
 OnBlock = Callable[[int, str], None]
 """Called with (index of a block, what is done with it)."""
