@@ -102,10 +102,11 @@ class Halves:
             del self._body.forward
 
     def _caught(self, output: Any, caught: list[Any]) -> Any:
-        """Keep the hidden states; the head sees one position of them in this pass, because it has to see something."""
+        """Keep the hidden states; the head sees one position in this pass, because it has to see something. Of one window:
+        torch would copy the head's weight for each of several."""
         assert self._output is not None
         caught.append(output.last_hidden_state)
-        return self._output(last_hidden_state=output.last_hidden_state[:, :1])
+        return self._output(last_hidden_state=output.last_hidden_state[:1, :1])
 
     def _count(self, start: float) -> None:
         if self.device.type == "cuda":
