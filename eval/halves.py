@@ -102,8 +102,8 @@ class Halves:
             del self._body.forward
 
     def _caught(self, output: Any, caught: list[Any]) -> Any:
-        """Keep the hidden states; the head sees one position in this pass, because it has to see something. Of one window:
-        torch would copy the head's weight for each of several."""
+        """Keep the hidden states; the head sees one position in this pass, because it has to see something. Only of one
+        window: torch would copy the head's weight for each of several."""
         assert self._output is not None
         caught.append(output.last_hidden_state)
         return self._output(last_hidden_state=output.last_hidden_state[:1, :1])
