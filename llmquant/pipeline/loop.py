@@ -161,9 +161,10 @@ def quantize_block(
             of_stage = {name: linears[name] for name in names}
             sizes = {name: linear.in_features * linear.out_features for name, linear in of_stage.items()}
             results = ranks.spread(sizes, partial_call(solve, plan, index, of_stage, statistics))
-            peaks = input_peaks(statistics) if ranks.is_first else (None, None)
-            for name, result in results.items() if ranks.is_first else ():
-                report.linear(linears[name], result, peaks)
+            if ranks.is_first:
+                peaks = input_peaks(statistics)
+                for name, result in results.items():
+                    report.linear(linears[name], result, peaks)
         solved |= results
         put_back(plan, linears, results)
         give_back()
