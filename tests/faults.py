@@ -2,9 +2,11 @@
 
     with Warm(model) as warm:
         done = warm.run("quantize", model, out, "--method", "rtn")
-        warm.run(…, stop_after=0.3, signal=SIGKILL)   # dies in the middle
-        warm.run(…, file_bytes=20_000)                # on a disk that takes no larger file
-        warm.run(…, notes=folder)                     # each rank notes in a file of its number which linears it solves
+        warm.run(…, stop_after=0.3, signal=SIGKILL)     # dies in the middle
+        warm.run(…, ranks=2, rank=1, dies_at_stage=5)   # the second rank dies as it begins its fifth stage
+        warm.run(…, ranks=2, meeting_seconds=3)         # ranks give up looking for each other after that long
+        warm.run(…, file_bytes=20_000)                  # on a disk that takes no larger file
+        warm.run(…, notes=folder)                       # a file of each rank: the linears that it solves
 
 The command line runs in the child as it would in a process of its own: its exit code, stdout and stderr come back.
 Run as a program, this file is that process.
@@ -15,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import select
 import shutil
@@ -25,13 +28,15 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from llmquant import cli
 from llmquant.checkpoints.manifest import REPORT_FILES
 
-LONGEST_RUN_SECONDS = 3600.0
+TORCH_WARNING = re.compile(r"^\[W\d{4} .*\n", re.MULTILINE)
+"""What torch's C++ says of a machine whose names its sockets cannot look up."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,16 @@ class Done:
 class Warm:
     """A warm process and the commands that are run in its children."""
 
-    def __init__(self, model: Path, page: bool = True) -> None:
-        """page: whether runs draw the figures of their report, which takes longer than all else about a tiny model."""
+    def __init__(self, model: Path, page: bool = True, longest_seconds: float = 300.0) -> None:
+        """page: whether runs draw the figures of their report, which takes longer than all else about a tiny model.
+        longest_seconds: a command that takes longer is killed."""
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
         }
+        self._longest = longest_seconds
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(model), "page" if page else "no page"],
             stdin=subprocess.PIPE,
@@ -80,11 +87,16 @@ class Warm:
     def run(self, *arguments: object, ranks: int = 1, **fault: Any) -> list[Done] | Any:
         """Run `llmquant` with these arguments; the `Done` of the one process, or a list of them for several ranks.
 
-        fault: stop_after (seconds), signal and rank say what is sent when to which process; file_bytes is the largest
-        file that the disk takes. notes: a folder with a file for each rank's number, a line for each linear it solves.
+        fault: stop_after (seconds), signal and rank say what is sent when to which process, or dies_at_stage (from 1)
+        where that rank is killed; meeting_seconds replaces `ranks.MEETING`; file_bytes is the largest file that the
+        disk takes. notes: a folder with a file for each rank's number, a line for each linear it solves.
         """
         assert self._process.stdin is not None
-        job = {"arguments": [str(argument) for argument in arguments], "ranks": ranks} | fault
+        job = {
+            "arguments": [str(argument) for argument in arguments],
+            "ranks": ranks,
+            "longest_seconds": self._longest,
+        } | fault
         print(json.dumps(job), file=self._process.stdin, flush=True)
         done = [Done(**one) for one in self._answer()]
         return done if ranks > 1 else done[0]
@@ -185,45 +197,57 @@ def _serve(model: str, page: str) -> None:
 
 def _run(
     arguments: list[str],
+    longest_seconds: float,
     ranks: int = 1,
     stop_after: float | None = None,
     signal: int = signal.SIGKILL,
     rank: int = 0,
-    file_bytes: int | None = None,
-    notes: str | None = None,
+    **faults: Any,
 ) -> list[dict[str, Any]]:
-    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     start = time.monotonic()
     children = []
     for number in range(ranks):
         place = environment | {"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {}
-        children.append(_fork(arguments, place, file_bytes, None if notes is None else Path(notes) / str(number)))
-    deadline = start + (LONGEST_RUN_SECONDS if stop_after is None else stop_after)
-    reader, child = children[rank][1][0], children[rank][0]
-    # The end of its output is the end of the process.
-    texts: dict[int, bytes] = {reader: b""}
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([reader], [], [], left)[0]:
-            piece = os.read(reader, 65536)
-            if not piece:
-                break
-            texts[reader] += piece
-    else:
-        os.kill(child, signal if stop_after is not None else 9)
+        children.append(_fork(arguments, place, lambda number=number: _bring_about(number, rank, **faults)))
+    kills = [(longest_seconds, process, 9) for process, _ in children]
+    if stop_after is not None:
+        kills.append((stop_after, children[rank][0], signal))
+    texts = _listen([reader for _, readers in children for reader in readers], sorted(kills), start)
     done = []
     for process, (out, error) in children:
-        text, words = texts.get(out, b"") + _read_all(out), _read_all(error)
         _, status, used = os.wait4(process, 0)
         done.append(
             {
                 "code": os.waitstatus_to_exitcode(status),
-                "out": text.decode(),
-                "error": words.decode(),
+                "out": texts[out].decode(),
+                "error": TORCH_WARNING.sub("", texts[error].decode()),
                 "seconds": time.monotonic() - start,
                 "peak_bytes": used.ru_maxrss * 1024,
             }
         )
     return done
+
+
+def _listen(readers: list[int], kills: list[tuple[float, int, int]], start: float) -> dict[int, bytes]:
+    """What processes write until they end; on the way they are sent signals.
+
+    kills: (seconds after the start, process, signal), in order. None of the processes has been waited for, so a signal
+    to one that has ended goes nowhere.
+    """
+    texts = dict.fromkeys(readers, b"")
+    while readers:
+        while kills and time.monotonic() - start >= kills[0][0]:
+            os.kill(*kills.pop(0)[1:])
+        left = max(kills[0][0] - (time.monotonic() - start), 0) if kills else None
+        for reader in select.select(readers, [], [], left)[0]:
+            piece = os.read(reader, 65536)
+            texts[reader] += piece
+            if not piece:  # the end of its output is the end of the process
+                readers.remove(reader)
+                os.close(reader)
+    return texts
 
 
 def _free_port() -> int:
@@ -234,26 +258,39 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _read_all(reader: int) -> bytes:
-    with os.fdopen(reader, "rb") as file:
-        return file.read()
-
-
-def _note_solved(file: Path) -> None:
+def _bring_about(
+    number: int,
+    rank: int,
+    file_bytes: int | None = None,
+    notes: str | None = None,
+    dies_at_stage: int | None = None,
+    meeting_seconds: float | None = None,
+) -> None:
+    """In the child: what will go wrong there, or be noted. number: of this child; rank: of the one that dies."""
     from llmquant.pipeline import loop
+    from llmquant.pipeline import ranks as meeting
 
-    solve_stage = loop.solve_stage
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    if meeting_seconds is not None:
+        meeting.MEETING = timedelta(seconds=meeting_seconds)
+    solve_stage, stages = loop.solve_stage, 0
 
-    def noting(*arguments: Any) -> Any:
-        with file.open("a") as lines:
-            lines.writelines(f"{name}\n" for name in arguments[-1])
+    def watched(*arguments: Any) -> Any:
+        nonlocal stages
+        stages += 1
+        if number == rank and stages == dies_at_stage:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if notes is not None:
+            with (Path(notes) / str(number)).open("a") as lines:
+                lines.writelines(f"{name}\n" for name in arguments[-1])
         return solve_stage(*arguments)
 
-    loop.solve_stage = noting
+    loop.solve_stage = watched
 
 
 def _fork(
-    arguments: list[str], environment: dict[str, str], file_bytes: int | None, notes: Path | None
+    arguments: list[str], environment: dict[str, str], prepare: Callable[[], None]
 ) -> tuple[int, tuple[int, int]]:
     """A child that runs the command line: its process id, and where its stdout and stderr can be read."""
     out, error = os.pipe(), os.pipe()
@@ -269,10 +306,7 @@ def _fork(
         os.dup2(error[1], 2)
         os.closerange(3, 256)
         os.environ.update(environment)
-        if file_bytes is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-        if notes is not None:
-            _note_solved(notes)
+        prepare()
         sys.argv = ["llmquant", *arguments]
         cli.main()
         code = 0

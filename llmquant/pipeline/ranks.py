@@ -20,6 +20,7 @@ rank that is gone ends the others.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,6 +40,9 @@ LANES = 8
 """Parts of the samples that are summed up on their own; more ranks than that cannot share them."""
 PATIENCE = timedelta(days=7)
 """A rank may wait for hours while another hashes or solves; one that is gone is noticed at once."""
+MEETING = timedelta(minutes=5)
+"""For all ranks to start and to find each other. One that is gone by then is not noticed by those that wait for it."""
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 class RankLost(UserError):
@@ -48,8 +52,10 @@ class RankLost(UserError):
 class Ranks:
     """This process among those of its run."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, group: dist.ProcessGroup | None = None) -> None:
+        """group: of all ranks; None for torch's default one."""
         self.rank, self.size = rank, size
+        self._group = group
         self._told: BaseException | None = None
 
     @classmethod
@@ -58,11 +64,22 @@ class Ranks:
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if size > LANES:
             raise UserError(f"ranks {size}: at most {LANES} can share the calibration; use --nproc-per-node {LANES}")
-        if size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            with _lost_ranks():
-                dist.init_process_group(backend, timeout=PATIENCE)
-        return cls(rank, size)
+        if size == 1 or dist.is_initialized():
+            return cls(rank, size)
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+            # gloo would take the address of the host's name, which need not lead back to this machine.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=MEETING)
+            return cls(rank, size, dist.new_group(timeout=PATIENCE))
+        except (RuntimeError, ValueError) as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).strip().partition("\n")[0]
+            raise RankLost(
+                f"ranks {size}: rank {rank} could not join the others at {place} ({reason}); start them with one "
+                "torchrun, with --master-port of a free port"
+            ) from error
 
     @property
     def is_first(self) -> bool:
@@ -109,7 +126,7 @@ class Ranks:
             except UserError as error:
                 box[1] = error
         with _lost_ranks():
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
         if box[1] is not None:
             self._told = box[1]
             raise box[1]
@@ -124,7 +141,7 @@ class Ranks:
             known = error is self._told or isinstance(error, RankLost)
             if self.size > 1 and self.is_first and not known:
                 with _lost_ranks():
-                    dist.broadcast_object_list([None, error], src=0, device=torch.device("cpu"))
+                    dist.broadcast_object_list([None, error], src=0, group=self._group, device=torch.device("cpu"))
             raise
         finally:
             if self.size > 1 and dist.is_initialized():
@@ -143,7 +160,7 @@ class Ranks:
             own = error
         errors: list[UserError | None] = [None] * self.size
         with _lost_ranks():
-            dist.all_gather_object(errors, own)
+            dist.all_gather_object(errors, own, group=self._group)
         if (first := next((error for error in errors if error is not None), None)) is not None:
             self._told = first
             raise first
@@ -163,7 +180,7 @@ class Ranks:
             if names:
                 box = [own if rank == self.rank else None]
                 with _lost_ranks():
-                    dist.broadcast_object_list(box, src=rank, device=torch.device("cpu"))
+                    dist.broadcast_object_list(box, src=rank, group=self._group, device=torch.device("cpu"))
                 results |= box[0] or {}
         return {name: results[name] for name in costs}
 
@@ -178,24 +195,23 @@ class Ranks:
             return own
         total = own if isinstance(own, InputStatistics) else empty()
         if isinstance(own, list):
-            total.exchange(_passing(dist.recv, self.rank - 1))
+            total.exchange(self._passing(dist.recv, self.rank - 1))
             for lane in own:
                 total.merge(lane)
         del own
         if self.rank + 1 < self.size:
-            total.exchange(_passing(dist.send, self.rank + 1))
-        total.exchange(_passing(dist.broadcast, self.size - 1))
+            total.exchange(self._passing(dist.send, self.rank + 1))
+        total.exchange(self._passing(dist.broadcast, self.size - 1))
         return total
 
+    def _passing(self, call: Callable[..., object], rank: int) -> Callable[[Tensor], None]:
+        """Passes a tensor on to, or takes it from, another rank."""
 
-def _passing(call: Callable[[Tensor, int], object], rank: int) -> Callable[[Tensor], None]:
-    """Passes a tensor on to, or takes it from, another rank."""
+        def pass_on(tensor: Tensor) -> None:
+            with _lost_ranks():
+                call(tensor, rank, group=self._group)
 
-    def pass_on(tensor: Tensor) -> None:
-        with _lost_ranks():
-            call(tensor, rank)
-
-    return pass_on
+        return pass_on
 
 
 def divided(costs: Mapping[str, int], size: int) -> list[list[str]]:
