@@ -26,6 +26,7 @@ def blocks() -> list[tuple[int, str, str]]:
     ]
 
 
+@pytest.mark.timeout(2700)
 @pytest.mark.model
 def test_every_command_and_example_runs_in_the_order_it_stands(tmp_path, smollm2):
     """One test, in one folder: a later block finds what an earlier one made. `llmquant` is the checkout's."""
