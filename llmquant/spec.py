@@ -148,13 +148,19 @@ _OVERRIDE_WORDS = {"sym": True, "asym": False, "skip": True}
 
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"input_error_target": False, "residual_target": False, "exact_hessian": False},
+    "fast": {
+        "input_error_target": False,
+        "residual_target": False,
+        "output_feedback": "none",
+        "exact_hessian": False,
+    },
     "default": {},
-    "best": {"descent_sweeps": 4, "refit_scales": True},
+    "best": {"output_feedback": "network", "descent_sweeps": 4, "refit_scales": True},
 }
 """Steps of a recipe by how much search is spent on it."""
 METHODS = ("rtn", "gptq", "awq", "awq+gptq")
 RANGE_SEARCHES = ("minmax", "mse", "hessian")
+OUTPUT_FEEDBACKS = ("none", "block", "network")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +195,10 @@ class Recipe:
     residual_target: bool = True
     """Also make up for the error already in the residual stream that the linear's output is added to."""
 
+    output_feedback: str = "block"
+    """Whether rows make up for each other's errors, where the outputs of a linear do not matter each by itself: none;
+    block, by what they mean to the block (queries and keys); or network, by what they mean to the predictions, for
+    which the network runs backward too. Not with AWQ's scales."""
     descent_sweeps: int = 0
     """Sweeps of coordinate descent over the codes after GPTQ."""
     refit_scales: bool = False
@@ -199,6 +209,10 @@ class Recipe:
             raise UserError(f"method '{self.method}': not one of {', '.join(METHODS)}; use --method gptq")
         if self.range_search not in RANGE_SEARCHES:
             raise UserError(f"range_search '{self.range_search}': not one of {', '.join(RANGE_SEARCHES)}")
+        if self.output_feedback not in OUTPUT_FEEDBACKS:
+            raise UserError(
+                f"output_feedback '{self.output_feedback}': not one of {', '.join(OUTPUT_FEEDBACKS)}; use block"
+            )
         if self.target_bpw is not None and self.target_bytes is not None:
             raise UserError(
                 "target_bpw, target_bytes: one of them says how large the result may be; leave out the other"
@@ -246,6 +260,16 @@ class Recipe:
     def compensates(self) -> bool:
         """Whether GPTQ moves each column's rounding error onto the columns still to come."""
         return self.method.endswith("gptq")
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether rows make up for each other's errors, where that holds."""
+        return self.output_feedback != "none" and self.compensates and not self.smooths
+
+    @property
+    def runs_backward(self) -> bool:
+        """Whether that takes the gradients of the whole network."""
+        return self.feeds_back and self.output_feedback == "network"
 
     @property
     def needs_original(self) -> bool:

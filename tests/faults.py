@@ -283,7 +283,7 @@ def _bring_about(
             os.kill(os.getpid(), signal.SIGKILL)
         if notes is not None:
             with (Path(notes) / str(number)).open("a") as lines:
-                lines.writelines(f"{name}\n" for name in arguments[-1])
+                lines.writelines(f"{name}\n" for name in arguments[5])
         return solve_stage(*arguments)
 
     loop.solve_stage = watched

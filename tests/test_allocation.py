@@ -106,7 +106,7 @@ def test_sensitivities_are_those_of_the_whole_model_at_once(architecture, method
     """The gradients of a plain backward pass through the model, the inputs of a plain forward pass."""
     plan = make_plan(tiny_model(architecture), Recipe(method=method), Options(seq_len=32))
     tokens_SL = torch.randint(2, 500, (3, 24), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("llmquant.pipeline.sensitivity.CHUNK_TOKENS", 72)
+    monkeypatch.setattr("llmquant.pipeline.backward.CHUNK_TOKENS", 72)
     measured = measure(plan, tokens_SL, lambda names: SPECS)
 
     model = random_model(ARCHITECTURES[architecture]()).requires_grad_(False)

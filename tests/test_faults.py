@@ -78,6 +78,32 @@ def one_line(error: str, *words: str) -> None:
 # --- ends of processes -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_run_that_has_measured_the_whole_network_goes_on_from_there(damaged, warm, tiny_model, text, tmp_path):
+    options = ("--effort", "best", "--samples", "16")
+    model, out = tiny_model("llama"), tmp_path / "out"
+    whole = warm.run(*command(model, tmp_path / "whole", text), *options)
+    assert whole.code == 0, whole.error
+    died = warm.run(*command(model, out, text), *options, dies_at_stage=5)
+    assert died.code == -9, died
+    parts = tmp_path / "out.partial" / "parts"
+    assert sorted(file.name for file in parts.iterdir()) == [
+        "block-00000.safetensors",
+        "feedback-00001.safetensors",
+        "outside.safetensors",
+    ]
+    before = (parts / "feedback-00001.safetensors").stat().st_mtime_ns
+    if damaged:
+        (parts / "feedback-00001.safetensors").write_bytes(b"")
+    again = warm.run(*command(model, out, text), *options, dies_at_stage=1)
+    assert again.code == -9, again
+    assert ((parts / "feedback-00001.safetensors").stat().st_mtime_ns != before) == damaged
+    done = warm.run(*command(model, out, text), *options)
+    assert done.code == 0, done.error
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_twenty_kills_at_random_moments_are_survived(warm, tiny_model, text, tmp_path):
     model, problems = tiny_model("llama"), []
     survived = survive_kills(

@@ -91,7 +91,13 @@ def test_the_largest_linears_go_first_each_to_the_rank_with_least_to_do():
 
 @pytest.mark.parametrize(
     ("ranks", "options"),
-    [(2, ()), (3, ("--samples", "13")), (2, ("--method", "awq+gptq", "--samples", "16")), (2, ("--method", "rtn"))],
+    [
+        (2, ()),
+        (3, ("--samples", "13")),
+        (2, ("--effort", "best", "--samples", "16")),
+        (2, ("--method", "awq+gptq", "--samples", "16")),
+        (2, ("--method", "rtn")),
+    ],
 )
 def test_ranks_make_the_bytes_of_one_process(ranks, options, warm, model, text, tmp_path):
     arguments = [*command(model, tmp_path / "one", text), *options]

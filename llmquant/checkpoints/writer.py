@@ -173,6 +173,12 @@ class PartialCheckpoint:
         self._journal.parts[name] = FileRecord(bytes=num_bytes, sha256=digest, note=note)
         self._journal.save()
 
+    def drop_part(self, name: str) -> None:
+        """Forgets a part that has served its purpose, if it is there."""
+        if self._journal.parts.pop(name, None) is not None:
+            self._journal.save()
+            self._part_file(name).unlink(missing_ok=True)
+
     def part_note(self, name: str) -> dict[str, Any]:
         """What was noted with a complete part."""
         return self._journal.parts[name].note or {}

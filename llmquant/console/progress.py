@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,7 +17,7 @@ from llmquant import words
 SECONDS_BETWEEN_LINES = 5.0
 """Without a terminal, no more than one progress line in this time, besides the last of each step."""
 
-PHASES = ("calibration text", "hashing the checkpoint", "sensitivity", "finishing", "verifying", "samples")
+PHASES = ("calibration text", "hashing the checkpoint", "sensitivity", "gradients", "finishing", "verifying", "samples")
 """What a quantization does before and after the blocks."""
 
 
@@ -73,18 +74,21 @@ def block_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int, str, 
     if quiet:
         yield lambda done, total, what, error: None
     elif not console.is_terminal:
-        printed = [0.0, -1]
+        printed: list[Any] = [0.0, -1, ""]
 
         def on_line(done: int, total: int, what: str, error: float | None) -> None:
             clock.note(done, total, what, error)
             now = monotonic()
             # A block's line comes when it is finished; what goes before and after the blocks has its own.
-            is_phase = done in (0, total) and what in PHASES
-            if is_phase or (done > printed[1] >= 0 and (done == total or now - printed[0] >= SECONDS_BETWEEN_LINES)):
-                printed[0] = now
-                line = what if is_phase else f"block {done}/{total}{clock.error}  {clock.times}"
+            since, before, phase = printed
+            if what in PHASES:
+                line = what if what != phase else ""
+            else:
+                is_due = done > before >= 0 and (done == total or now - since >= SECONDS_BETWEEN_LINES)
+                line = f"block {done}/{total}{clock.error}  {clock.times}" if is_due else ""
+            if line:
                 print(line, file=sys.stderr, flush=True)
-            printed[1] = done
+            printed[:] = [now if line else since, 0 if what in PHASES else done, what]
 
         yield on_line
     else:

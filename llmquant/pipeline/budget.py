@@ -11,7 +11,7 @@ What was chosen is kept as a part of the unfinished checkpoint, so that a run th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from llmquant.algorithms.allocation import Allocation, Choice, allocate
 from llmquant.errors import UserError
 from llmquant.pipeline.names import block_of
 from llmquant.pipeline.plan import STANDARD_GROUPS, LinearPlan, Plan
-from llmquant.pipeline.sensitivity import OnBlock, SharedInput, measure
+from llmquant.pipeline.sensitivity import SharedInput, measure
 from llmquant.pipeline.targets import check_targets
 from llmquant.spec import QuantSpec
 
@@ -52,7 +52,7 @@ def provisional(plan: Plan) -> Plan:
     return with_grids(plan, _by_name(inputs, _allocate(plan, inputs)))
 
 
-def choose(plan: Plan, tokens_SL: Tensor, on_block: OnBlock) -> dict[str, Any]:
+def choose(plan: Plan, tokens_SL: Tensor, on_block: Callable[[], None]) -> dict[str, Any]:
     """Measure, and choose: plain values for the journal and the report (`grids_in` reads them back).
 
     A point is `bits_per_weight`, stored bits of all quantized linears together, and `loss`, the estimated divergence

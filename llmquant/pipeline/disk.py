@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from llmquant.errors import UserError
-from llmquant.pipeline.footprint import footprint_of
+from llmquant.pipeline.footprint import feedback_bytes, footprint_of
 from llmquant.pipeline.plan import Plan
 
 
@@ -17,11 +17,13 @@ def free_bytes(out: Path) -> int:
 
 def disk_bytes(plan: Plan, out: Path) -> int:
     """Space that a run still needs: what it writes, once more the shard that is being put together from its parts,
-    activations that do not fit in memory, less what an earlier run has left to continue from."""
+    activations that do not fit in memory, output moments of both halves of the text, less what an earlier run has left
+    to continue from."""
     partial = out.with_name(out.name + ".partial")
     there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
     shard = min(plan.output_bytes, plan.options.max_shard_bytes)
-    return max(plan.output_bytes + shard + footprint_of(plan).spilled_bytes - there, 0)
+    moments = 2 * feedback_bytes(plan, range(len(plan.block_names))) if plan.recipe.runs_backward else 0
+    return max(plan.output_bytes + shard + footprint_of(plan).spilled_bytes + moments - there, 0)
 
 
 def check_disk(plan: Plan, out: Path) -> None:

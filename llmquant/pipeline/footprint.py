@@ -18,9 +18,10 @@ Letters: K in_features, N out_features.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from llmquant.algorithms.outputs import row_slices
 from llmquant.errors import UserError
 from llmquant.memory import peak_resident_bytes, resident_bytes
 from llmquant.models.blocks import weight_of
@@ -35,8 +36,12 @@ FACTOR_BYTES, SOLVE_BYTES = 34, 16
 """Of an element of the Hessian: while its inverse is factored in float64, and afterwards."""
 TARGET_BYTES = 44
 """Of a weight while its linear is solved: target, grid search, steps, errors, each in float32, for GPTQ and for RTN."""
+FEEDBACK_BYTES = 12
+"""Of a weight where its rows make up for each other: what they were rounded to, their errors, and their steps."""
 MEASURED_TOKENS = 4096
 """Calibration tokens that run for the sensitivities of linears (`sensitivity.py`), in whole sequences."""
+GRADIENT_TOKENS = 2048
+"""Calibration tokens that run forward and backward through a block for the feedback of its outputs (`outputs.py`)."""
 CHUNK_TOKENS = 64
 """Tokens whose logits are there at one time, for the gradient of the loss."""
 COMPARED_POSITIONS, COMPARED_BYTES = 64, 24
@@ -114,6 +119,8 @@ def footprint_of(plan: Plan) -> Footprint:
     moments = {}
     if plan.recipe.has_budget:
         moments["measuring what grids cost, for the budget,"] = _sensitivity_bytes(plan)
+    if plan.recipe.runs_backward:
+        moments["running the network backward, for the feedback between outputs,"] = _backward_bytes(plan)
     if plan.options.verify:
         moments["comparing the result with the original (--no-verify leaves it out)"] = _verifying_bytes(plan, outside)
     return Footprint(
@@ -126,8 +133,36 @@ def footprint_of(plan: Plan) -> Footprint:
     )
 
 
+def feedback_bytes(plan: Plan, indices: Iterable[int]) -> int:
+    """What the output moments of the linears of some blocks take, of one half of the text; or their factors."""
+    linears = [linear for index in indices for linear in plan.linears_of_block(index).values()]
+    rows = [rows for linear in linears for rows in row_slices(linear.out_features)]
+    return sum(4 * (part.stop - part.start) ** 2 for part in rows)
+
+
 def _sensitivity_bytes(plan: Plan) -> int:
-    """Grids to a budget: what is outside the blocks, the inputs of all blocks, and one block with all that it makes."""
+    """Grids to a budget: while a block has run, its linears are rounded."""
+
+    def rounding(index: int) -> int:
+        linears = plan.linears_of_block(index).values()
+        widest = max((linear.in_features for linear in linears), default=0)
+        return FACTOR_BYTES * widest**2 + TARGET_BYTES * max(map(_size, linears), default=0)
+
+    return _both_ways_bytes(plan, rounding)
+
+
+def _backward_bytes(plan: Plan) -> int:
+    """Output moments: those of a block of both halves, the sums so far that they are added to, and as they are
+    written."""
+    return _both_ways_bytes(plan, lambda index: 3 * 2 * feedback_bytes(plan, [index]))
+
+
+def _both_ways_bytes(plan: Plan, beside: Callable[[int], int]) -> int:
+    """The network forward and backward: what is outside the blocks, the inputs of all blocks, and one block with all
+    that it makes.
+
+    beside: what else there is of a block then.
+    """
     itemsize, blocks = plan.skeleton.dtype.itemsize, range(len(plan.block_names))
     hidden = plan.config.get_text_config(decoder=True).hidden_size
     tokens = min(max(MEASURED_TOKENS, plan.options.seq_len), plan.num_tokens)
@@ -138,9 +173,7 @@ def _sensitivity_bytes(plan: Plan) -> int:
         weights = sum(math.prod(info.shape) for info in plan.tensors_of_block(index).values())
         linears = plan.linears_of_block(index).values()
         made = sum(linear.in_features + linear.out_features for linear in linears)
-        widest = max((linear.in_features for linear in linears), default=0)
-        rounding = FACTOR_BYTES * widest**2 + TARGET_BYTES * max(map(_size, linears), default=0)
-        inside = max(inside, weights * itemsize + tokens * made * itemsize + rounding)
+        inside = max(inside, weights * itemsize + tokens * made * itemsize + beside(index))
     logits = COMPARED_BYTES * CHUNK_TOKENS * weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
     return outside + len(blocks) * tokens * hidden * itemsize + max(inside, logits)
 
@@ -163,7 +196,15 @@ def _block_bytes(plan: Plan, index: int) -> int:
         # The block in float32, once more with its scales folded in, and the moments of all its inputs at a time.
         held += 2 * 4 * weights + sum(4 * linear.in_features**2 for linear in linears.values())
     piece = SEQUENCES_AT_ONCE * plan.options.seq_len
-    widest = 0
+    widest, target_bytes = 0, TARGET_BYTES
+    if recipe.feeds_back:
+        target_bytes += FEEDBACK_BYTES
+        moments = feedback_bytes(plan, [index])
+        if recipe.runs_backward:
+            held += moments
+        else:  # one sequence forward and backward, and the moments of both halves
+            made = sum(linear.in_features + 2 * linear.out_features for linear in linears.values())
+            widest = 2 * moments + plan.options.seq_len * made * itemsize
     for stage in _stages(linears):
         in_features = stage[0].in_features
         square, weight = in_features**2, max(map(_size, stage))
@@ -172,7 +213,7 @@ def _block_bytes(plan: Plan, index: int) -> int:
         statistics = sums + piece * in_features * (3 * itemsize + 12 if recipe.needs_original else itemsize + 4)
         # One linear after the other; the corrections of all are there before.
         corrections = 4 * (sum(map(_size, stage)) - weight) if recipe.needs_original else 0
-        solving = SOLVE_BYTES * square + TARGET_BYTES * weight + corrections
+        solving = SOLVE_BYTES * square + target_bytes * weight + corrections
         if recipe.compensates:
             solving = max(solving, FACTOR_BYTES * square + 4 * weight)
         widest = max(widest, statistics, solving)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.algorithms.outputs import Feedback
 from llmquant.algorithms.statistics import InputStatistics
 from llmquant.checkpoints.writer import PartialCheckpoint
 from llmquant.errors import UserError
@@ -24,6 +25,7 @@ from llmquant.models.spill import Spill
 from llmquant.models.walk import SEQUENCES_AT_ONCE, Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens
 from llmquant.pipeline.footprint import footprint_of
+from llmquant.pipeline.outputs import block_feedback, feedback_part, unpacked
 from llmquant.pipeline.parts import (
     pack_part,
     part_names,
@@ -90,12 +92,14 @@ def walk_and_quantize(
                     walk.pass_through(index, dense)
             else:
                 solved, folded = quantize_block(
-                    plan, walk, index, linears, smoother, report, on_step, ranks, len(tokens.tokens_SL)
+                    plan, walk, index, linears, smoother, report, on_step, ranks, len(tokens.tokens_SL), partial
                 )
                 if partial is not None:
                     with report.timed("writing"):
                         note = report.note(linears.values()) | {"folded": sorted(folded)}
                         partial.add_part(part, pack_part(plan, index, linears, solved, folded), note)
+            if partial is not None:
+                partial.drop_part(feedback_part(index))
             walk.leave(index)
     on_step(total, total, "done", None)
 
@@ -120,10 +124,11 @@ def quantize_block(
     on_step: OnStep,
     ranks: Ranks,
     num_samples: int,
+    partial: PartialCheckpoint | None = None,
 ) -> tuple[dict[str, Solved], dict[str, Tensor]]:
     """Solve the linears of one block, stage by stage; every sequence has left it afterwards.
 
-    num_samples: of all ranks together.
+    num_samples: of all ranks together. partial: holds what was measured before the first block.
 
     Also the folded values of parameters that stay in 16 bit, by name in the model.
     """
@@ -135,6 +140,12 @@ def quantize_block(
         on_step(index, total, "scales", None)
         chosen = ranks.share(lambda: smoother.choose(walk, index, block_plan, linears))
         folded = put_folded(plan, index, *chosen)
+    feedback: dict[str, Feedback] = {}
+    if plan.recipe.feeds_back:
+        on_step(index, total, "outputs", None)
+        with report.timed("outputs"):
+            feedback = ranks.share(lambda: _feedback(plan, walk, index, linears, partial, num_samples))
+        give_back()
     solved: dict[str, Solved] = {}
     for number, arrivals in walk.stages(index, block_plan, folded.own):
         names = [name for name in block_plan.stages[number].linears if name in linears]
@@ -160,7 +171,7 @@ def quantize_block(
         with report.timed("solving"):
             of_stage = {name: linears[name] for name in names}
             sizes = {name: linear.in_features * linear.out_features for name, linear in of_stage.items()}
-            results = ranks.spread(sizes, partial_call(solve, plan, index, of_stage, statistics))
+            results = ranks.spread(sizes, partial_call(solve, plan, index, of_stage, statistics, feedback))
             if ranks.is_first:
                 peaks = input_peaks(statistics)
                 for name, result in results.items():
@@ -183,8 +194,28 @@ def quantize_block(
     return solved, kept
 
 
+def _feedback(
+    plan: Plan,
+    walk: Walk,
+    index: int,
+    linears: Mapping[str, LinearPlan],
+    partial: PartialCheckpoint | None,
+    num_samples: int,
+) -> dict[str, Feedback]:
+    """What the rows of a block's linears mean to each other: measured now, or before the first block."""
+    if not plan.recipe.runs_backward:
+        return block_feedback(plan, walk, index, linears, num_samples)
+    part = feedback_part(index)
+    return unpacked(_here(partial).read_part(part), _here(partial).part_note(part))
+
+
 def solve(
-    plan: Plan, index: int, linears: Mapping[str, LinearPlan], statistics: InputStatistics, names: Sequence[str]
+    plan: Plan,
+    index: int,
+    linears: Mapping[str, LinearPlan],
+    statistics: InputStatistics,
+    feedback: Mapping[str, Feedback],
+    names: Sequence[str],
 ) -> dict[str, Solved]:
     """Solve some of the linears of one stage from the weights that the block holds; the results lie in main memory."""
     block = plan.skeleton.model.get_submodule(plan.block_names[index])
@@ -193,7 +224,8 @@ def solve(
         if not all_finite(weight_NK):
             raise damaged_weights(plan.path, f"{linears[name].source}.weight")
     specs = {name: linear.grid for name, linear in linears.items()}
-    results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan), names)
+    here = {name: between.to(plan.skeleton.device) for name, between in feedback.items() if name in names}
+    results = solve_stage(weights, specs, statistics, plan.recipe, stored_numbers(plan), names, here)
     # Other ranks have other devices.
     return {name: replace(result, weight=result.weight.to("cpu")) for name, result in results.items()}
 

@@ -27,6 +27,7 @@ from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens,
 from llmquant.pipeline.disk import check_disk
 from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.loop import OnStep, quantize_without_data, walk_and_quantize
+from llmquant.pipeline.outputs import feedback_part, network_feedback, packed
 from llmquant.pipeline.page import write_page
 from llmquant.pipeline.parts import (
     OUTSIDE,
@@ -50,6 +51,8 @@ from llmquant.spec import Options, Recipe
 
 SENSITIVITY = "sensitivity"
 """The step that comes before the blocks where grids are chosen."""
+GRADIENTS = "gradients"
+"""The step that comes before the blocks where the network runs backward."""
 
 
 def quantize(
@@ -110,6 +113,7 @@ def _quantize(
         request = describe_request(plan, tokens)
     with PartialCheckpoint.open(out, request, restart=options.restart, overwrite=options.overwrite) as partial:
         plan = settle(plan, tokens, partial, builder, step)
+        measure_feedback(plan, tokens, partial, builder, step)
         parts = [OUTSIDE, *([ALLOCATION] if plan.recipe.has_budget else []), *part_names(plan)]
         if not partial.is_finishing:
             for part in partial.discarded:
@@ -150,6 +154,32 @@ def share_course(ranks: Ranks, partial: PartialCheckpoint, plan: Plan, *, walks:
     ranks.share(lambda: (walks, None if chosen is None else grids_in(chosen)))
 
 
+def measure_feedback(
+    plan: Plan, tokens: CalibrationTokens | None, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep
+) -> None:
+    """Measure what the outputs of all linears mean to the predictions, where the recipe asks for it; once, also if the
+    run is continued."""
+    needed = {index for index, part in enumerate(part_names(plan)) if not partial.has_part(part)}
+    there = all(partial.has_part(feedback_part(index)) for index in needed)
+    if not plan.recipe.runs_backward or there or partial.is_finishing:
+        return
+    assert tokens is not None
+    total = len(plan.block_names)
+
+    def on_block(share: float) -> None:
+        on_step(int(share * total), total, GRADIENTS, None)
+
+    try:
+        with report.timed("gradients"):
+            found = network_feedback(plan, tokens.tokens_SL, partial.scratch / "outputs", on_block)
+            for index, feedback in enumerate(found):
+                if index in needed:
+                    partial.add_part(feedback_part(index), *packed(feedback))
+    except DamagedWeights:
+        partial.discard()
+        raise
+
+
 def settle(
     plan: Plan, tokens: CalibrationTokens | None, partial: PartialCheckpoint, report: ReportBuilder, on_step: OnStep
 ) -> Plan:
@@ -161,7 +191,7 @@ def settle(
     if not partial.has_part(ALLOCATION):
         try:
             with report.timed("sensitivity"):
-                chosen = choose(plan, tokens.tokens_SL, lambda index, what: on_step(0, total, SENSITIVITY, None))
+                chosen = choose(plan, tokens.tokens_SL, lambda: on_step(0, total, SENSITIVITY, None))
         except DamagedWeights:
             partial.discard()
             raise

@@ -78,6 +78,9 @@ class LinearReport:
     correction_share: float | None = None
     """How much of the correction for the error before it was taken, 0 … 1: what holds on text that the correction was
     not fitted to. None where there was nothing to correct."""
+    feedback_left: float | None = None
+    """What feedback between its rows leaves of what their errors cost the block, judged by other text; None where rows
+    do not make up for each other."""
     input_peak: float | None = None
     """Its loudest input channel against the middle one (root mean squares), as the quantized model sees them."""
     unscaled_input_peak: float | None = None
@@ -251,6 +254,7 @@ class ReportBuilder:
                 digest=solved.weight.digest(),
                 rtn_rows=solved.rtn_rows,
                 correction_share=solved.correction_share,
+                feedback_left=solved.feedback_left,
                 input_peak=peaks[0],
                 unscaled_input_peak=peaks[1],
             )

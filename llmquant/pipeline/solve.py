@@ -37,6 +37,7 @@ from llmquant.algorithms.gptq import (
     factor_inverse,
     gptq_round,
 )
+from llmquant.algorithms.outputs import Feedback, round_rows
 from llmquant.algorithms.refine import descend, refit_scales
 from llmquant.algorithms.statistics import InputStatistics, output_errors
 from llmquant.algorithms.targets import Evidence, correction, share_of
@@ -59,6 +60,8 @@ class Solved:
     correction_share: float | None = None
     """How much of its target's correction was taken, 0 … 1 (`targets.py`), all of it where there is only one sample;
     None where there was nothing to correct."""
+    feedback_left: float | None = None
+    """What feedback between its rows leaves of its cost to the block (`outputs.py`); None where there was none."""
     incidents: tuple[str, ...] = ()
     """What fell back, in words."""
 
@@ -100,10 +103,12 @@ def solve_stage(
     recipe: Recipe,
     stored: Stored,
     names: Collection[str] | None = None,
+    feedback: Mapping[str, Feedback] | None = None,
 ) -> dict[str, Solved]:
     """Solve linears that read one input.
 
     weights: [N, K] each, by name, of all that read it. names: those of them that are to be solved here; None: all.
+    feedback: between the rows of some of them, where GPTQ rounds them.
     """
     names = weights if names is None else names
     hessian_KK = statistics.hessian_KK
@@ -139,7 +144,8 @@ def solve_stage(
         weight_KN = weights[name].float().T.contiguous()
         corrected = name in changes
         target_KN = weight_KN + share * changes.pop(name) if corrected else weight_KN
-        result = _solve(weight_KN, target_KN, specs[name], statistics, hessian_KK, factor, recipe, stored)
+        between = (feedback or {}).get(name)
+        result = _solve(weight_KN, target_KN, specs[name], statistics, hessian_KK, factor, recipe, stored, between)
         solved[name] = replace(result, correction_share=share if corrected else None, incidents=tuple(incidents))
     return solved
 
@@ -153,6 +159,7 @@ def _solve(
     factor: InverseFactor | None,
     recipe: Recipe,
     stored: Stored,
+    feedback: Feedback | None,
 ) -> Solved:
     importance_K = None
     if recipe.range_search == "hessian":
@@ -161,25 +168,39 @@ def _solve(
     elif recipe.range_search == "mse":
         importance_K = torch.ones_like(hessian_KK.diagonal())
 
-    grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
-    if factor is not None:
+    def search(target_KN: Tensor) -> tuple[Tensor, Grid]:
+        grid = find_grid(target_KN, importance_K, spec, stored.scale_dtype, stored.min_zero)
+        if factor is None:
+            return round_to_grid(target_KN, grid, spec), grid
         steps_KN = gptq_round(target_KN, factor, grid, spec)
         for sweep in range(recipe.descent_sweeps):
             damped_KK = damped(hessian_KK, factor.damping, statistics.scale_K)
             if sweep and recipe.refit_scales:
                 grid = refit_scales(target_KN, steps_KN, grid, damped_KK, spec, stored.scale_dtype)
             steps_KN = descend(target_KN, steps_KN, grid, damped_KK, spec)
+        return steps_KN, grid
+
+    # What rows were rounded to, and judged by: with feedback not only the target, but the errors of other rows too.
+    wanted_KN = target_KN
+    if feedback is not None and factor is not None:
+        steps_KN, grid, wanted_KN = round_rows(target_KN, feedback, spec, search)
     else:
-        steps_KN = round_to_grid(target_KN, grid, spec)
-    error_N = output_errors(values_on_grid(steps_KN, grid, spec) - target_KN, hessian_KK)
+        steps_KN, grid = search(target_KN)
+
+    def errors(steps_KN: Tensor, grid: Grid, wanted_KN: Tensor) -> Tensor:
+        return output_errors(values_on_grid(steps_KN, grid, spec) - wanted_KN, hessian_KK)
 
     def rtn(of_KN: Tensor) -> tuple[Tensor, Grid]:
         grid = find_grid(of_KN, None, spec, stored.scale_dtype, stored.min_zero)
         return round_to_grid(of_KN, grid, spec), grid
 
     rtn_steps_KN, rtn_grid = rtn(weight_KN)
-    rtn_error_N = output_errors(values_on_grid(rtn_steps_KN, rtn_grid, spec) - target_KN, hessian_KK)
+    error_N, rtn_error_N = errors(steps_KN, grid, wanted_KN), errors(rtn_steps_KN, rtn_grid, wanted_KN)
     worse_N = rtn_error_N < error_N
+    if wanted_KN is not target_KN:
+        error_N, rtn_error_N = errors(steps_KN, grid, target_KN), errors(rtn_steps_KN, rtn_grid, target_KN)
+        if torch.where(worse_N, rtn_error_N, error_N).sum() > rtn_error_N.sum():
+            return _solve(weight_KN, target_KN, spec, statistics, hessian_KK, factor, recipe, stored, None)
     unscaled_rtn_error_N = rtn_error_N
     if statistics.scale_K is not None:
         # The original's rounding, in the units of the scaled inputs. Where AWQ divided rows too, as what makes the
@@ -198,6 +219,7 @@ def _solve(
         error=(torch.where(worse_N, rtn_error_N, error_N).sum() / output).item(),
         rtn_error=(unscaled_rtn_error_N.sum() / output).item(),
         rtn_rows=int(worse_N.sum()),
+        feedback_left=None if wanted_KN is target_KN or feedback is None else feedback.left,
     )
 
 
