@@ -204,10 +204,23 @@ def test_corrections_and_rows_that_plain_rounding_won_are_told_where_there_are_a
     assert "38 %" in text and "90 %" in text
     facts = rounding_facts(won)
     assert [name for name, _ in facts] == ["corrections", "RTN rows"]
-    assert facts[0][1].endswith("mlp up_proj 38%, down_proj 90%") and facts[1][1].startswith("5 of 256 rows")
+    assert facts[0][1].endswith("mlp up_proj 38% (2 of 3), down_proj 90%") and facts[1][1].startswith("5 of 256 rows")
     none = tuple(replace(linear, rtn_rows=0, correction_share=None) for linear in won)
     text = Page(page(replace(reports["awq"], linears=none, histograms=()))).text
     assert "RTN rows" not in text and "orrection" not in text and rounding_facts(none) == []
+
+
+def test_what_feedback_leaves_is_told_where_there_is_any(reports):
+    up, down = (
+        next(one for one in reports["awq"].linears if one.kind == f"mlp.{kind}_proj") for kind in ("up", "down")
+    )
+    fed = (replace(up, feedback_left=0.25), replace(up, feedback_left=0.5), up, replace(down, feedback_left=0.61))
+    assert [(kind.fed_back, kind.feedback_left) for kind in kinds(fed)] == [(2, 0.375), (1, 0.61)]
+    facts = dict(rounding_facts(fed))
+    assert facts["feedback"].endswith("mean: mlp up_proj 38% (2 of 3), down_proj 61%")
+    text = " ".join(Page(page(replace(reports["awq"], linears=fed, histograms=()))).text.split())
+    assert "Feedback: rows make up for" in text and "38 % in 2" in text and "61 %" in text
+    assert "Feedback" not in Page(page(reports["awq"])).text
 
 
 def test_choice_to_a_budget_is_drawn_and_told(reports):

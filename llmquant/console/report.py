@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
@@ -65,22 +65,32 @@ def verdict_line(verification: Verification) -> str:
 
 
 def rounding_facts(linears: Sequence[LinearReport]) -> list[tuple[str, str]]:
-    """How much of the corrections was taken, and how many rows plain rounding won: lines where there are any."""
-    facts, told = [], []
-    for parent, inside in grouped(linears, lambda linear: linear.kind.rpartition(".")[0]).items():
-        means = []
-        for kind, same in grouped(inside, lambda linear: linear.kind.rpartition(".")[2]).items():
-            shares = [linear.correction_share for linear in same if linear.correction_share is not None]
-            if shares:
-                means.append(f"{kind} {sum(shares) / len(shares):.0%}")
-        if means:
-            told.append(f"{parent} {', '.join(means)}".strip())
-    if told:
-        facts.append(("corrections", f"share taken, mean: {'; '.join(told)}"))
+    """How much of the corrections was taken, what feedback between rows leaves, and how many rows plain rounding won:
+    lines where there are any."""
+    facts = []
+    if taken := _means(linears, lambda linear: linear.correction_share):
+        facts.append(("corrections", f"share taken, mean: {taken}"))
+    if left := _means(linears, lambda linear: linear.feedback_left):
+        facts.append(("feedback", f"share of the cost that rows leave each other, mean: {left}"))
     if won := sum(linear.rtn_rows or 0 for linear in linears):
         rows = sum(linear.rows for linear in linears if linear.rtn_rows is not None)
         facts.append(("RTN rows", f"{won} of {rows} rows are plain rounding's, which measured better there"))
     return facts
+
+
+def _means(linears: Sequence[LinearReport], share: Callable[[LinearReport], float | None]) -> str:
+    """The mean share of every kind of linear that has any, and of how many where it is not all; "" for none."""
+    told = []
+    for parent, inside in grouped(linears, lambda linear: linear.kind.rpartition(".")[0]).items():
+        means = []
+        for kind, same in grouped(inside, lambda linear: linear.kind.rpartition(".")[2]).items():
+            shares = [value for linear in same if (value := share(linear)) is not None]
+            if shares:
+                some = f" ({len(shares)} of {len(same)})" if len(shares) < len(same) else ""
+                means.append(f"{kind} {sum(shares) / len(shares):.0%}{some}")
+        if means:
+            told.append(f"{parent} {', '.join(means)}".strip())
+    return "; ".join(told)
 
 
 def _errors(linears: Sequence[LinearReport]) -> list[str]:

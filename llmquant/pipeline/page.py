@@ -45,6 +45,10 @@ class Kind:
     worst_block: int | None
     correction: float | None
     """Mean share of the corrections that was taken; None where there were none."""
+    fed_back: int
+    """How many of them have rows that make up for each other."""
+    feedback_left: float | None
+    """The mean share of their cost that this leaves; None where there is none."""
     rows: int
     """Of those that were searched."""
     rtn_rows: int
@@ -133,6 +137,7 @@ def page(report: Report) -> str:
         grids=list(dict.fromkeys(linear.grid for linear in report.linears)),
         kinds=(rows := kinds(report.linears)),
         corrected=any(kind.correction is not None for kind in rows),
+        fed_back=any(kind.fed_back for kind in rows),
         searched_rows=sum(kind.rows for kind in rows),
         rtn_rows=sum(kind.rtn_rows for kind in rows),
         depths=(by_depth := depths(report.linears)),
@@ -175,6 +180,7 @@ def kinds(linears: Sequence[LinearReport]) -> list[Kind]:
     for (name, grid), same in _grouped(together, lambda linear: (linear.kind, linear.grid)).items():
         worst = max(same, key=lambda linear: linear.error)
         shares = [linear.correction_share for linear in same if linear.correction_share is not None]
+        lefts = [linear.feedback_left for linear in same if linear.feedback_left is not None]
         found.append(
             Kind(
                 name=name,
@@ -185,6 +191,8 @@ def kinds(linears: Sequence[LinearReport]) -> list[Kind]:
                 worst=worst.error,
                 worst_block=block_of(worst.name),
                 correction=_mean(shares) if shares else None,
+                fed_back=len(lefts),
+                feedback_left=_mean(lefts) if lefts else None,
                 rows=sum(linear.rows for linear in same if linear.rtn_rows is not None),
                 rtn_rows=sum(linear.rtn_rows or 0 for linear in same),
             )
