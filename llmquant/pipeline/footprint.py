@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from llmquant.algorithms.outputs import row_slices
+from llmquant.algorithms.feedback import row_slices
 from llmquant.errors import UserError
 from llmquant.memory import peak_resident_bytes, resident_bytes
 from llmquant.models.blocks import weight_of
@@ -41,7 +41,7 @@ FEEDBACK_BYTES = 12
 MEASURED_TOKENS = 4096
 """Calibration tokens that run for the sensitivities of linears (`sensitivity.py`), in whole sequences."""
 GRADIENT_TOKENS = 2048
-"""Calibration tokens that run forward and backward through a block for the feedback of its outputs (`outputs.py`)."""
+"""Calibration tokens that run forward and backward through a block for the feedback of its outputs (`feedback.py`)."""
 CHUNK_TOKENS = 64
 """Tokens whose logits are there at one time, for the gradient of the loss."""
 COMPARED_POSITIONS, COMPARED_BYTES = 64, 24

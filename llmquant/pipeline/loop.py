@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.algorithms.outputs import Feedback
+from llmquant.algorithms.feedback import Feedback
 from llmquant.algorithms.statistics import InputStatistics
 from llmquant.checkpoints.writer import PartialCheckpoint
 from llmquant.errors import UserError
@@ -24,8 +24,8 @@ from llmquant.models.blocks import weight_of
 from llmquant.models.spill import Spill
 from llmquant.models.walk import SEQUENCES_AT_ONCE, Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens
+from llmquant.pipeline.feedback import block_feedback, feedback_part, unpacked
 from llmquant.pipeline.footprint import footprint_of
-from llmquant.pipeline.outputs import block_feedback, feedback_part, unpacked
 from llmquant.pipeline.parts import (
     pack_part,
     part_names,

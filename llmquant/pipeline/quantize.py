@@ -25,9 +25,9 @@ from llmquant.memory import give_back
 from llmquant.pipeline.budget import ALLOCATION, choose, grids_in, provisional, with_grids
 from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.disk import check_disk
+from llmquant.pipeline.feedback import feedback_part, network_feedback, packed
 from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.loop import OnStep, quantize_without_data, walk_and_quantize
-from llmquant.pipeline.outputs import feedback_part, network_feedback, packed
 from llmquant.pipeline.page import write_page
 from llmquant.pipeline.parts import (
     OUTSIDE,

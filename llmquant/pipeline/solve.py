@@ -28,6 +28,7 @@ from llmquant.algorithms.affine import (
     to_quantized_weight,
     values_on_grid,
 )
+from llmquant.algorithms.feedback import Feedback, round_rows
 from llmquant.algorithms.gptq import (
     DAMPING_LADDER,
     InverseFactor,
@@ -37,7 +38,6 @@ from llmquant.algorithms.gptq import (
     factor_inverse,
     gptq_round,
 )
-from llmquant.algorithms.outputs import Feedback, round_rows
 from llmquant.algorithms.refine import descend, refit_scales
 from llmquant.algorithms.statistics import InputStatistics, output_errors
 from llmquant.algorithms.targets import Evidence, correction, share_of
@@ -61,7 +61,7 @@ class Solved:
     """How much of its target's correction was taken, 0 … 1 (`targets.py`), all of it where there is only one sample;
     None where there was nothing to correct."""
     feedback_left: float | None = None
-    """What feedback between its rows leaves of its cost to the block (`outputs.py`); None where there was none."""
+    """What feedback between its rows leaves of its cost to the block (`feedback.py`); None where there was none."""
     incidents: tuple[str, ...] = ()
     """What fell back, in words."""
 

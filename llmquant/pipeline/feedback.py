@@ -1,4 +1,4 @@
-"""What the rows of a block's linears mean to each other: the feedback of `algorithms/outputs.py`, measured.
+"""What the rows of a block's linears mean to each other: the feedback of `algorithms/feedback.py`, measured.
 
 By the block (`block_feedback`): at the block's door, with the weights of the checkpoint loaded, a few sequences run
 through the block forward and backward. What matters is taken to be the block's output, each channel of it alike: the
@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmquant.algorithms.outputs import Feedback, OutputMoments, RowFactor
+from llmquant.algorithms.feedback import Feedback, OutputMoments, RowFactor
 from llmquant.checkpoints.durable import disk_errors, make_folder
 from llmquant.models.blocks import first_tensor, linear_shape
 from llmquant.models.folding import tensors_in

@@ -12,9 +12,9 @@ from faults import contents
 from tiny_models import ARCHITECTURES, random_model
 
 from llmquant import Options, QuantSpec, Recipe, quantize
-from llmquant.algorithms import outputs as outputs_module
+from llmquant.algorithms import feedback as feedback_module
 from llmquant.algorithms.affine import find_grid, round_to_grid, values_on_grid
-from llmquant.algorithms.outputs import (
+from llmquant.algorithms.feedback import (
     DAMPING,
     Feedback,
     OutputMoments,
@@ -26,7 +26,7 @@ from llmquant.algorithms.outputs import (
 )
 from llmquant.errors import UserError
 from llmquant.models.blocks import linears_of
-from llmquant.pipeline.outputs import network_feedback, packed, unpacked
+from llmquant.pipeline.feedback import network_feedback, packed, unpacked
 from llmquant.pipeline.plan import make_plan
 from llmquant.spec import EFFORTS
 
@@ -72,8 +72,8 @@ def test_a_matrix_of_nothing_or_beyond_numbers_has_no_factor(bad):
 
 def test_each_row_makes_up_for_the_errors_before_it_as_a_fit_of_the_rows_behind_it_would(monkeypatch):
     """The slow form: with the rows behind it free, the best shift of row n minimises the cost of all that is known."""
-    monkeypatch.setattr(outputs_module, "LEAST_ROWS", 1)
-    monkeypatch.setattr(outputs_module, "MOST_PARTS", 12)
+    monkeypatch.setattr(feedback_module, "LEAST_ROWS", 1)
+    monkeypatch.setattr(feedback_module, "MOST_PARTS", 12)
     target_KN, outputs_NN = random(32, 12, seed=3), second_moments(correlated(50, 12))
     factor = factor_rows(outputs_NN)
     steps_KN, grid, wanted_KN = round_rows(target_KN, Feedback((factor,), 0.5), SPEC, search)
@@ -106,7 +106,7 @@ def test_feedback_lowers_the_cost_that_it_was_made_for(out_features):
 
 
 def test_rows_beyond_the_most_are_taken_in_slices_as_if_alone(monkeypatch):
-    monkeypatch.setattr(outputs_module, "MOST_ROWS", 40)
+    monkeypatch.setattr(feedback_module, "MOST_ROWS", 40)
     assert row_slices(100) == [slice(0, 33), slice(33, 66), slice(66, 100)]
     assert row_slices(40) == [slice(0, 40)]
     target_KN, gradient_TN = random(32, 100, seed=3), correlated(300, 100)
@@ -190,9 +190,9 @@ def test_gradients_are_those_of_the_whole_model_at_once(architecture, tiny_model
     plan = make_plan(tiny_model(architecture), Recipe(output_feedback="network"), Options(seq_len=24))
     tokens_SL = torch.randint(2, 500, (4, 24), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("llmquant.pipeline.backward.CHUNK_TOKENS", 72)
-    monkeypatch.setattr("llmquant.pipeline.outputs.MEASURED_TOKENS", 24)
+    monkeypatch.setattr("llmquant.pipeline.feedback.MEASURED_TOKENS", 24)
     measured: list[dict[str, OutputMoments]] = []
-    monkeypatch.setattr("llmquant.pipeline.outputs._feedback", lambda moments, left: measured.append(moments) or {})
+    monkeypatch.setattr("llmquant.pipeline.feedback._feedback", lambda moments, left: measured.append(moments) or {})
     shares = []
     assert list(network_feedback(plan, tokens_SL, tmp_path / "sums", shares.append)) == [{}, {}]
     assert not (tmp_path / "sums").exists()
