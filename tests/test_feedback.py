@@ -10,6 +10,7 @@ import pytest
 import torch
 from faults import contents
 from tiny_models import ARCHITECTURES, random_model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llmquant import Options, QuantSpec, Recipe, quantize
 from llmquant.algorithms import feedback as feedback_module
@@ -266,6 +267,32 @@ def test_queries_and_keys_make_up_for_each_other_by_default(tiny_model, options,
     }
     assert changed >= {"self_attn.q_proj"}
     assert "self_attn.v_proj" not in changed, "it is solved before what differs is in its input"
+
+
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES])
+def test_any_architecture_can_be_asked(architecture, tiny_model, options, tmp_path):
+    """Whatever a block is made of, its gradients reach the linears that the text reaches."""
+    recipe = Recipe(spec=replace(SPEC, group_size=32))
+    report = quantize(tiny_model(architecture), tmp_path / "out", recipe, replace(options, num_samples=9, seq_len=32))
+    assert not [remark for remark in report.remarks if "feedback" in remark.what]
+
+
+def test_what_keeps_rows_by_themselves_is_told(tiny_model, options, tmp_path, monkeypatch):
+    recipe = Recipe(spec=replace(SPEC, group_size=32))
+    few = quantize(tiny_model("llama"), tmp_path / "few", recipe, replace(options, num_samples=8))
+    told = [remark.what for remark in few.remarks if "feedback" in remark.what]
+    assert told == 2 * ["no feedback between rows: it takes more than 8 samples"]
+    assert left(few) == {}
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", torch.no_grad()(LlamaDecoderLayer.forward))
+    flat = quantize(tiny_model("llama"), tmp_path / "flat", recipe, options)
+    assert [remark.what.partition("(")[0] for remark in flat.remarks if "feedback" in remark.what] == (
+        2 * ["no feedback between rows: the block has no gradient "]
+    )
+    assert left(flat) == {}
+    best = Recipe(spec=recipe.spec, **EFFORTS["best"])
+    with pytest.raises(UserError, match=r"cannot be run backward \(.*\); use --effort default"):
+        quantize(tiny_model("llama"), tmp_path / "best", best, options)
 
 
 def test_best_feeds_back_by_the_whole_network_and_leaves_nothing_behind(tiny_model, options, tmp_path):

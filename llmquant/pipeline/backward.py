@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmquant.errors import UserError, first_words
 from llmquant.eval.halves import Halves
 from llmquant.memory import give_back
 from llmquant.models.blocks import first_tensor, linears_of
@@ -66,7 +67,15 @@ class BothWays:
                 hidden_SLD = halves.hidden(tokens_SL)
                 gradient_SLD = _loss_gradient(halves, hidden_SLD.detach(), seed)
                 give_back()
-                hidden_SLD.backward(gradient_SLD)
+                try:
+                    hidden_SLD.backward(gradient_SLD)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    raise UserError(
+                        f"{self.plan.path}: cannot be run backward ({first_words(error)}); use --effort default, "
+                        "without --target-bpw and --target-size"
+                    ) from error
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

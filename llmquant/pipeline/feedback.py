@@ -28,34 +28,44 @@ from torch import Tensor, nn
 
 from llmquant.algorithms.feedback import Feedback, OutputMoments, RowFactor
 from llmquant.checkpoints.durable import disk_errors, make_folder
+from llmquant.errors import first_words
 from llmquant.models.blocks import first_tensor, linear_shape
 from llmquant.models.folding import tensors_in
 from llmquant.models.walk import Walk
 from llmquant.pipeline.backward import READS, BothWays
 from llmquant.pipeline.footprint import GRADIENT_TOKENS, MEASURED_TOKENS
 from llmquant.pipeline.plan import LinearPlan, Plan
-from llmquant.pipeline.ranks import lane_of
+from llmquant.pipeline.ranks import LANES, lane_of
+from llmquant.pipeline.report import ReportBuilder
 
 MOST_LEFT_OF_BLOCK = 0.7
 """The share of the block's cost that feedback may leave, where it is to hold for the network's too."""
 
 
 def block_feedback(
-    plan: Plan, walk: Walk, index: int, linears: Mapping[str, LinearPlan], num_samples: int
+    plan: Plan, walk: Walk, index: int, linears: Mapping[str, LinearPlan], num_samples: int, report: ReportBuilder
 ) -> dict[str, Feedback]:
     """The feedback of those linears that have any, by name within a block that all sequences stand in front of.
 
     num_samples: of all ranks. It comes from sequences of the first lane, which the first rank has however many there
     are.
     """
+    name = plan.block_names[index]
     calls = walk.calls(num_sequences(num_samples, plan.options.seq_len))
     if len(calls) < 2:
+        report.remark(name, f"no feedback between rows: it takes more than {LANES} samples")
         return {}
-    block = plan.skeleton.model.get_submodule(plan.block_names[index])
+    block = plan.skeleton.model.get_submodule(name)
     draw = torch.Generator().manual_seed(index)
     moments: dict[str, OutputMoments] = {}
-    for number, (args, kwargs) in enumerate(calls):
-        _count(block, args, kwargs, linears, draw, number % 2, moments)
+    try:
+        for number, (args, kwargs) in enumerate(calls):
+            _count(block, args, kwargs, linears, draw, number % 2, moments)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        report.remark(name, f"no feedback between rows: the block has no gradient ({first_words(error)})")
+        return {}
     return _feedback(moments, MOST_LEFT_OF_BLOCK)
 
 

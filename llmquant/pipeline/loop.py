@@ -144,7 +144,7 @@ def quantize_block(
     if plan.recipe.feeds_back:
         on_step(index, total, "outputs", None)
         with report.timed("outputs"):
-            feedback = ranks.share(lambda: _feedback(plan, walk, index, linears, partial, num_samples))
+            feedback = ranks.share(lambda: _feedback(plan, walk, index, linears, partial, num_samples, report))
         give_back()
     solved: dict[str, Solved] = {}
     for number, arrivals in walk.stages(index, block_plan, folded.own):
@@ -201,10 +201,11 @@ def _feedback(
     linears: Mapping[str, LinearPlan],
     partial: PartialCheckpoint | None,
     num_samples: int,
+    report: ReportBuilder,
 ) -> dict[str, Feedback]:
     """What the rows of a block's linears mean to each other: measured now, or before the first block."""
     if not plan.recipe.runs_backward:
-        return block_feedback(plan, walk, index, linears, num_samples)
+        return block_feedback(plan, walk, index, linears, num_samples, report)
     part = feedback_part(index)
     return unpacked(_here(partial).read_part(part), _here(partial).part_note(part))
 

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.errors import UserError
+from llmquant.errors import UserError, first_words
 from llmquant.spec import Options
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ class Ranks:
             return cls(rank, size, dist.new_group(timeout=PATIENCE))
         except (RuntimeError, ValueError) as error:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_words(error)
             raise RankLost(
                 f"ranks {size}: rank {rank} could not join the others at {place} ({reason}); start them with one "
                 "torchrun, with --master-port of a free port"
