@@ -274,15 +274,21 @@ def test_any_architecture_can_be_asked(architecture, tiny_model, options, tmp_pa
     """Whatever a block is made of, its gradients reach the linears that the text reaches."""
     recipe = Recipe(spec=replace(SPEC, group_size=32))
     report = quantize(tiny_model(architecture), tmp_path / "out", recipe, replace(options, num_samples=9, seq_len=32))
-    assert not [remark for remark in report.remarks if "feedback" in remark.what]
+    assert not [remark for remark in report.remarks if "gradient" in remark.what or "too few" in remark.what]
 
 
 def test_what_keeps_rows_by_themselves_is_told(tiny_model, options, tmp_path, monkeypatch):
     recipe = Recipe(spec=replace(SPEC, group_size=32))
     few = quantize(tiny_model("llama"), tmp_path / "few", recipe, replace(options, num_samples=8))
-    told = [remark.what for remark in few.remarks if "feedback" in remark.what]
-    assert told == 2 * ["no feedback between rows: it takes more than 8 samples"]
+    told = [remark.what for remark in few.remarks if remark.where == "calibration"]
+    assert told == ["8 samples are too few to let rows make up for each other's errors: that takes 9"]
     assert left(few) == {}
+    best = Recipe(spec=recipe.spec, **EFFORTS["best"])
+    one = quantize(tiny_model("llama"), tmp_path / "one", best, replace(options, num_samples=1))
+    assert [remark.what[:28] for remark in one.remarks if remark.where == "calibration"] == [
+        "1 samples are too few to let"
+    ]
+    assert left(one) == {}
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", torch.no_grad()(LlamaDecoderLayer.forward))
     flat = quantize(tiny_model("llama"), tmp_path / "flat", recipe, options)
@@ -290,7 +296,6 @@ def test_what_keeps_rows_by_themselves_is_told(tiny_model, options, tmp_path, mo
         2 * ["no feedback between rows: the block has no gradient "]
     )
     assert left(flat) == {}
-    best = Recipe(spec=recipe.spec, **EFFORTS["best"])
     with pytest.raises(UserError, match=r"cannot be run backward \(.*\); use --effort default"):
         quantize(tiny_model("llama"), tmp_path / "best", best, options)
 

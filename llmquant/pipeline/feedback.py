@@ -53,7 +53,6 @@ def block_feedback(
     name = plan.block_names[index]
     calls = walk.calls(num_sequences(num_samples, plan.options.seq_len))
     if len(calls) < 2:
-        report.remark(name, f"no feedback between rows: it takes more than {LANES} samples")
         return {}
     block = plan.skeleton.model.get_submodule(name)
     draw = torch.Generator().manual_seed(index)
@@ -172,6 +171,14 @@ def unpacked(tensors: Mapping[str, Tensor], lefts: Mapping[str, float]) -> dict[
         factors = (RowFactor(tensors[f"{name}:{n}:lower"], tensors[f"{name}:{n}:order"]) for n in range(numbers))
         feedback[name] = Feedback(tuple(factors), left)
     return feedback
+
+
+def too_few_samples(plan: Plan, num_samples: int) -> str:
+    """Why there will be no feedback, in words; "" where there can be."""
+    needed = 2 if plan.recipe.runs_backward else LANES + 1
+    if not plan.recipe.feeds_back or num_samples >= needed:
+        return ""
+    return f"{num_samples} samples are too few to let rows make up for each other's errors: that takes {needed}"
 
 
 def num_sequences(num_samples: int, seq_len: int) -> int:

@@ -24,7 +24,7 @@ from llmquant.models.blocks import weight_of
 from llmquant.models.spill import Spill
 from llmquant.models.walk import SEQUENCES_AT_ONCE, Arrival, Walk
 from llmquant.pipeline.calibration import CalibrationTokens
-from llmquant.pipeline.feedback import block_feedback, feedback_part, unpacked
+from llmquant.pipeline.feedback import block_feedback, feedback_part, too_few_samples, unpacked
 from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.parts import (
     pack_part,
@@ -62,6 +62,8 @@ def walk_and_quantize(
     smoother = Smoother(plan, report) if plan.recipe.smooths else None
     mine = ranks.samples(len(tokens.tokens_SL), SEARCH_SEQUENCES if plan.recipe.smooths else 1)
     scratch = ranks.share(lambda: _here(partial).scratch)
+    if few := too_few_samples(plan, len(tokens.tokens_SL)):
+        report.remark("calibration", few)
     budget_bytes, spill = footprint_of(plan).budget_bytes, None
     if budget_bytes is not None:
         report.remark("activations", "kept on the disk as far as they do not fit in memory (--max-memory)")
