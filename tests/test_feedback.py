@@ -25,10 +25,12 @@ from llmquant.algorithms.feedback import (
     round_rows,
     row_slices,
 )
+from llmquant.algorithms.statistics import InputStatistics
 from llmquant.errors import UserError
 from llmquant.models.blocks import linears_of
 from llmquant.pipeline.feedback import network_feedback, packed, unpacked
 from llmquant.pipeline.plan import make_plan
+from llmquant.pipeline.solve import Stored, solve_stage
 from llmquant.spec import EFFORTS
 
 SPEC = QuantSpec(bits=4, group_size=16, symmetric=False)
@@ -135,6 +137,27 @@ def test_cost_is_that_of_independent_errors_with_the_feedback(monkeypatch):
     assert cost(factor, other_NN) == pytest.approx(found.item(), rel=0.05)
     # Without anything to feed back it is the trace.
     assert cost(factor_rows(torch.eye(40)), other_NN) == pytest.approx(other_NN.diagonal().sum().item(), rel=1e-4)
+
+
+def test_feedback_that_would_leave_more_error_than_plain_rounding_is_not_used_and_told():
+    """A G that says one direction is all that counts, and hardly anything else."""
+    statistics = InputStatistics(64, torch.device("cpu"))
+    statistics.add(random(256, 64, seed=4))
+    weights, specs = {"a": random(96, 64, seed=3)}, {"a": replace(SPEC, group_size=64)}
+    lower_NN = torch.eye(96)
+    lower_NN[80:, :80] = 3.0
+    far = {"a": Feedback((RowFactor(lower_NN, torch.arange(96)),), 0.5)}
+    near = {"a": Feedback((RowFactor(torch.eye(96), torch.arange(96)),), 0.5)}
+    used, undone, without = (
+        solve_stage(weights, specs, statistics, Recipe(), Stored(torch.float16), None, feedback)["a"]
+        for feedback in (near, far, None)
+    )
+    assert used.feedback_left == 0.5 and used.incidents == ()
+    assert undone.weight.digest() == without.weight.digest()
+    assert undone.feedback_left is None
+    assert undone.incidents == (
+        "with feedback between its rows its error was larger than plain rounding's: rounded without",
+    )
 
 
 # --- what it is measured from ----------------------------------------------------------------------------------------

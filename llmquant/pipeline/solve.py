@@ -61,7 +61,7 @@ class Solved:
     """How much of its target's correction was taken, 0 … 1 (`targets.py`), all of it where there is only one sample;
     None where there was nothing to correct."""
     feedback_left: float | None = None
-    """What feedback between its rows leaves of its cost to the block (`feedback.py`); None where there was none."""
+    """What feedback between its rows leaves of their cost (`feedback.py`); None where there was none."""
     incidents: tuple[str, ...] = ()
     """What fell back, in words."""
 
@@ -146,7 +146,8 @@ def solve_stage(
         target_KN = weight_KN + share * changes.pop(name) if corrected else weight_KN
         between = (feedback or {}).get(name)
         result = _solve(weight_KN, target_KN, specs[name], statistics, hessian_KK, factor, recipe, stored, between)
-        solved[name] = replace(result, correction_share=share if corrected else None, incidents=tuple(incidents))
+        result = replace(result, incidents=(*incidents, *result.incidents))
+        solved[name] = replace(result, correction_share=share if corrected else None)
     return solved
 
 
@@ -200,7 +201,9 @@ def _solve(
     if wanted_KN is not target_KN:
         error_N, rtn_error_N = errors(steps_KN, grid, target_KN), errors(rtn_steps_KN, rtn_grid, target_KN)
         if torch.where(worse_N, rtn_error_N, error_N).sum() > rtn_error_N.sum():
-            return _solve(weight_KN, target_KN, spec, statistics, hessian_KK, factor, recipe, stored, None)
+            plain = _solve(weight_KN, target_KN, spec, statistics, hessian_KK, factor, recipe, stored, None)
+            told = "with feedback between its rows its error was larger than plain rounding's: rounded without"
+            return replace(plain, incidents=(told,))
     unscaled_rtn_error_N = rtn_error_N
     if statistics.scale_K is not None:
         # The original's rounding, in the units of the scaled inputs. Where AWQ divided rows too, as what makes the
