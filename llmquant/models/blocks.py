@@ -167,6 +167,13 @@ def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
+def with_first_tensor(args: tuple, kwargs: dict, tensor: Tensor) -> tuple[tuple, dict]:
+    """The same arguments with another tensor in the place, or places, of the first."""
+    first = first_tensor(args, kwargs)
+    swapped = [tensor if value is first else value for value in (*args, *kwargs.values())]
+    return tuple(swapped[: len(args)]), dict(zip(kwargs, swapped[len(args) :], strict=True))
+
+
 def _residual_source(
     output: Tensor, additions: list[tuple[Tensor, Tensor]], entered: list[tuple[str, Tensor]]
 ) -> str | None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmquant.errors import UserError, first_words
 from llmquant.eval.halves import Halves
 from llmquant.memory import give_back
-from llmquant.models.blocks import first_tensor, linears_of
+from llmquant.models.blocks import first_tensor, linears_of, with_first_tensor
 from llmquant.pipeline.footprint import CHUNK_TOKENS
 from llmquant.pipeline.plan import Plan
 
@@ -98,8 +98,8 @@ class BothWays:
             outputs: list[Any] = []
 
             def call(replaced: Tensor) -> Tensor:
-                swap = lambda value: replaced if value is hidden else value  # noqa: E731
-                outputs.append(own(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()}))
+                swapped_args, swapped_kwargs = with_first_tensor(args, kwargs, replaced)
+                outputs.append(own(*swapped_args, **swapped_kwargs))
                 tensor = first_tensor((outputs[-1],) if isinstance(outputs[-1], Tensor) else tuple(outputs[-1]), {})
                 assert tensor is not None
                 return tensor

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from llmquant.algorithms.feedback import Feedback, OutputMoments, RowFactor
 from llmquant.checkpoints.durable import disk_errors, make_folder
 from llmquant.errors import first_words
-from llmquant.models.blocks import first_tensor, linear_shape
+from llmquant.models.blocks import first_tensor, linear_shape, with_first_tensor
 from llmquant.models.folding import tensors_in
 from llmquant.models.walk import Walk
 from llmquant.pipeline.backward import READS, BothWays
@@ -217,8 +217,8 @@ def _count(
     try:
         with torch.enable_grad():
             leaf = hidden.detach().requires_grad_()
-            swap = lambda value: leaf if value is hidden else value  # noqa: E731
-            output = tensors_in(block(*map(swap, args), **{key: swap(value) for key, value in kwargs.items()}))[0]
+            args, kwargs = with_first_tensor(args, kwargs, leaf)
+            output = tensors_in(block(*args, **kwargs))[0]
             drawn = torch.randn(output.shape, generator=draw)
             drawn[..., 1 - half :: 2] = 0
             torch.autograd.grad(output, leaf, drawn.to(output))
