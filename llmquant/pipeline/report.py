@@ -79,8 +79,8 @@ class LinearReport:
     """How much of the correction for the error before it was taken, 0 … 1: what holds on text that the correction was
     not fitted to. None where there was nothing to correct."""
     feedback_left: float | None = None
-    """What feedback between its rows leaves of what their errors cost the block, judged by other text; None where rows
-    do not make up for each other."""
+    """What feedback between its rows leaves of what their errors cost the block, or the predictions where the recipe's
+    `output_feedback` is network; judged by other text. None where rows do not make up for each other."""
     input_peak: float | None = None
     """Its loudest input channel against the middle one (root mean squares), as the quantized model sees them."""
     unscaled_input_peak: float | None = None
