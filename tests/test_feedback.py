@@ -216,9 +216,9 @@ def test_gradients_are_those_of_the_whole_model_at_once(architecture, tiny_model
     monkeypatch.setattr("llmquant.pipeline.backward.CHUNK_TOKENS", 72)
     monkeypatch.setattr("llmquant.pipeline.feedback.MEASURED_TOKENS", 24)
     measured: list[dict[str, OutputMoments]] = []
-    monkeypatch.setattr("llmquant.pipeline.feedback._feedback", lambda moments, left: measured.append(moments) or {})
+    monkeypatch.setattr("llmquant.pipeline.feedback._feedback", lambda moments, *others: measured.append(moments) or {})
     shares = []
-    assert list(network_feedback(plan, tokens_SL, tmp_path / "sums", shares.append)) == [{}, {}]
+    assert list(network_feedback(plan, tokens_SL, tmp_path / "sums", None, shares.append)) == [{}, {}]
     assert not (tmp_path / "sums").exists()
     assert shares == sorted(shares)
     assert 0 <= shares[0] < shares[-1] < 1
@@ -321,6 +321,22 @@ def test_what_keeps_rows_by_themselves_is_told(tiny_model, options, tmp_path, mo
     assert left(flat) == {}
     with pytest.raises(UserError, match=r"cannot be run backward \(.*\); use --effort default"):
         quantize(tiny_model("llama"), tmp_path / "best", best, options)
+
+
+@pytest.mark.parametrize("effort", ["default", "best"])
+def test_gradients_that_overflow_are_told(effort, tiny_model, options, tmp_path, monkeypatch):
+    add = OutputMoments.add
+
+    def overflowing(self, gradient_TN, half):
+        add(self, gradient_TN * torch.inf if gradient_TN.shape[1] == 96 else gradient_TN, half)
+
+    monkeypatch.setattr(OutputMoments, "add", overflowing)
+    model = tiny_model("llama", intermediate_size=96)
+    recipe = Recipe(spec=replace(SPEC, group_size=32), **EFFORTS[effort])
+    report = quantize(model, tmp_path / "out", recipe, options)
+    told = {remark.where for remark in report.remarks if "gradients at its outputs overflow" in remark.what}
+    assert told == {f"model.layers.{block}.mlp.{name}_proj" for block in (0, 1) for name in ("gate", "up")}
+    assert not {kind for kind in left(report) if kind in ("mlp.gate_proj", "mlp.up_proj")}
 
 
 def test_best_feeds_back_by_the_whole_network_and_leaves_nothing_behind(tiny_model, options, tmp_path):

@@ -134,6 +134,11 @@ class OutputMoments:
             for number, sum_NN in enumerate(sums):
                 yield half, number, sum_NN
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no gradient was too large to be counted."""
+        return all(bool(torch.isfinite(sum_NN).all()) for _, _, sum_NN in self._numbered())
+
     def feedback(self, most_left: float) -> Feedback | None:
         """From all of it; None where the two halves do not bear each other out: where the factor of one leaves more of
         the other's cost than most_left."""

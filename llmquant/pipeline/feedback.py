@@ -65,10 +65,15 @@ def block_feedback(
     except RuntimeError as error:
         report.remark(name, f"no feedback between rows: the block has no gradient ({first_words(error)})")
         return {}
-    return _feedback(moments, MOST_LEFT_OF_BLOCK)
+    return _feedback(moments, MOST_LEFT_OF_BLOCK, name, report)
 
 
-def _feedback(moments: Mapping[str, OutputMoments], most_left: float) -> dict[str, Feedback]:
+def _feedback(
+    moments: Mapping[str, OutputMoments], most_left: float, block: str, report: ReportBuilder
+) -> dict[str, Feedback]:
+    for name, moment in moments.items():
+        if not moment.is_finite:
+            report.remark(f"{block}.{name}", "no feedback between rows: gradients at its outputs overflow")
     found = {name: moment.feedback(most_left) for name, moment in moments.items()}
     # Other ranks have other devices.
     return {name: feedback.to("cpu") for name, feedback in found.items() if feedback is not None}
@@ -129,7 +134,11 @@ class _Gradients(BothWays):
 
 
 def network_feedback(
-    plan: Plan, tokens_SL: Tensor, folder: Path, on_block: Callable[[float], None] = lambda share: None
+    plan: Plan,
+    tokens_SL: Tensor,
+    folder: Path,
+    report: ReportBuilder,
+    on_block: Callable[[float], None] = lambda share: None,
 ) -> Iterator[dict[str, Feedback]]:
     """The feedback of every block's linears, by name within the block, block by block.
 
@@ -145,7 +154,7 @@ def network_feedback(
     for name in plan.block_names:
         moments = {full.removeprefix(f"{name}."): moment for full, moment in gradients.take(name).items()}
         gradients.forget(name)
-        yield _feedback(moments, 1.0)
+        yield _feedback(moments, 1.0, name, report)
     shutil.rmtree(folder, ignore_errors=True)
 
 

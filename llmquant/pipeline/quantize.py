@@ -171,7 +171,7 @@ def measure_feedback(
 
     try:
         with report.timed("gradients"):
-            found = network_feedback(plan, tokens.tokens_SL, partial.scratch / "outputs", on_block)
+            found = network_feedback(plan, tokens.tokens_SL, partial.scratch / "outputs", report, on_block)
             for index, feedback in enumerate(found):
                 if index in needed:
                     partial.add_part(feedback_part(index), *packed(feedback))
