@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmquant.kernels.layout import LinearShape, Slots, arrange_slots, gather_columns
+from llmquant.kernels.layout import LinearShape, Slots, arrange_slots, gather_columns, ungather_columns
 from llmquant.weight import QuantizedWeight
 
 BLOCKS = (256, 128, 64, 32)
@@ -142,11 +142,7 @@ def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dt
     _, _, rows, scale, dense_NS, column_S = prepared
     dense_NS = dense_NS.to_dense() if dense_NS.is_mkldnn else dense_NS
     weight_NS = dense_NS.to(dtype) if dense_NS.numel() else _unpack(rows, scale, layer, dtype)
-    if not column_S.numel():
-        return weight_NS[:, : layer.in_features].contiguous()
-    weight_NK = weight_NS.new_empty(layer.out_features, layer.in_features + 1)
-    weight_NK[:, column_S] = weight_NS
-    return weight_NK[:, :-1].contiguous()
+    return ungather_columns(weight_NS, column_S, layer.in_features)
 
 
 def _arranged(weight: QuantizedWeight) -> tuple[Slots, Tensor, Tensor, Tensor]:

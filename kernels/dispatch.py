@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import UserError
-from llmquant.kernels import cpu, gpu, reference
+from llmquant.kernels import cpu, gpu, llvm, reference
 from llmquant.kernels.layout import LinearShape
 from llmquant.weight import QuantizedWeight
 
@@ -56,6 +56,9 @@ BACKENDS: dict[str, Backend] = {
         prepare=gpu.prepare,
         matmul=gpu.matmul_invariant,
         dequantize=gpu.dequantize,
+    ),
+    "llvm": Backend(
+        name="llvm", refuses=llvm.refuses, prepare=llvm.prepare, matmul=llvm.matmul, dequantize=llvm.dequantize
     ),
     "cpu": Backend(
         name="cpu",

@@ -128,3 +128,12 @@ def gather_columns(x_MK: Tensor, column_S: Tensor, num_slots: int) -> Tensor:
     if num_slots != x_MK.shape[1]:
         return F.pad(x_MK, (0, num_slots - x_MK.shape[1]))
     return x_MK
+
+
+def ungather_columns(weight_NS: Tensor, column_S: Tensor, in_features: int) -> Tensor:
+    """A weight in slot order -> [N, K], the way back from what `gather_columns` did to x."""
+    if not column_S.numel():
+        return weight_NS[:, :in_features].contiguous()
+    weight_NK = weight_NS.new_empty(weight_NS.shape[0], in_features + 1)
+    weight_NK[:, column_S] = weight_NS
+    return weight_NK[:, :-1].contiguous()

@@ -1,0 +1,107 @@
+"""LLVM's assembly made a function of this process, without a compiler on the machine.
+
+llvmlite (the LLVM of Numba, a wheel) turns the text into machine code for the processor at hand. Work is shared among
+torch's own OpenMP threads, so that a kernel and torch's operators do not fight for cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+import sys
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OLDEST_LLVM = 20
+"""Older ones spell the dot product of bfloat16 otherwise and cannot round to it."""
+
+
+@lru_cache(maxsize=1)
+def why_not() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"written for x86-64 Linux, not for {platform.machine()} {platform.system()}"
+    try:
+        import llvmlite
+        from llvmlite import binding
+    except ImportError as error:
+        return f"llvmlite cannot be imported ({error}); pip install llvmlite"
+    if binding.llvm_version_info[0] < OLDEST_LLVM:
+        return f"llvmlite {llvmlite.__version__} has LLVM {binding.llvm_version_info[0]}, {OLDEST_LLVM} is needed"
+    if missing := {"avx2", "fma", "f16c"} - processor_features():
+        return f"the processor has no {', '.join(sorted(missing))}"
+    if openmp() is None:
+        return "torch does not run on OpenMP here"
+    return None
+
+
+@lru_cache(maxsize=1)
+def processor_features() -> frozenset[str]:
+    """LLVM's names of what the processor can do and the system lets it."""
+    from llvmlite import binding
+
+    return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
+
+
+@lru_cache(maxsize=1)
+def openmp() -> Any:
+    """The OpenMP library that torch has brought into this process, or None."""
+    if not torch.backends.openmp.is_available():
+        return None
+    mapped = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[-.]\S*", Path("/proc/self/maps").read_text())
+    for path in sorted(set(mapped), key=lambda path: "torch" not in path):
+        library = ctypes.CDLL(path)
+        if hasattr(library, "GOMP_parallel"):
+            return library
+    return None
+
+
+class Compiled:
+    """Functions of one text; each takes one pointer. Lives as long as the process."""
+
+    def __init__(self, text: str, names: Iterable[str], without: Iterable[str] = ()) -> None:
+        """`without`: features of the processor to leave unused. Raises RuntimeError for text that LLVM refuses."""
+        from llvmlite import binding
+
+        binding.initialize_native_target()
+        binding.initialize_native_asmprinter()
+        library = openmp()
+        binding.add_symbol("omp_get_thread_num", _address(library.omp_get_thread_num))
+        self._parallel = library.GOMP_parallel
+        self._parallel.restype, self._parallel.argtypes = None, [ctypes.c_void_p, ctypes.c_char_p] + [ctypes.c_uint] * 2
+        features = {name: name in processor_features() - set(without) for name in binding.get_host_cpu_features()}
+        machine = binding.Target.from_default_triple().create_target_machine(
+            cpu="x86-64-v3" if without else binding.get_host_cpu_name(),
+            features=",".join(f"{'+' if present else '-'}{name}" for name, present in features.items()),
+            opt=3,
+            jit=True,
+        )
+        module = binding.parse_assembly(text)
+        module.verify()
+        # The text is unrolled and vectorized as it should be: more of either only takes registers from the sums.
+        options = binding.create_pipeline_tuning_options(speed_level=2)
+        options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
+        builder = binding.create_pass_builder(machine, options)
+        builder.getModulePassManager().run(module, builder)
+        self.assembly = machine.emit_assembly(module)
+        self._engine = binding.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+        self._address = {name: self._engine.get_function_address(name) for name in names}
+        prototype = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+        self._function = {name: prototype(address) for name, address in self._address.items()}
+
+    def run(self, name: str, arguments: bytes, num_threads: int) -> None:
+        """Call a function with the address of its packed arguments, once in each of so many threads."""
+        if num_threads == 1:
+            self._function[name](arguments)
+        else:
+            self._parallel(self._address[name], arguments, num_threads, 0)
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

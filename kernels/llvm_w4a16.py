@@ -1,0 +1,479 @@
+"""The program of backend `llvm`: y = x @ W.T from 4-bit codes, written in LLVM's assembly for any x86 processor.
+
+A vector holds 16 output features, so that nothing is summed across lanes. One 32-bit word holds eight columns of one
+feature; with k = 8 s + 2 p + e (p in 0 … 3, e in 0, 1)
+
+    word[n, s], nibble p + 4 e   is   code[n, 8 s + 2 p + e]
+
+Nibbles p and p + 4 are neighbours in K and lie sixteen bits apart. For x in bfloat16, `(word >> 4p) & 0x000F000F |
+0x43004300` is a pair of weights as the processor's dot product takes them: 0x4300 has the bits of 128, and the code
+falls into its lowest mantissa bits. Two instructions for 32 weights. For x in float32 a code is cut out and converted.
+
+A block of columns shares one scale and one zero-point per feature. Its products with the bare codes are summed in
+float32, and then once: total += scale * (sum - (base + zero) * sum of x), base 128 or 0. No weight is ever rounded.
+
+Few rows of x (`fused`): five rows and 64 features at a time, the words decoded on the way, straight from memory. Many
+rows: the codes of 64 features and some blocks are decoded once into a `panel`, and all rows of a chunk go over it, six
+at a time. Both add in the same order, so a row of y has the same bits in any batch and with any
+number of threads.
+
+Letters: M rows of x, N out_features, S slots (columns of x, see `layout`), B blocks of them, P planes (2 for 8-bit
+codes: high and low halves as two weights over the same x), T tiles of 64 features.
+Memory, all contiguous: x [M, S]; words uint32 [T, P*S/8, 64]; scale and zero uint8 [T, P*B, 64]; bias float32 [N] or
+null; sums float32 [M, B], filled by `@sums`; y [M, N] in the dtype of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+LANES = 16
+TILE = 64
+"""Output features whose words lie together: one cache line for 16 of them."""
+STEP = 8
+"""Columns in a word."""
+MAX_BLOCK = 128
+"""Columns of the widest block."""
+PANEL = 512
+"""Columns that are decoded at a time; in bfloat16 64 KiB, which stream from the second-level cache."""
+MAX_CHUNK = 240
+"""Rows that share a panel: their float32 totals lie on the stack of a thread, 60 KiB."""
+FUSED_BELOW_ROWS = 16
+"""Rows of a chunk from which decoding once is worth storing the weights, by `scripts/bench_linear`."""
+
+ARGUMENTS = (
+    *("x", "words", "scale", "zero", "bias", "sums", "y"),
+    *("num_rows", "out_features", "num_blocks", "steps", "num_planes", "chunk", "num_threads"),
+)
+"""Fields of the struct that both functions take, 64 bits each; `steps` are words of a block."""
+ENTRY_POINTS = ("sums", "matmul")
+"""To be called in this order by all threads; a single one calls `matmul` alone, which begins with the sums."""
+
+_FLOATS = "<16 x float>"
+_WORDS = "<16 x i32>"
+_DECLARATIONS = """
+declare i32 @omp_get_thread_num()
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
+declare i64 @llvm.smin.i64(i64, i64)
+declare <16 x float> @llvm.masked.load.v16f32.p0(ptr, i32, <16 x i1>, <16 x float>)
+declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, i32, <16 x i1>)
+declare void @llvm.masked.store.v16bf16.p0(<16 x bfloat>, ptr, i32, <16 x i1>)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What the text depends on."""
+
+    x: str
+    """LLVM type of x and y: "bfloat" (the processor multiplies pairs of bfloat16) or "float"."""
+    scale: str
+    """LLVM type of the scales: "half", "bfloat" or "float"."""
+    wide: bool
+    """32 registers of 512 bits (AVX-512), or 16 of 256 (AVX2)."""
+
+    @property
+    def x_bytes(self) -> int:
+        return 2 if self.x == "bfloat" else 4
+
+    @property
+    def parts(self) -> int:
+        """A word's columns as the multiplication takes them: 4 pairs of bfloat16 or 8 single float32, 32 bits each."""
+        return STEP * self.x_bytes // 4
+
+    @property
+    def base(self) -> int:
+        """What a decoded weight is more than its code."""
+        return 128 if self.x == "bfloat" else 0
+
+    @property
+    def fused_rows(self) -> int:
+        return 5
+
+    @property
+    def panel_rows(self) -> int:
+        return 6
+
+    def vectors(self, rows: int) -> int:
+        """Vectors of 16 features beside so many rows, so that the sums fit into the registers."""
+        if self.wide or rows == 1:
+            return 4
+        return 2 if rows == 2 else 1
+
+    def text(self) -> str:
+        """The whole program."""
+        functions = [_fused_tile(self, rows) for rows in range(1, self.fused_rows + 1)]
+        functions += [_panel_tile(self, rows) for rows in range(1, self.panel_rows + 1)]
+        functions += [_chunk(self), _matmul(self), _sums(self)]
+        return _DECLARATIONS + "\n".join(function.text() for function in functions)
+
+
+class _Function:
+    """A function while it is written. Values are numbered; variables live in stack slots until LLVM's optimizer puts
+    them into registers."""
+
+    def __init__(self, name: str, parameters: str, *, attributes: str = "internal") -> None:
+        self.head = f"define {attributes} void @{name}({parameters}) nounwind noinline"
+        self.slots: list[str] = []
+        self.lines: list[str] = []
+        self.count = 0
+
+    def text(self) -> str:
+        body = "\n  ".join(["entry:", *self.slots, *self.lines, "ret void"])
+        return f"{self.head} {{\n{body}\n}}\n"
+
+    def name(self, stem: str) -> str:
+        self.count += 1
+        return f"{stem}{self.count}"
+
+    def do(self, text: str) -> None:
+        self.lines.append(text)
+
+    def __call__(self, text: str) -> str:
+        """The value of an instruction."""
+        value = self.name("%v")
+        self.do(f"{value} = {text}")
+        return value
+
+    def slot(self, kind: str, value: str | None = None) -> str:
+        """A variable: its address."""
+        address = self.name("%slot")
+        self.slots.append(f"{address} = alloca {kind}, align 64")
+        if value is not None:
+            self.set(address, kind, value)
+        return address
+
+    def get(self, address: str, kind: str, align: int | None = None) -> str:
+        return self(f"load {kind}, ptr {address}" + (f", align {align}" if align else ""))
+
+    def set(self, address: str, kind: str, value: str) -> None:
+        self.do(f"store {kind} {value}, ptr {address}")
+
+    def add(self, a: str | int, b: str | int) -> str:
+        return self(f"add nsw i64 {a}, {b}")
+
+    def mul(self, a: str | int, b: str | int) -> str:
+        return self(f"mul nsw i64 {a}, {b}")
+
+    def less(self, a: str | int, b: str | int) -> str:
+        return self(f"call i64 @llvm.smin.i64(i64 {a}, i64 {b})")
+
+    def at(self, base: str, index: str | int, kind: str) -> str:
+        """The address of base[index]."""
+        return self(f"getelementptr inbounds {kind}, ptr {base}, i64 {index}")
+
+    def argument(self, name: str) -> str:
+        """A field of the struct that %arguments points to."""
+        index = ARGUMENTS.index(name)
+        return self.get(self.at("%arguments", index, "i64"), "ptr" if index < 7 else "i64")
+
+    def splat(self, value: str, kind: str) -> str:
+        first = self(f"insertelement <{LANES} x {kind}> poison, {kind} {value}, i64 0")
+        return self(f"shufflevector <{LANES} x {kind}> {first}, <{LANES} x {kind}> poison, {_WORDS} zeroinitializer")
+
+    def fma(self, a: str, b: str, c: str) -> str:
+        return self(f"call {_FLOATS} @llvm.fma.v16f32({_FLOATS} {a}, {_FLOATS} {b}, {_FLOATS} {c})")
+
+    @contextmanager
+    def loop(self, start: str | int, stop: str | int, step: int = 1) -> Iterator[str]:
+        """for i in range(start, stop, step)"""
+        head, body, end = self.name("head"), self.name("body"), self.name("end")
+        slot = self.slot("i64", str(start))
+        self.do(f"br label %{head}\n{head}:")
+        i = self.get(slot, "i64")
+        self.do(f"br i1 {self(f'icmp slt i64 {i}, {stop}')}, label %{body}, label %{end}\n{body}:")
+        yield i
+        self.set(slot, "i64", self.add(i, step))
+        self.do(f"br label %{head}\n{end}:")
+
+    @contextmanager
+    def when(self, condition: str) -> Iterator[None]:
+        then, end = self.name("then"), self.name("end")
+        self.do(f"br i1 {condition}, label %{then}, label %{end}\n{then}:")
+        yield
+        self.do(f"br label %{end}\n{end}:")
+
+    def call_for(self, rows: str, function: str, most: int, arguments: str) -> None:
+        """Call the one of `function1` … `function<most>` that is for so many rows."""
+        for count in range(1, most + 1):
+            with self.when(self(f"icmp eq i64 {rows}, {count}")):
+                self.do(f"call void @{function}{count}({arguments})")
+
+
+def _words(value: int) -> str:
+    return "<" + ", ".join([f"i32 {value}"] * LANES) + ">"
+
+
+def _decode(f: _Function, program: Program, word: str, part: int) -> str:
+    """16 words -> one part of each, as 32 bits: two weights 128 + code in bfloat16, or one code in float32."""
+    shift = 4 * part if program.x == "bfloat" else 4 * (part // 2) + 16 * (part % 2)
+    if shift:
+        word = f(f"lshr {_WORDS} {word}, {_words(shift)}")
+    if program.x == "bfloat":
+        return f(f"or {_WORDS} {f(f'and {_WORDS} {word}, {_words(0x000F000F)}')}, {_words(0x43004300)}")
+    code = f(f"and {_WORDS} {word}, {_words(15)}")
+    return f(f"bitcast {_FLOATS} {f(f'sitofp {_WORDS} {code} to {_FLOATS}')} to {_WORDS}")
+
+
+def _multiply(f: _Function, program: Program, weight: str, x: str, total: str) -> str:
+    """total + weight * x in 16 lanes of float32; weight and x are 32 bits a lane."""
+    kind = "<32 x bfloat>" if program.x == "bfloat" else _FLOATS
+    weight, x = f(f"bitcast {_WORDS} {weight} to {kind}"), f(f"bitcast {_WORDS} {x} to {kind}")
+    if program.x == "float":
+        return f.fma(weight, x, total)
+    return f(f"call {_FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({_FLOATS} {total}, {kind} {weight}, {kind} {x})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tile:
+    """Some rows and 16 * vectors features of y, while a function works on them. Names of values in that function."""
+
+    totals: list[list[str]]
+    """[row][vector]: address of 16 float32."""
+    row: str
+    """The first row."""
+    feature: str
+    """The first feature."""
+
+    @property
+    def vectors(self) -> int:
+        return len(self.totals[0])
+
+
+def _num_slots(f: _Function) -> str:
+    return f.mul(f.mul(f.argument("num_blocks"), f.argument("steps")), STEP)
+
+
+def _place(f: _Function, feature: str, block: str, width: str | int = 1) -> str:
+    """Index into [T, P*B, width, 64] of a feature and a block (of all planes)."""
+    blocks = f.mul(f.argument("num_blocks"), f.argument("num_planes"))
+    line = f.mul(f.add(f.mul(f(f"lshr i64 {feature}, 6"), blocks), block), width)
+    return f.add(f.mul(line, TILE), f(f"and i64 {feature}, {TILE - 1}"))
+
+
+def _add_block(f: _Function, program: Program, tile: _Tile, block: str, block_of_x: str, panel: str | None) -> None:
+    """totals += what one block of columns gives; the weights from its place in a panel, or decoded on the way."""
+    rows, vectors = len(tile.totals), tile.vectors
+    steps, x, num_slots = f.argument("steps"), f.argument("x"), _num_slots(f)
+    sums = [[f.slot(_FLOATS, "zeroinitializer") for _ in range(vectors)] for _ in range(rows)]
+    start = f.mul(f.mul(block_of_x, steps), STEP)
+    x_rows = [
+        f.at(x, f.add(f.mul(f.add(tile.row, row), num_slots), start), program.x) for row in range(rows)
+    ]
+    words = f.at(f.argument("words"), _place(f, tile.feature, block, steps), "i32")
+    lanes = f(f"and i64 {tile.feature}, {TILE - 1}")
+    with f.loop(0, steps) as step:
+        line = f.at(words, f.mul(step, TILE), "i32")
+        if panel is None:
+            word = [f.get(f.at(line, LANES * vector, "i32"), _WORDS, 64) for vector in range(vectors)]
+        for part in range(program.parts):
+            place = f.add(f.mul(step, program.parts), part)
+            if panel is None:
+                weights = [_decode(f, program, word[vector], part) for vector in range(vectors)]
+            else:
+                line = f.at(panel, f.add(f.mul(place, TILE), lanes), "i32")
+                weights = [f.get(f.at(line, LANES * vector, "i32"), _WORDS, 64) for vector in range(vectors)]
+            for x_row, of_row in zip(x_rows, sums, strict=True):
+                many = f.splat(f.get(f.at(x_row, place, "i32"), "i32", 4), "i32")
+                for weight, total in zip(weights, of_row, strict=True):
+                    f.set(total, _FLOATS, _multiply(f, program, weight, many, f.get(total, _FLOATS)))
+    _scale_block(f, program, tile, sums, block, block_of_x)
+
+
+def _scale_block(
+    f: _Function, program: Program, tile: _Tile, sums: list[list[str]], block: str, block_of_x: str
+) -> None:
+    """totals += scale * (sums - (base + zero) * sum of x)"""
+    place = _place(f, tile.feature, block)
+    scales, zeros = [], []
+    for vector in range(tile.vectors):
+        address = f.at(f.at(f.argument("scale"), place, program.scale), LANES * vector, program.scale)
+        scale = f.get(address, f"<16 x {program.scale}>", 2)
+        scales.append(scale if program.scale == "float" else f(f"fpext <16 x {program.scale}> {scale} to {_FLOATS}"))
+        zero = f.get(f.at(f.at(f.argument("zero"), place, "i8"), LANES * vector, "i8"), "<16 x i8>", 1)
+        zero = f(f"add {_WORDS} {f(f'zext <16 x i8> {zero} to {_WORDS}')}, {_words(program.base)}")
+        zeros.append(f(f"fneg {_FLOATS} {f(f'sitofp {_WORDS} {zero} to {_FLOATS}')}"))
+    for row, (of_row, totals) in enumerate(zip(sums, tile.totals, strict=True)):
+        place = f.add(f.mul(f.add(tile.row, row), f.argument("num_blocks")), block_of_x)
+        sum_of_x = f.splat(f.get(f.at(f.argument("sums"), place, "float"), "float"), "float")
+        for scale, zero, bare, total in zip(scales, zeros, of_row, totals, strict=True):
+            centred = f.fma(zero, sum_of_x, f.get(bare, _FLOATS))
+            f.set(total, _FLOATS, f.fma(centred, scale, f.get(total, _FLOATS, 64)))
+
+
+def _write(f: _Function, program: Program, tile: _Tile) -> None:
+    """y = totals + bias, rounded once; features beyond the last are left alone."""
+    out_features, bias = f.argument("out_features"), f.argument("bias")
+    has_bias = f(f"icmp ne ptr {bias}, null")
+    lanes = "<" + ", ".join(f"i64 {lane}" for lane in range(LANES)) + ">"
+    kind, suffix = f"<16 x {program.x}>", "bf16" if program.x == "bfloat" else "f32"
+    for vector in range(tile.vectors):
+        feature = f.add(tile.feature, LANES * vector)
+        left = f(f"sub nsw i64 {out_features}, {feature}")
+        there = f(f"icmp slt <16 x i64> {lanes}, {f.splat(left, 'i64')}")
+        added = f.slot(_FLOATS, "zeroinitializer")
+        # In a branch: a masked load that would fault, were it not for its mask, takes hundreds of cycles.
+        with f.when(has_bias):
+            address = f.at(bias, feature, "float")
+            f.set(added, _FLOATS, f(
+                f"call {_FLOATS} @llvm.masked.load.v16f32.p0"
+                f"(ptr {address}, i32 4, <16 x i1> {there}, {_FLOATS} zeroinitializer)"
+            ))
+        is_whole = f(f"icmp sge i64 {left}, {LANES}")
+        for row, totals in enumerate(tile.totals):
+            value = f(f"fadd {_FLOATS} {f.get(totals[vector], _FLOATS, 64)}, {f.get(added, _FLOATS)}")
+            if program.x == "bfloat":
+                value = f(f"fptrunc {_FLOATS} {value} to {kind}")
+            place = f.add(f.mul(f.add(tile.row, row), out_features), feature)
+            address = f.at(f.argument("y"), place, program.x)
+            with f.when(is_whole):
+                f.do(f"store {kind} {value}, ptr {address}, align {program.x_bytes}")
+            with f.when(f(f"xor i1 {is_whole}, true")):
+                f.do(
+                    f"call void @llvm.masked.store.v16{suffix}.p0"
+                    f"({kind} {value}, ptr {address}, i32 {program.x_bytes}, <16 x i1> {there})"
+                )
+
+
+def _fused_tile(program: Program, rows: int) -> _Function:
+    """So many rows and 64 features of y, from words to result."""
+    f = _Function(f"fused{rows}", "ptr %arguments, i64 %row, i64 %feature")
+    vectors = program.vectors(rows)
+    with f.loop(0, TILE, LANES * vectors) as lane:
+        totals = [[f.slot(_FLOATS, "zeroinitializer") for _ in range(vectors)] for _ in range(rows)]
+        tile = _Tile(totals=totals, row="%row", feature=f.add("%feature", lane))
+        num_blocks = f.argument("num_blocks")
+        with f.loop(0, f.argument("num_planes")) as plane:
+            first = f.mul(plane, num_blocks)
+            with f.loop(0, num_blocks) as block:
+                _add_block(f, program, tile, f.add(first, block), block, None)
+        _write(f, program, tile)
+    return f
+
+
+def _panel_tile(program: Program, rows: int) -> _Function:
+    """What the blocks %first … %stop - 1 of one plane give to so many rows and 64 features, added to totals in memory
+    [rows, 64]; the panel begins with the first of them."""
+    f = _Function(
+        f"panel{rows}",
+        "ptr %arguments, ptr %panel, ptr %memory, i64 %row, i64 %feature, i64 %plane, i64 %first, i64 %stop",
+    )
+    vectors = program.vectors(rows)
+    size = f.mul(f.mul(f.argument("steps"), program.parts), TILE)
+    before = f.mul("%plane", f.argument("num_blocks"))
+    with f.loop(0, TILE, LANES * vectors) as lane:
+        memory = [
+            [f.at("%memory", f.add(lane, TILE * row + LANES * vector), "float") for vector in range(vectors)]
+            for row in range(rows)
+        ]
+        totals = [[f.slot(_FLOATS, f.get(address, _FLOATS, 64)) for address in of_row] for of_row in memory]
+        tile = _Tile(totals=totals, row="%row", feature=f.add("%feature", lane))
+        with f.loop("%first", "%stop") as block:
+            panel = f.at("%panel", f.mul(f(f"sub nsw i64 {block}, %first"), size), "i32")
+            _add_block(f, program, tile, f.add(before, block), block, panel)
+        for addresses, of_row in zip(memory, totals, strict=True):
+            for address, total in zip(addresses, of_row, strict=True):
+                f.set(address, _FLOATS, f.get(total, _FLOATS))
+    return f
+
+
+def _chunk(program: Program) -> _Function:
+    """64 features of the rows %row … %stop - 1, at most MAX_CHUNK: panel after panel, and all rows over each."""
+    f = _Function("chunk", "ptr %arguments, i64 %row, i64 %stop, i64 %feature")
+    panel = f.slot(f"[{PANEL // STEP * program.parts * TILE} x i32]")
+    totals = f.slot(f"[{MAX_CHUNK * TILE} x float]")
+    vectors = TILE // LANES
+    with f.loop("%row", "%stop") as row:
+        line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE), "float")
+        for vector in range(vectors):
+            f.set(f.at(line, LANES * vector, "float"), _FLOATS, "zeroinitializer")
+    num_blocks, steps = f.argument("num_blocks"), f.argument("steps")
+    in_panel = f(f"sdiv i64 {PANEL // STEP}, {steps}")
+    panels = f(f"sdiv i64 {f(f'sub nsw i64 {f.add(num_blocks, in_panel)}, 1')}, {in_panel}")
+    with f.loop(0, f.argument("num_planes")) as plane, f.loop(0, panels) as which:
+        first = f.mul(which, in_panel)
+        last = f.less(f.add(first, in_panel), num_blocks)
+        words = _place(f, "%feature", f.add(f.mul(plane, num_blocks), first), steps)
+        words = f.at(f.argument("words"), words, "i32")
+        with f.loop(0, f.mul(f(f"sub nsw i64 {last}, {first}"), steps)) as step:
+            for vector in range(vectors):
+                word = f.get(f.at(words, f.add(f.mul(step, TILE), LANES * vector), "i32"), _WORDS, 64)
+                for part in range(program.parts):
+                    line = f.add(f.mul(step, program.parts), part)
+                    address = f.at(panel, f.add(f.mul(line, TILE), LANES * vector), "i32")
+                    f.set(address, _WORDS, _decode(f, program, word, part))
+        with f.loop("%row", "%stop", program.panel_rows) as row:
+            rows = f.less(f(f"sub nsw i64 %stop, {row}"), program.panel_rows)
+            line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE), "float")
+            arguments = f"ptr %arguments, ptr {panel}, ptr {line}, i64 {row}, i64 %feature"
+            arguments += f", i64 {plane}, i64 {first}, i64 {last}"
+            f.call_for(rows, "panel", program.panel_rows, arguments)
+    with f.loop("%row", "%stop") as row:
+        line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE), "float")
+        of_row = [f.at(line, LANES * vector, "float") for vector in range(vectors)]
+        _write(f, program, _Tile(totals=[of_row], row=row, feature="%feature"))
+    return f
+
+
+def _share(f: _Function, tasks: str) -> tuple[str, str]:
+    """The first task of this thread, and the first of the next."""
+    threads = f.argument("num_threads")
+    thread = f.slot("i64", "0")
+    with f.when(f(f"icmp sgt i64 {threads}, 1")):
+        f.set(thread, "i64", f(f"sext i32 {f('call i32 @omp_get_thread_num()')} to i64"))
+    thread = f.get(thread, "i64")
+    first = f(f"sdiv i64 {f.mul(thread, tasks)}, {threads}")
+    return first, f(f"sdiv i64 {f.mul(f.add(thread, 1), tasks)}, {threads}")
+
+
+def _matmul(program: Program) -> _Function:
+    """This thread's share of y. A task is 64 features of a chunk of rows."""
+    f = _Function("matmul", "ptr %arguments", attributes="")
+    num_rows, size = f.argument("num_rows"), f.argument("chunk")
+    tiles = f(f"sdiv i64 {f.add(f.argument('out_features'), TILE - 1)}, {TILE}")
+    chunks = f(f"sdiv i64 {f(f'sub nsw i64 {f.add(num_rows, size)}, 1')}, {size}")
+    with f.when(f(f"icmp eq i64 {f.argument('num_threads')}, 1")):
+        f.do("call void @sums(ptr %arguments)")
+    first, stop = _share(f, f.mul(tiles, chunks))
+    with f.loop(first, stop) as task:
+        feature = f.mul(f(f"srem i64 {task}, {tiles}"), TILE)
+        row = f.mul(f(f"sdiv i64 {task}, {tiles}"), size)
+        last = f.less(f.add(row, size), num_rows)
+        rows = f(f"sub nsw i64 {last}, {row}")
+        is_fused = f(f"icmp slt i64 {rows}, {FUSED_BELOW_ROWS}")
+        with f.when(f(f"xor i1 {is_fused}, true")):
+            f.do(f"call void @chunk(ptr %arguments, i64 {row}, i64 {last}, i64 {feature})")
+        with f.when(is_fused):
+            # Tiles of as equal heights as can be: eight rows are four and four.
+            pieces = f(f"sdiv i64 {f.add(rows, program.fused_rows - 1)}, {program.fused_rows}")
+            with f.loop(0, pieces) as piece:
+                begin = f(f"sdiv i64 {f.mul(piece, rows)}, {pieces}")
+                end = f(f"sdiv i64 {f.mul(f.add(piece, 1), rows)}, {pieces}")
+                arguments = f"ptr %arguments, i64 {f.add(row, begin)}, i64 {feature}"
+                f.call_for(f(f"sub nsw i64 {end}, {begin}"), "fused", program.fused_rows, arguments)
+    return f
+
+
+def _sums(program: Program) -> _Function:
+    """sums[m, b] = sum of x[m] over block b, for this thread's share of the rows."""
+    f = _Function("sums", "ptr %arguments", attributes="")
+    steps, num_blocks, num_slots = f.argument("steps"), f.argument("num_blocks"), _num_slots(f)
+    first, stop = _share(f, f.argument("num_rows"))
+    with f.loop(first, stop) as row, f.loop(0, num_blocks) as block:
+        start = f.at(f.argument("x"), f.add(f.mul(row, num_slots), f.mul(f.mul(block, steps), STEP)), program.x)
+        total = f.slot("<8 x float>")
+        f.set(total, "<8 x float>", "zeroinitializer")
+        with f.loop(0, steps) as step:
+            x = f.get(f.at(start, f.mul(step, STEP), program.x), f"<8 x {program.x}>", program.x_bytes)
+            if program.x == "bfloat":
+                x = f(f"fpext <8 x bfloat> {x} to <8 x float>")
+            f.set(total, "<8 x float>", f(f"fadd <8 x float> {f.get(total, '<8 x float>')}, {x}"))
+        whole = f(
+            f"call reassoc float @llvm.vector.reduce.fadd.v8f32(float 0.0, <8 x float> {f.get(total, '<8 x float>')})"
+        )
+        f.set(f.at(f.argument("sums"), f.add(f.mul(row, num_blocks), block), "float"), "float", whole)
+    return f
