@@ -1,6 +1,6 @@
-"""Quantized linears on x86 processors with AVX2 or AVX-512.
+"""Quantized linears on x86 processors with AVX2 or AVX-512 by torch's own operators, where backend `llvm` cannot run.
 
-Three layouts of the same codes, made at load; which of them a call reads depends on the rows of x:
+Two layouts of the same codes, made at load; which of them a call reads depends on the rows of x:
 
 - `packed`, for few rows: what `aten::_weight_int4pack_mm_for_cpu` reads. It sums in float32 and never rounds a weight
   to bfloat16, but its arithmetic is float32 and it unpacks again for every four rows of x: the fastest there is for
@@ -9,10 +9,8 @@ Three layouts of the same codes, made at load; which of them a call reads depend
 - `rows`, for many rows and for every x that is not bfloat16: the codes in the row format of torch's quantized
   embedding tables, whose unpacking is vectorised. Weights come back exact in float32, are rounded once to the dtype of
   x, and go to the dense matmul piece by piece while they are in the cache.
-- `dense`, only in backend `cpu-dense` and instead of `rows`: a bfloat16 copy in the blocks that oneDNN multiplies. A
-  plain linear brings its weight into them at every call, which is why this is faster than an unquantized one.
 
-Bytes per weight for 4 bits and group size 64: `cpu` 1.2, `cpu-dense` 2.6; a packed checkpoint has 0.55, bfloat16 2.
+Bytes per weight for 4 bits and group size 64: 1.2; a packed checkpoint has 0.55, bfloat16 2.
 
 The packed kernel computes (code - 8) * scale + offset, scale and offset rounded to bfloat16. The offset is not
 (8 - zero) * scale but what makes the mean weight of each block come out right after the scale was rounded: a scale that
@@ -23,8 +21,7 @@ code = 16 * high + low, in twice the slots.
 Prepared tensors, in order; S slots and B = S/block blocks along K (`layout.arrange_slots`), P planes (2 for 8 bits,
 else 1), N16 = N rounded up to 16; those that are not needed are empty:
 packed uint8 [N16, P*S/2]; scale_offset bfloat16 [P*B, N16, 2]; rows uint8 [N*B, row bytes]; scale float32 [N*B, 1],
-empty where the rows hold it; dense bfloat16 [N, S], opaque where oneDNN packed it; column int64 [S], empty where
-columns keep their place.
+empty where the rows hold it; column int64 [S], empty where columns keep their place.
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ BLOCKS = (256, 128, 64, 32)
 MIN_GROUP_SIZE = 16
 """Smaller groups would more than double in width when they are padded to the smallest block."""
 
-PACKED_BELOW_ROWS = {"rows": 40, "dense": 6}
+PACKED_BELOW_ROWS = 40
 """Rows of x from which the other layout beats the packed one (4 bits; half of it for 8), by `scripts/bench_linear`."""
 
 PIECE = 1 << 20
@@ -71,37 +68,13 @@ def refuses(layer: LinearShape, device: torch.device, dtype: torch.dtype) -> str
     return None
 
 
-def refuses_dense(layer: LinearShape, device: torch.device, dtype: torch.dtype) -> str | None:
-    """The same for `cpu-dense`."""
-    if dtype != torch.bfloat16:
-        return f"keeps a bfloat16 copy, x would be {str(dtype).removeprefix('torch.')}"
-    return refuses(layer, device, dtype)
-
-
 def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """`packed` and `rows`; only `rows` where x will not be bfloat16."""
     slots, codes_NS, scale_NB, zero_NB = _arranged(weight)
     rows, scale = _rows(codes_NS, scale_NB, zero_NB, weight.spec.bits)
     if dtype != torch.bfloat16:
-        return _NO_TENSOR, _NO_TENSOR, rows, scale, _NO_TENSOR, _column(slots)
-    return *_packed(codes_NS, scale_NB, zero_NB, weight.spec.bits), rows, scale, _NO_TENSOR, _column(slots)
-
-
-def prepare_dense(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """`packed` and `dense`."""
-    slots, codes_NS, scale_NB, zero_NB = _arranged(weight)
-    rows, scale = _rows(codes_NS, scale_NB, zero_NB, weight.spec.bits)
-    dense_NS = _unpack(rows, scale, LinearShape.of(weight), dtype)
-    packed, scale_offset = _packed(codes_NS, scale_NB, zero_NB, weight.spec.bits)
-    return settle((packed, scale_offset, _NO_TENSOR, _NO_TENSOR, dense_NS, _column(slots)))
-
-
-def settle(prepared: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Bring a plain `dense` into oneDNN's blocks, where the processor multiplies bfloat16."""
-    *others, dense_NS, column_S = prepared
-    if dense_NS.numel() and multiplies_bfloat16():
-        dense_NS = pack_dense(dense_NS)
-    return *others, dense_NS, column_S
+        return _NO_TENSOR, _NO_TENSOR, rows, scale, _column(slots)
+    return *_packed(codes_NS, scale_NB, zero_NB, weight.spec.bits), rows, scale, _column(slots)
 
 
 def multiplies_bfloat16() -> bool:
@@ -110,38 +83,37 @@ def multiplies_bfloat16() -> bool:
 
 
 def pack_dense(weight_NK: Tensor) -> Tensor:
-    """A bfloat16 weight in oneDNN's blocks: an opaque tensor, which `to_dense` makes plain again."""
+    """A bfloat16 weight in oneDNN's blocks: an opaque tensor."""
     return torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), None)
 
 
-def multiply_dense(x: Tensor, packed_dense: Tensor, bias_N: Tensor | None) -> Tensor:
+def unpack_dense(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The way back: bfloat16 [N, K]."""
+    return packed.to_dense()
+
+
+def multiply_dense(x: Tensor, packed: Tensor, bias_N: Tensor | None, out_features: int) -> Tensor:
     """x [..., K] bfloat16 -> y [..., N], the bits of `F.linear`; there is no gradient."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed_dense, bias_N, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias_N, "none", [], "")
 
 
 def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
     """x [..., K] of any floating dtype -> y [..., N] in the same dtype."""
-    packed, scale_offset, rows, scale, dense_NS, column_S = prepared
+    packed, scale_offset, rows, scale, column_S = prepared
     num_planes = 2 if layer.bits == 8 else 1
-    num_slots = dense_NS.shape[1] if dense_NS.numel() else _slots_of_rows(rows, layer)
-    x_MS = gather_columns(x.reshape(-1, layer.in_features), column_S, num_slots)
-    limit = PACKED_BELOW_ROWS["dense" if dense_NS.numel() else "rows"] // num_planes
+    x_MS = gather_columns(x.reshape(-1, layer.in_features), column_S, _slots_of_rows(rows, layer))
+    limit = PACKED_BELOW_ROWS // num_planes
     if x.dtype == torch.bfloat16 and x_MS.shape[0] < limit and packed.numel():
         y_MN = _multiply_packed(x_MS, packed, scale_offset, bias_N, layer.out_features, num_planes)
-    elif dense_NS.is_mkldnn:
-        y_MN = multiply_dense(x_MS, dense_NS, bias_N)
-    elif dense_NS.numel():
-        y_MN = F.linear(x_MS, dense_NS, bias_N)
     else:
         y_MN = _unpack_and_multiply(x_MS, rows, scale, bias_N, layer).to(x.dtype)
     return y_MN.view(*x.shape[:-1], layer.out_features)
 
 
 def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dtype) -> Tensor:
-    """The dense weight [N, K]: computed in float32 and rounded once to dtype (in `cpu-dense`: to bfloat16 first)."""
-    _, _, rows, scale, dense_NS, column_S = prepared
-    dense_NS = dense_NS.to_dense() if dense_NS.is_mkldnn else dense_NS
-    weight_NS = dense_NS.to(dtype) if dense_NS.numel() else _unpack(rows, scale, layer, dtype)
+    """The dense weight [N, K]: computed in float32 and rounded once to dtype."""
+    _, _, rows, scale, column_S = prepared
+    weight_NS = _unpack(rows, scale, layer, dtype)
     return ungather_columns(weight_NS, column_S, layer.in_features)
 
 

@@ -40,8 +40,6 @@ class Backend:
     """(x [..., K], prepared, bias [N] or None, layer) -> y [..., N] in the dtype of x."""
     dequantize: Callable[[Prepared, LinearShape, torch.dtype], Tensor]
     """The dense weight [N, K], back from the prepared tensors."""
-    settle: Callable[[Prepared], Prepared] = lambda prepared: prepared
-    """Prepared tensors that travelled as plain ones (a copy, a pickle) -> as `prepare` made them."""
     inline_rows: int = 0
     """Below so many rows of x, matmul is plain torch operators: a compiler does better to see them than to call it."""
 
@@ -66,16 +64,7 @@ BACKENDS: dict[str, Backend] = {
         prepare=cpu.prepare,
         matmul=cpu.matmul,
         dequantize=cpu.dequantize,
-        inline_rows=cpu.PACKED_BELOW_ROWS["rows"] // 2,
-    ),
-    "cpu-dense": Backend(
-        name="cpu-dense",
-        refuses=cpu.refuses_dense,
-        prepare=cpu.prepare_dense,
-        matmul=cpu.matmul,
-        dequantize=cpu.dequantize,
-        settle=cpu.settle,
-        inline_rows=cpu.PACKED_BELOW_ROWS["dense"] // 2,
+        inline_rows=cpu.PACKED_BELOW_ROWS // 2,
     ),
     "torch": Backend(
         name="torch",
@@ -85,6 +74,35 @@ BACKENDS: dict[str, Backend] = {
         dequantize=reference.dequantize,
     ),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseKernel:
+    """One way to multiply with a weight in bfloat16 on a CPU that is faster than `F.linear`, because the weight lies as
+    it is read: for a head that stays in 16 bits."""
+
+    usable: Callable[[], bool]
+    pack: Callable[[Tensor], Tensor]
+    """Weight [N, K] bfloat16 -> how it lies in memory; depends on the processor."""
+    unpack: Callable[[Tensor, int, int], Tensor]
+    """(packed, N, K) -> the weight."""
+    multiply: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
+    """(x [..., K], packed, bias [N] or None, N) -> y [..., N]."""
+
+
+DENSE_KERNELS: dict[str, DenseKernel] = {
+    "llvm": DenseKernel(
+        usable=llvm.multiplies_dense, pack=llvm.pack_dense, unpack=llvm.unpack_dense, multiply=llvm.multiply_dense
+    ),
+    "onednn": DenseKernel(
+        usable=cpu.multiplies_bfloat16, pack=cpu.pack_dense, unpack=cpu.unpack_dense, multiply=cpu.multiply_dense
+    ),
+}
+
+
+def choose_dense_kernel() -> str | None:
+    """The first of `DENSE_KERNELS` that is usable on this processor."""
+    return next((name for name, kernel in DENSE_KERNELS.items() if kernel.usable()), None)
 
 
 @dataclass(frozen=True)
@@ -149,6 +167,17 @@ def dequantize(prepared: list[Tensor], backend: str, layer: list[int], dtype: to
 @dequantize.register_fake
 def _(prepared: list[Tensor], backend: str, layer: list[int], dtype: torch.dtype) -> Tensor:
     return prepared[0].new_empty((layer[0], layer[1]), dtype=dtype)
+
+
+@torch.library.custom_op("llmquant::multiply_dense", mutates_args=())
+def multiply_dense(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, kernel: str) -> Tensor:
+    """x [..., K] -> y [..., N] by the named one of `DENSE_KERNELS`."""
+    return DENSE_KERNELS[kernel].multiply(x, packed, bias, out_features)
+
+
+@multiply_dense.register_fake
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, kernel: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:

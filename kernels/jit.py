@@ -64,8 +64,8 @@ def openmp() -> Any:
 class Compiled:
     """Functions of one text; each takes one pointer. Lives as long as the process."""
 
-    def __init__(self, text: str, names: Iterable[str], without: Iterable[str] = ()) -> None:
-        """`without`: features of the processor to leave unused. Raises RuntimeError for text that LLVM refuses."""
+    def __init__(self, text: str, names: Iterable[str]) -> None:
+        """Raises RuntimeError for text that LLVM refuses."""
         from llvmlite import binding
 
         binding.initialize_native_target()
@@ -74,10 +74,10 @@ class Compiled:
         binding.add_symbol("omp_get_thread_num", _address(library.omp_get_thread_num))
         self._parallel = library.GOMP_parallel
         self._parallel.restype, self._parallel.argtypes = None, [ctypes.c_void_p, ctypes.c_char_p] + [ctypes.c_uint] * 2
-        features = {name: name in processor_features() - set(without) for name in binding.get_host_cpu_features()}
+        present, known = processor_features(), binding.get_host_cpu_features()
         machine = binding.Target.from_default_triple().create_target_machine(
-            cpu="x86-64-v3" if without else binding.get_host_cpu_name(),
-            features=",".join(f"{'+' if present else '-'}{name}" for name, present in features.items()),
+            cpu=binding.get_host_cpu_name(),
+            features=",".join(f"{'+' if name in present else '-'}{name}" for name in known),
             opt=3,
             jit=True,
         )

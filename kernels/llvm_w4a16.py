@@ -17,10 +17,15 @@ rows: the codes of 64 features and some blocks are decoded once into a `panel`, 
 at a time. Both add in the same order, so a row of y has the same bits in any batch and with any
 number of threads.
 
+Entry points: `@sums` and `@matmul`, to be called in this order by all threads (a single one calls `@matmul` alone,
+which then begins with the sums); `@unpack`, the dense weight; and `@dense`, the same product with a weight in bfloat16,
+for a head that stays in 16 bits.
+
 Letters: M rows of x, N out_features, S slots (columns of x, see `layout`), B blocks of them, P planes (2 for 8-bit
 codes: high and low halves as two weights over the same x), T tiles of 64 features.
-Memory, all contiguous: x [M, S]; words uint32 [T, P*S/8, 64]; scale and zero uint8 [T, P*B, 64]; bias float32 [N] or
-null; sums float32 [M, B], filled by `@sums`; y [M, N] in the dtype of x.
+Memory, all contiguous: x [M, S]; words uint32 [T, P*S/8, 64], for `@dense` pairs of bfloat16 [T, S/2, 64, 2]; scale and
+zero uint8 [T, P*B, 64]; bias float32 [N] or null; sums float32 [M, B], filled by `@sums`; y in the dtype of x [M, N],
+from `@unpack` [S, N].
 """
 
 from __future__ import annotations
@@ -47,9 +52,8 @@ ARGUMENTS = (
     *("x", "words", "scale", "zero", "bias", "sums", "y"),
     *("num_rows", "out_features", "num_blocks", "steps", "num_planes", "chunk", "num_threads"),
 )
-"""Fields of the struct that both functions take, 64 bits each; `steps` are words of a block."""
-ENTRY_POINTS = ("sums", "matmul")
-"""To be called in this order by all threads; a single one calls `matmul` alone, which begins with the sums."""
+"""Fields of the struct that an entry point takes, 64 bits each; `steps` are words of a block."""
+ENTRY_POINTS = ("sums", "matmul", "unpack", "dense")
 
 _FLOATS = "<16 x float>"
 _WORDS = "<16 x i32>"
@@ -108,7 +112,9 @@ class Program:
         """The whole program."""
         functions = [_fused_tile(self, rows) for rows in range(1, self.fused_rows + 1)]
         functions += [_panel_tile(self, rows) for rows in range(1, self.panel_rows + 1)]
-        functions += [_chunk(self), _matmul(self), _sums(self)]
+        functions += [_chunk(self), _matmul(self), _sums(self), _unpack(self)]
+        functions += [_dense_tile(self, rows) for rows in range(1, self.panel_rows + 1)]
+        functions += [_dense(self)]
         return _DECLARATIONS + "\n".join(function.text() for function in functions)
 
 
@@ -171,9 +177,16 @@ class _Function:
         index = ARGUMENTS.index(name)
         return self.get(self.at("%arguments", index, "i64"), "ptr" if index < 7 else "i64")
 
+    def tiles(self) -> str:
+        """T"""
+        return self(f"sdiv i64 {self.add(self.argument('out_features'), TILE - 1)}, {TILE}")
+
     def splat(self, value: str, kind: str) -> str:
         first = self(f"insertelement <{LANES} x {kind}> poison, {kind} {value}, i64 0")
         return self(f"shufflevector <{LANES} x {kind}> {first}, <{LANES} x {kind}> poison, {_WORDS} zeroinitializer")
+
+    def shifted(self, word: str, bits: int) -> str:
+        return self(f"lshr {_WORDS} {word}, {_words(bits)}") if bits else word
 
     def fma(self, a: str, b: str, c: str) -> str:
         return self(f"call {_FLOATS} @llvm.fma.v16f32({_FLOATS} {a}, {_FLOATS} {b}, {_FLOATS} {c})")
@@ -208,15 +221,22 @@ def _words(value: int) -> str:
     return "<" + ", ".join([f"i32 {value}"] * LANES) + ">"
 
 
+def _floats(value: float) -> str:
+    return "<" + ", ".join([f"float {value:e}"] * LANES) + ">"
+
+
 def _decode(f: _Function, program: Program, word: str, part: int) -> str:
     """16 words -> one part of each, as 32 bits: two weights 128 + code in bfloat16, or one code in float32."""
-    shift = 4 * part if program.x == "bfloat" else 4 * (part // 2) + 16 * (part % 2)
-    if shift:
-        word = f(f"lshr {_WORDS} {word}, {_words(shift)}")
-    if program.x == "bfloat":
-        return f(f"or {_WORDS} {f(f'and {_WORDS} {word}, {_words(0x000F000F)}')}, {_words(0x43004300)}")
-    code = f(f"and {_WORDS} {word}, {_words(15)}")
-    return f(f"bitcast {_FLOATS} {f(f'sitofp {_WORDS} {code} to {_FLOATS}')} to {_WORDS}")
+    if program.x == "float":
+        return f(f"bitcast {_FLOATS} {_code(f, word, part)} to {_WORDS}")
+    pair = f.shifted(word, 4 * part)
+    return f(f"or {_WORDS} {f(f'and {_WORDS} {pair}, {_words(0x000F000F)}')}, {_words(0x43004300)}")
+
+
+def _code(f: _Function, word: str, column: int) -> str:
+    """16 words -> the code of one column in each, as float32."""
+    code = f(f"and {_WORDS} {f.shifted(word, 4 * (column // 2) + 16 * (column % 2))}, {_words(15)}")
+    return f(f"sitofp {_WORDS} {code} to {_FLOATS}")
 
 
 def _multiply(f: _Function, program: Program, weight: str, x: str, total: str) -> str:
@@ -255,48 +275,72 @@ def _place(f: _Function, feature: str, block: str, width: str | int = 1) -> str:
     return f.add(f.mul(line, TILE), f(f"and i64 {feature}, {TILE - 1}"))
 
 
+def _rows_of_x(f: _Function, program: Program, tile: _Tile, start: str | int) -> list[str]:
+    """Where the tile's rows of x have the column `start`."""
+    x, num_slots = f.argument("x"), _num_slots(f)
+    rows = [f.mul(f.add(tile.row, row), num_slots) for row in range(len(tile.totals))]
+    return [f.at(x, f.add(row, start), program.x) for row in rows]
+
+
+def _weights(f: _Function, panel: str, place: str, lane: str, vectors: int) -> list[str]:
+    """Vectors of decoded weights, from line `place` of a panel [parts, 64] on."""
+    line = f.at(panel, f.add(f.mul(place, TILE), lane), "i32")
+    return [f.get(f.at(line, LANES * vector, "i32"), _WORDS, 64) for vector in range(vectors)]
+
+
+def _add_products(
+    f: _Function, program: Program, weights: list[str], x_rows: list[str], place: str, sums: list[list[str]]
+) -> None:
+    """sums[row][vector] += weights[vector] * x[row], for one part of the columns."""
+    for x_row, of_row in zip(x_rows, sums, strict=True):
+        x = f.splat(f.get(f.at(x_row, place, "i32"), "i32", 4), "i32")
+        for weight, total in zip(weights, of_row, strict=True):
+            f.set(total, _FLOATS, _multiply(f, program, weight, x, f.get(total, _FLOATS)))
+
+
 def _add_block(f: _Function, program: Program, tile: _Tile, block: str, block_of_x: str, panel: str | None) -> None:
     """totals += what one block of columns gives; the weights from its place in a panel, or decoded on the way."""
-    rows, vectors = len(tile.totals), tile.vectors
-    steps, x, num_slots = f.argument("steps"), f.argument("x"), _num_slots(f)
-    sums = [[f.slot(_FLOATS, "zeroinitializer") for _ in range(vectors)] for _ in range(rows)]
+    steps = f.argument("steps")
+    sums = [[f.slot(_FLOATS, "zeroinitializer") for _ in of_row] for of_row in tile.totals]
     start = f.mul(f.mul(block_of_x, steps), STEP)
-    x_rows = [
-        f.at(x, f.add(f.mul(f.add(tile.row, row), num_slots), start), program.x) for row in range(rows)
-    ]
+    x_rows = _rows_of_x(f, program, tile, start)
     words = f.at(f.argument("words"), _place(f, tile.feature, block, steps), "i32")
-    lanes = f(f"and i64 {tile.feature}, {TILE - 1}")
+    lane = f(f"and i64 {tile.feature}, {TILE - 1}")
     with f.loop(0, steps) as step:
-        line = f.at(words, f.mul(step, TILE), "i32")
         if panel is None:
-            word = [f.get(f.at(line, LANES * vector, "i32"), _WORDS, 64) for vector in range(vectors)]
+            line = f.at(words, f.mul(step, TILE), "i32")
+            word = [f.get(f.at(line, LANES * vector, "i32"), _WORDS, 64) for vector in range(tile.vectors)]
         for part in range(program.parts):
             place = f.add(f.mul(step, program.parts), part)
             if panel is None:
-                weights = [_decode(f, program, word[vector], part) for vector in range(vectors)]
+                weights = [_decode(f, program, one, part) for one in word]
             else:
-                line = f.at(panel, f.add(f.mul(place, TILE), lanes), "i32")
-                weights = [f.get(f.at(line, LANES * vector, "i32"), _WORDS, 64) for vector in range(vectors)]
-            for x_row, of_row in zip(x_rows, sums, strict=True):
-                many = f.splat(f.get(f.at(x_row, place, "i32"), "i32", 4), "i32")
-                for weight, total in zip(weights, of_row, strict=True):
-                    f.set(total, _FLOATS, _multiply(f, program, weight, many, f.get(total, _FLOATS)))
+                weights = _weights(f, panel, place, lane, tile.vectors)
+            _add_products(f, program, weights, x_rows, place, sums)
     _scale_block(f, program, tile, sums, block, block_of_x)
+
+
+def _scale(f: _Function, program: Program, place: str) -> str:
+    scale = f.get(f.at(f.argument("scale"), place, program.scale), f"<16 x {program.scale}>", 2)
+    return scale if program.scale == "float" else f(f"fpext <16 x {program.scale}> {scale} to {_FLOATS}")
+
+
+def _zero(f: _Function, place: str, base: int) -> str:
+    """base + zero in float32"""
+    zero = f.get(f.at(f.argument("zero"), place, "i8"), "<16 x i8>", 1)
+    zero = f(f"add {_WORDS} {f(f'zext <16 x i8> {zero} to {_WORDS}')}, {_words(base)}")
+    return f(f"sitofp {_WORDS} {zero} to {_FLOATS}")
 
 
 def _scale_block(
     f: _Function, program: Program, tile: _Tile, sums: list[list[str]], block: str, block_of_x: str
 ) -> None:
     """totals += scale * (sums - (base + zero) * sum of x)"""
-    place = _place(f, tile.feature, block)
     scales, zeros = [], []
     for vector in range(tile.vectors):
-        address = f.at(f.at(f.argument("scale"), place, program.scale), LANES * vector, program.scale)
-        scale = f.get(address, f"<16 x {program.scale}>", 2)
-        scales.append(scale if program.scale == "float" else f(f"fpext <16 x {program.scale}> {scale} to {_FLOATS}"))
-        zero = f.get(f.at(f.at(f.argument("zero"), place, "i8"), LANES * vector, "i8"), "<16 x i8>", 1)
-        zero = f(f"add {_WORDS} {f(f'zext <16 x i8> {zero} to {_WORDS}')}, {_words(program.base)}")
-        zeros.append(f(f"fneg {_FLOATS} {f(f'sitofp {_WORDS} {zero} to {_FLOATS}')}"))
+        place = _place(f, f.add(tile.feature, LANES * vector), block)
+        scales.append(_scale(f, program, place))
+        zeros.append(f(f"fneg {_FLOATS} {_zero(f, place, program.base)}"))
     for row, (of_row, totals) in enumerate(zip(sums, tile.totals, strict=True)):
         place = f.add(f.mul(f.add(tile.row, row), f.argument("num_blocks")), block_of_x)
         sum_of_x = f.splat(f.get(f.at(f.argument("sums"), place, "float"), "float"), "float")
@@ -306,37 +350,42 @@ def _scale_block(
 
 
 def _write(f: _Function, program: Program, tile: _Tile) -> None:
-    """y = totals + bias, rounded once; features beyond the last are left alone."""
-    out_features, bias = f.argument("out_features"), f.argument("bias")
+    """y = totals + bias, rounded once."""
+    bias = f.argument("bias")
     has_bias = f(f"icmp ne ptr {bias}, null")
-    lanes = "<" + ", ".join(f"i64 {lane}" for lane in range(LANES)) + ">"
-    kind, suffix = f"<16 x {program.x}>", "bf16" if program.x == "bfloat" else "f32"
     for vector in range(tile.vectors):
         feature = f.add(tile.feature, LANES * vector)
-        left = f(f"sub nsw i64 {out_features}, {feature}")
-        there = f(f"icmp slt <16 x i64> {lanes}, {f.splat(left, 'i64')}")
+        left, there = _left(f, feature)
         added = f.slot(_FLOATS, "zeroinitializer")
         # In a branch: a masked load that would fault, were it not for its mask, takes hundreds of cycles.
         with f.when(has_bias):
-            address = f.at(bias, feature, "float")
-            f.set(added, _FLOATS, f(
-                f"call {_FLOATS} @llvm.masked.load.v16f32.p0"
-                f"(ptr {address}, i32 4, <16 x i1> {there}, {_FLOATS} zeroinitializer)"
-            ))
-        is_whole = f(f"icmp sge i64 {left}, {LANES}")
+            call = f"call {_FLOATS} @llvm.masked.load.v16f32.p0(ptr {f.at(bias, feature, 'float')}, i32 4"
+            f.set(added, _FLOATS, f(f"{call}, <16 x i1> {there}, {_FLOATS} zeroinitializer)"))
         for row, totals in enumerate(tile.totals):
             value = f(f"fadd {_FLOATS} {f.get(totals[vector], _FLOATS, 64)}, {f.get(added, _FLOATS)}")
-            if program.x == "bfloat":
-                value = f(f"fptrunc {_FLOATS} {value} to {kind}")
-            place = f.add(f.mul(f.add(tile.row, row), out_features), feature)
-            address = f.at(f.argument("y"), place, program.x)
-            with f.when(is_whole):
-                f.do(f"store {kind} {value}, ptr {address}, align {program.x_bytes}")
-            with f.when(f(f"xor i1 {is_whole}, true")):
-                f.do(
-                    f"call void @llvm.masked.store.v16{suffix}.p0"
-                    f"({kind} {value}, ptr {address}, i32 {program.x_bytes}, <16 x i1> {there})"
-                )
+            _store(f, program, value, f.add(tile.row, row), feature, left, there)
+
+
+def _left(f: _Function, feature: str) -> tuple[str, str]:
+    """How many features there are from this one on, and which of the next 16 are among them."""
+    left = f(f"sub nsw i64 {f.argument('out_features')}, {feature}")
+    lanes = "<" + ", ".join(f"i64 {lane}" for lane in range(LANES)) + ">"
+    return left, f(f"icmp slt <16 x i64> {lanes}, {f.splat(left, 'i64')}")
+
+
+def _store(f: _Function, program: Program, value: str, row: str, feature: str, left: str, there: str) -> None:
+    """16 float32 to y, rounded to its dtype; features beyond the last are left alone."""
+    kind, suffix = _FLOATS, "f32"
+    if program.x == "bfloat":
+        kind, suffix = "<16 x bfloat>", "bf16"
+        value = f(f"fptrunc {_FLOATS} {value} to {kind}")
+    address = f.at(f.argument("y"), f.add(f.mul(row, f.argument("out_features")), feature), program.x)
+    is_whole = f(f"icmp sge i64 {left}, {LANES}")
+    with f.when(is_whole):
+        f.do(f"store {kind} {value}, ptr {address}, align {program.x_bytes}")
+    with f.when(f(f"xor i1 {is_whole}, true")):
+        call = f"call void @llvm.masked.store.v16{suffix}.p0({kind} {value}, ptr {address}, i32 {program.x_bytes}"
+        f.do(f"{call}, <16 x i1> {there})")
 
 
 def _fused_tile(program: Program, rows: int) -> _Function:
@@ -434,7 +483,7 @@ def _matmul(program: Program) -> _Function:
     """This thread's share of y. A task is 64 features of a chunk of rows."""
     f = _Function("matmul", "ptr %arguments", attributes="")
     num_rows, size = f.argument("num_rows"), f.argument("chunk")
-    tiles = f(f"sdiv i64 {f.add(f.argument('out_features'), TILE - 1)}, {TILE}")
+    tiles = f.tiles()
     chunks = f(f"sdiv i64 {f(f'sub nsw i64 {f.add(num_rows, size)}, 1')}, {size}")
     with f.when(f(f"icmp eq i64 {f.argument('num_threads')}, 1")):
         f.do("call void @sums(ptr %arguments)")
@@ -476,4 +525,66 @@ def _sums(program: Program) -> _Function:
             f"call reassoc float @llvm.vector.reduce.fadd.v8f32(float 0.0, <8 x float> {f.get(total, '<8 x float>')})"
         )
         f.set(f.at(f.argument("sums"), f.add(f.mul(row, num_blocks), block), "float"), "float", whole)
+    return f
+
+
+def _unpack(program: Program) -> _Function:
+    """y = the dense weight [S, N], scale * (code - zero) rounded once, for this thread's share of the tiles."""
+    f = _Function("unpack", "ptr %arguments", attributes="")
+    num_blocks, num_planes, steps = f.argument("num_blocks"), f.argument("num_planes"), f.argument("steps")
+    first, stop = _share(f, f.tiles())
+    with f.loop(first, stop) as tile, f.loop(0, num_blocks) as block, f.loop(0, TILE, LANES) as lane:
+        feature = f.add(f.mul(tile, TILE), lane)
+        left, there = _left(f, feature)
+        with f.loop(0, steps) as step:
+            for column in range(STEP):
+                # Planes from the highest bits to the lowest; the last one has the scale of a whole step.
+                distance = f.slot(_FLOATS, "zeroinitializer")
+                scale = f.slot(_FLOATS, "zeroinitializer")
+                with f.loop(0, num_planes) as plane:
+                    of_plane = f.add(f.mul(plane, num_blocks), block)
+                    place = f.add(_place(f, feature, of_plane, steps), f.mul(step, TILE))
+                    word = f.get(f.at(f.argument("words"), place, "i32"), _WORDS, 64)
+                    place = _place(f, feature, of_plane)
+                    digit = f(f"fsub {_FLOATS} {_code(f, word, column)}, {_zero(f, place, 0)}")
+                    f.set(distance, _FLOATS, f.fma(f.get(distance, _FLOATS), _floats(16), digit))
+                    f.set(scale, _FLOATS, _scale(f, program, place))
+                row = f.add(f.mul(f.add(f.mul(block, steps), step), STEP), column)
+                value = f(f"fmul {_FLOATS} {f.get(distance, _FLOATS)}, {f.get(scale, _FLOATS)}")
+                _store(f, program, value, row, feature, left, there)
+    return f
+
+
+def _dense_tile(program: Program, rows: int) -> _Function:
+    """So many rows and 64 features of y from a weight in bfloat16."""
+    f = _Function(f"dense{rows}", "ptr %arguments, i64 %row, i64 %feature")
+    vectors = program.vectors(rows)
+    pairs = f(f"lshr i64 {_num_slots(f)}, 1")
+    weight = f.at(f.argument("words"), f.mul(f.mul(f("lshr i64 %feature, 6"), pairs), TILE), "i32")
+    with f.loop(0, TILE, LANES * vectors) as lane:
+        totals = [[f.slot(_FLOATS, "zeroinitializer") for _ in range(vectors)] for _ in range(rows)]
+        tile = _Tile(totals=totals, row="%row", feature=f.add("%feature", lane))
+        x_rows = _rows_of_x(f, program, tile, 0)
+        with f.loop(0, pairs) as pair:
+            words = _weights(f, weight, pair, lane, vectors)
+            if program.x == "bfloat":
+                _add_products(f, program, words, x_rows, pair, totals)
+            else:
+                place = f.mul(pair, 2)
+                even = [f(f"shl {_WORDS} {word}, {_words(16)}") for word in words]
+                _add_products(f, program, even, x_rows, place, totals)
+                odd = [f(f"and {_WORDS} {word}, {_words(0xFFFF0000)}") for word in words]
+                _add_products(f, program, odd, x_rows, f.add(place, 1), totals)
+        _write(f, program, tile)
+    return f
+
+
+def _dense(program: Program) -> _Function:
+    """This thread's share of y, by tiles of features."""
+    f = _Function("dense", "ptr %arguments", attributes="")
+    num_rows = f.argument("num_rows")
+    first, stop = _share(f, f.tiles())
+    with f.loop(first, stop) as tile, f.loop(0, num_rows, program.panel_rows) as row:
+        rows = f.less(f(f"sub nsw i64 {num_rows}, {row}"), program.panel_rows)
+        f.call_for(rows, "dense", program.panel_rows, f"ptr %arguments, i64 {row}, i64 {f.mul(tile, TILE)}")
     return f

@@ -12,7 +12,7 @@ from paths import ROOT
 CORE = {"llmquant.__version__", "llmquant.spec", "llmquant.errors", "llmquant.weight"}
 ALLOWED: dict[str, set[str]] = {
     "llmquant.algorithms": CORE | {"torch"},
-    "llmquant.kernels": CORE | {"torch", "triton"},
+    "llmquant.kernels": CORE | {"torch", "triton", "llvmlite"},
     "llmquant.formats": CORE | {"llmquant.algorithms", "torch"},
     "llmquant.checkpoints": CORE | {"llmquant.algorithms", "llmquant.formats", "torch", "safetensors"},
     "llmquant.models": CORE

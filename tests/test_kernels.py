@@ -117,6 +117,7 @@ SHAPES = {
     "ragged M, N and K": {"out_features": 100, "in_features": 200, "group_size": 64, "symmetric": False},
     "one group": {"out_features": 40, "in_features": 100, "group_size": -1, "symmetric": False},
     "group 48 fits no block": {"out_features": 33, "in_features": 160, "group_size": 48, "symmetric": False},
+    "group 4, half of every block empty": {"out_features": 70, "in_features": 36, "group_size": 4},
     "act-order": {"out_features": 64, "in_features": 256, "group_size": 64, "symmetric": False, "moving": True},
     "float16 scales and zero-points": {"out_features": 64, "in_features": 256, "symmetric": False, "fine": True},
     "2 bits": {"out_features": 64, "in_features": 256, "bits": 2, "symmetric": False},
@@ -153,8 +154,9 @@ def test_error_is_about_that_of_plain_torch(name: str, dtype: torch.dtype, case:
         x = torch.randn(rows, weight.in_features).to(dtype)
         exact = truth(x, weight, linear.bias)
         plain = relative_error(torch.nn.functional.linear(x, weight.dequantize(dtype), linear.bias), exact)
-        # Few rows on the CPU: the weight is not rounded, but its offset is, and the bias is added after a rounding.
-        assert relative_error(linear(x), exact) <= (1.6 if rows < 48 else 1.25) * plain
+        # Few rows in backend `cpu`: the weight is not rounded, but its offset is, and the bias is added after a
+        # rounding. In float32 the order of a sum is luck.
+        assert relative_error(linear(x), exact) <= (1.6 if rows < 48 or dtype == torch.float32 else 1.25) * plain
 
 
 @pytest.mark.parametrize("name", HERE)
@@ -240,8 +242,8 @@ def test_refusals_say_why() -> None:
         choose_backend(LinearShape.of(random_weight(16, 64)), CPU, torch.bfloat16, "triton")
 
 
-def test_groups_smaller_than_a_block_fall_to_the_definition() -> None:
-    backend, reason = choose_backend(LinearShape.of(random_weight(16, 64, group_size=8)), CPU, torch.bfloat16)
+def test_what_no_other_takes_falls_to_the_definition() -> None:
+    backend, reason = choose_backend(LinearShape.of(random_weight(16, 64, group_size=8)), CPU, torch.float64)
     assert backend.name == "torch" and "no other" in reason
 
 

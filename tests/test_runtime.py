@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import llmquant
-from llmquant.kernels.cpu import multiplies_bfloat16
+from llmquant.kernels.dispatch import DENSE_KERNELS
 from llmquant.runtime import load as loading
 from llmquant.runtime.linear import PackedLinear
 
@@ -31,20 +32,29 @@ def quantized(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
-@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor does not multiply bfloat16")
+@pytest.mark.parametrize("kernel", DENSE_KERNELS)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-def test_packed_head_gives_the_same_bits(architecture: str, quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_head_gives_the_same_logits(
+    architecture: str, kernel: str, quantized: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The head of llama is its own, that of the others is the embedding."""
+    if not DENSE_KERNELS[kernel].usable():
+        pytest.skip("not for this processor")
+    for other in set(DENSE_KERNELS) - {kernel}:
+        monkeypatch.setitem(DENSE_KERNELS, other, replace(DENSE_KERNELS[other], usable=lambda: False))
     folder = quantized(architecture)
     model = llmquant.load(folder, device="cpu")
     monkeypatch.setattr(loading, "pack_head", lambda model: None)
     plain = llmquant.load(folder, device="cpu")
-    assert isinstance(model.get_output_embeddings(), PackedLinear)
+    head = model.get_output_embeddings()
+    assert isinstance(head, PackedLinear) and head.kernel_name == kernel
     assert isinstance(plain.get_output_embeddings(), nn.Linear)
+    tolerance = {"rtol": 0, "atol": 0} if kernel == "onednn" else {}
     with torch.inference_mode():
         for tokens in (TOKENS, TOKENS[:, :1]):
-            assert torch.equal(model(tokens).logits, plain(tokens).logits)
-            assert torch.equal(pickle.loads(pickle.dumps(model))(tokens).logits, plain(tokens).logits)
+            logits = model(tokens).logits
+            torch.testing.assert_close(logits, plain(tokens).logits, **tolerance)
+            assert torch.equal(pickle.loads(pickle.dumps(model))(tokens).logits, logits)
     assert torch.equal(model.get_output_embeddings().weight.T, plain.get_output_embeddings().weight.T)
     embeddings = [each.get_input_embeddings()(TOKENS).detach().requires_grad_() for each in (model, plain)]
     for each, x in zip((model, plain), embeddings, strict=True):

@@ -14,8 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmquant.errors import UserError
-from llmquant.kernels.cpu import multiply_dense, pack_dense
-from llmquant.kernels.dispatch import BACKENDS, choose_backend, matmul
+from llmquant.kernels.dispatch import (
+    BACKENDS,
+    DENSE_KERNELS,
+    choose_backend,
+    choose_dense_kernel,
+    matmul,
+    multiply_dense,
+)
 from llmquant.kernels.layout import LinearShape
 from llmquant.weight import QuantizedWeight
 
@@ -56,13 +62,11 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(f"prepared_{i}", tensor, persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles. What oneDNN packed can be neither: it travels as a plain tensor."""
-        plain = tuple(tensor.to_dense() if tensor.is_mkldnn else tensor for tensor in self.prepared)
-        return self.__dict__ | {"prepared": plain, "_buffers": {}}
+        return self.__dict__ | {"_buffers": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hold(BACKENDS[self.backend_name].settle(self.prepared))
+        self._hold(self.prepared)
 
     @property
     def device(self) -> torch.device:
@@ -125,25 +129,32 @@ class QuantizedLinear(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """An `nn.Linear` in bfloat16 on a CPU, its weight in the blocks that oneDNN multiplies: the same bits, sooner.
+    """An `nn.Linear` in bfloat16 on a CPU, its weight laid out as one of `DENSE_KERNELS` reads it.
 
-    A plain linear brings its weight into them at every call, which for one row is most of the work.
+    A plain linear brings its weight into oneDNN's layout at every call, which for one row is most of the work.
     """
 
     packed: Tensor
 
     def __init__(self, linear: nn.Linear) -> None:
+        """There must be a kernel: `choose_dense_kernel`."""
         super().__init__()
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
-        self.register_buffer("packed", pack_dense(linear.weight.detach()), persistent=False)
+        self.register_buffer("packed", torch.empty(0), persistent=False)
         self.bias = linear.bias
+        self._hold(linear.weight.detach())
+
+    def _hold(self, weight_NK: Tensor) -> None:
+        self.kernel_name = choose_dense_kernel() or ""
+        self.packed = DENSE_KERNELS[self.kernel_name].pack(weight_NK)
 
     def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: the layout is this processor's, so the weight travels as a plain tensor."""
         return self.__dict__ | {"_buffers": {"packed": self.dequantize()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.packed = pack_dense(self.packed)
+        self._hold(self.packed)
 
     @property
     def device(self) -> torch.device:
@@ -156,15 +167,20 @@ class PackedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight [N, K] as a plain tensor."""
-        return self.packed.to_dense()
+        return DENSE_KERNELS[self.kernel_name].unpack(self.packed, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return F.linear(x, self.dequantize(), self.bias)
-        return multiply_dense(x, self.packed, self.bias)
+        if torch.compiler.is_compiling():
+            return multiply_dense(x, self.packed, self.bias, self.out_features, self.kernel_name)
+        return DENSE_KERNELS[self.kernel_name].multiply(x, self.packed, self.bias, self.out_features)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"kernel={self.kernel_name}"
+        )
 
 
 class DenseWeight:

@@ -23,7 +23,7 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.formats.format import ParsedQuantization
 from llmquant.hub import resolve_model
-from llmquant.kernels.cpu import multiplies_bfloat16
+from llmquant.kernels.dispatch import choose_dense_kernel
 from llmquant.memory import give_back
 from llmquant.models.blocks import device_of, is_linear, linear_shape
 from llmquant.models.skeleton import DTYPES, Skeleton, name_translator, read_config, stored_dtype
@@ -146,7 +146,7 @@ def pack_head(model: Any) -> None:
     bytes of a token. A head that is the embedding too is there twice from then on."""
     head = model.get_output_embeddings()
     fits = type(head) is nn.Linear and head.weight.device.type == "cpu" and head.weight.dtype == torch.bfloat16
-    if fits and multiplies_bfloat16():
+    if fits and choose_dense_kernel() is not None:
         model.set_output_embeddings(PackedLinear(head))
 
 
