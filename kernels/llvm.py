@@ -84,20 +84,21 @@ def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer
     compiled, inner = _compiled(x.dtype, scale.dtype)
     num_blocks = zero.shape[1] // (2 if layer.bits == 8 else 1)
     steps = words.shape[1] // zero.shape[1]
-    x_MK = x.reshape(-1, layer.in_features)
-    num_rows = x_MK.shape[0]
+    num_rows, num_slots = x.numel() // layer.in_features, num_blocks * steps * STEP
     if num_rows >= MATRIX_UNITS_FROM_ROWS and inner == torch.bfloat16 and _has_matrix_units():
         return F.linear(x, dequantize(prepared, layer, x.dtype), bias_N)
-    x_MS = gather_columns(x_MK, column_S, num_blocks * steps * STEP).to(inner).contiguous()
-    y_MN = torch.empty(num_rows, layer.out_features, dtype=inner)
+    y = torch.empty(*x.shape[:-1], layer.out_features, dtype=inner)
     if num_rows:
+        # Every operator costs as much as a small matmul's tenth: none that changes nothing.
+        if num_slots != layer.in_features or column_S.numel():
+            x = gather_columns(x.reshape(-1, layer.in_features), column_S, num_slots)
         threads, chunk = _share(num_rows, words.shape[0])
-        tensors = x_MS, words, scale, zero, _float(bias_N), torch.empty(num_rows, num_blocks), y_MN
+        tensors = _ready(x, inner), words, scale, zero, _float(bias_N), torch.empty(num_rows, num_blocks), y
         sizes = num_rows, layer.out_features, num_blocks, steps, zero.shape[1] // num_blocks, chunk
         if threads > 1:
             _call(compiled, "sums", tensors, sizes, threads)
         _call(compiled, "matmul", tensors, sizes, threads)
-    return y_MN.to(x.dtype).view(*x.shape[:-1], layer.out_features)
+    return y if x.dtype == inner else y.to(x.dtype)
 
 
 def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dtype) -> Tensor:
@@ -135,12 +136,19 @@ def multiply_dense(x: Tensor, packed: Tensor, bias_N: Tensor | None, out_feature
     """x [..., K] bfloat16 -> y [..., N]; a row has the same bits in any batch. There is no gradient."""
     compiled, inner = _compiled(x.dtype, torch.bfloat16)
     num_tiles, num_pairs, _, _ = packed.shape
-    x_MS = F.pad(x.reshape(-1, x.shape[-1]), (0, 2 * num_pairs - x.shape[-1])).to(inner).contiguous()
-    y_MN = torch.empty(x_MS.shape[0], out_features, dtype=inner)
-    sizes = x_MS.shape[0], out_features, 1, 2 * num_pairs // STEP, 1, 0
-    tensors = x_MS, packed, None, None, _float(bias_N), None, y_MN
+    if x.shape[-1] != 2 * num_pairs:
+        x = F.pad(x, (0, 2 * num_pairs - x.shape[-1]))
+    y = torch.empty(*x.shape[:-1], out_features, dtype=inner)
+    sizes = x.numel() // (2 * num_pairs), out_features, 1, 2 * num_pairs // STEP, 1, 0
+    tensors = _ready(x, inner), packed, None, None, _float(bias_N), None, y
     _call(compiled, "dense", tensors, sizes, min(torch.get_num_threads(), num_tiles))
-    return y_MN.to(x.dtype).view(*x.shape[:-1], out_features)
+    return y if x.dtype == inner else y.to(x.dtype)
+
+
+def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def _call(
