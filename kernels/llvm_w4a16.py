@@ -45,7 +45,7 @@ PANEL = 512
 """Columns that are decoded at a time; in bfloat16 64 KiB, which stream from the second-level cache."""
 MAX_CHUNK = 240
 """Rows that share a panel: their float32 totals lie on the stack of a thread, 60 KiB."""
-FUSED_BELOW_ROWS = 16
+FUSED_BELOW_ROWS = 24
 """Rows of a chunk from which decoding once is worth storing the weights, by `scripts/bench_linear`."""
 
 ARGUMENTS = (
@@ -301,9 +301,8 @@ def _add_products(
 def _add_block(f: _Function, program: Program, tile: _Tile, block: str, block_of_x: str, panel: str | None) -> None:
     """totals += what one block of columns gives; the weights from its place in a panel, or decoded on the way."""
     steps = f.argument("steps")
-    sums = [[f.slot(_FLOATS, "zeroinitializer") for _ in of_row] for of_row in tile.totals]
-    start = f.mul(f.mul(block_of_x, steps), STEP)
-    x_rows = _rows_of_x(f, program, tile, start)
+    sums = _minus_zero_times_x(f, program, tile, block, block_of_x)
+    x_rows = _rows_of_x(f, program, tile, f.mul(f.mul(block_of_x, steps), STEP))
     words = f.at(f.argument("words"), _place(f, tile.feature, block, steps), "i32")
     lane = f(f"and i64 {tile.feature}, {TILE - 1}")
     with f.loop(0, steps) as step:
@@ -317,7 +316,25 @@ def _add_block(f: _Function, program: Program, tile: _Tile, block: str, block_of
             else:
                 weights = _weights(f, panel, place, lane, tile.vectors)
             _add_products(f, program, weights, x_rows, place, sums)
-    _scale_block(f, program, tile, sums, block, block_of_x)
+    for vector in range(tile.vectors):
+        scale = _scale(f, program, _place(f, f.add(tile.feature, LANES * vector), block))
+        for of_row, totals in zip(sums, tile.totals, strict=True):
+            total = f.fma(f.get(of_row[vector], _FLOATS), scale, f.get(totals[vector], _FLOATS, 64))
+            f.set(totals[vector], _FLOATS, total)
+
+
+def _minus_zero_times_x(f: _Function, program: Program, tile: _Tile, block: str, block_of_x: str) -> list[list[str]]:
+    """-(base + zero) * sum of x [row][vector]: what the products of a block are added to."""
+    zeros = [
+        f(f"fneg {_FLOATS} {_zero(f, _place(f, f.add(tile.feature, LANES * vector), block), program.base)}")
+        for vector in range(tile.vectors)
+    ]
+    sums = []
+    for row in range(len(tile.totals)):
+        place = f.add(f.mul(f.add(tile.row, row), f.argument("num_blocks")), block_of_x)
+        sum_of_x = f.splat(f.get(f.at(f.argument("sums"), place, "float"), "float"), "float")
+        sums.append([f.slot(_FLOATS, f(f"fmul {_FLOATS} {zero}, {sum_of_x}")) for zero in zeros])
+    return sums
 
 
 def _scale(f: _Function, program: Program, place: str) -> str:
@@ -330,23 +347,6 @@ def _zero(f: _Function, place: str, base: int) -> str:
     zero = f.get(f.at(f.argument("zero"), place, "i8"), "<16 x i8>", 1)
     zero = f(f"add {_WORDS} {f(f'zext <16 x i8> {zero} to {_WORDS}')}, {_words(base)}")
     return f(f"sitofp {_WORDS} {zero} to {_FLOATS}")
-
-
-def _scale_block(
-    f: _Function, program: Program, tile: _Tile, sums: list[list[str]], block: str, block_of_x: str
-) -> None:
-    """totals += scale * (sums - (base + zero) * sum of x)"""
-    scales, zeros = [], []
-    for vector in range(tile.vectors):
-        place = _place(f, f.add(tile.feature, LANES * vector), block)
-        scales.append(_scale(f, program, place))
-        zeros.append(f(f"fneg {_FLOATS} {_zero(f, place, program.base)}"))
-    for row, (of_row, totals) in enumerate(zip(sums, tile.totals, strict=True)):
-        place = f.add(f.mul(f.add(tile.row, row), f.argument("num_blocks")), block_of_x)
-        sum_of_x = f.splat(f.get(f.at(f.argument("sums"), place, "float"), "float"), "float")
-        for scale, zero, bare, total in zip(scales, zeros, of_row, totals, strict=True):
-            centred = f.fma(zero, sum_of_x, f.get(bare, _FLOATS))
-            f.set(total, _FLOATS, f.fma(centred, scale, f.get(total, _FLOATS, 64)))
 
 
 def _write(f: _Function, program: Program, tile: _Tile) -> None:
