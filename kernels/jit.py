@@ -30,9 +30,12 @@ def why_not() -> str | None:
         import llvmlite
         from llvmlite import binding
     except ImportError as error:
-        return f"llvmlite cannot be imported ({error}); pip install llvmlite"
+        return f"llvmlite cannot be imported ({error}); pip install 'llvmlite>=0.45'"
     if binding.llvm_version_info[0] < OLDEST_LLVM:
-        return f"llvmlite {llvmlite.__version__} has LLVM {binding.llvm_version_info[0]}, {OLDEST_LLVM} is needed"
+        found = binding.llvm_version_info[0]
+        return (
+            f"llvmlite {llvmlite.__version__} has LLVM {found}, {OLDEST_LLVM} is needed; pip install 'llvmlite>=0.45'"
+        )
     if missing := {"avx2", "fma", "f16c"} - processor_features():
         return f"the processor has no {', '.join(sorted(missing))}"
     if openmp() is None:
@@ -75,7 +78,7 @@ class Compiled:
         self._parallel = library.GOMP_parallel
         self._parallel.restype, self._parallel.argtypes = None, [ctypes.c_void_p, ctypes.c_char_p] + [ctypes.c_uint] * 2
         present, known = processor_features(), binding.get_host_cpu_features()
-        machine = binding.Target.from_default_triple().create_target_machine(
+        self._machine = binding.Target.from_default_triple().create_target_machine(
             cpu=binding.get_host_cpu_name(),
             features=",".join(f"{'+' if name in present else '-'}{name}" for name in known),
             opt=3,
@@ -86,14 +89,18 @@ class Compiled:
         # The text is unrolled and vectorized as it should be: more of either only takes registers from the sums.
         options = binding.create_pipeline_tuning_options(speed_level=2)
         options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
-        builder = binding.create_pass_builder(machine, options)
+        builder = binding.create_pass_builder(self._machine, options)
         builder.getModulePassManager().run(module, builder)
-        self.assembly = machine.emit_assembly(module)
-        self._engine = binding.create_mcjit_compiler(module, machine)
+        self._module = module
+        self._engine = binding.create_mcjit_compiler(module, self._machine)
         self._engine.finalize_object()
         self._address = {name: self._engine.get_function_address(name) for name in names}
         prototype = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
         self._function = {name: prototype(address) for name, address in self._address.items()}
+
+    def assembly(self) -> str:
+        """What the processor runs, to be read."""
+        return self._machine.emit_assembly(self._module)
 
     def run(self, name: str, arguments: bytes, num_threads: int) -> None:
         """Call a function with the address of its packed arguments, once in each of so many threads."""

@@ -41,6 +41,8 @@ BLOCKS = (MAX_BLOCK, 64, 32, 16, STEP)
 MATRIX_UNITS_FROM_ROWS = 64
 """Rows of x from which AMX pays for unpacking the weight. An estimate."""
 
+_ANY_SCALE = torch.float16
+"""Of the program that multiplies dense weights: the one that is likely there for the others."""
 _LLVM_TYPE = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float"}
 _COLUMN_OF_NIBBLE = [0, 2, 4, 6, 1, 3, 5, 7]
 _NO_TENSOR = torch.empty(0)
@@ -122,7 +124,7 @@ def multiplies_dense() -> bool:
 def pack_dense(weight_NK: Tensor) -> Tensor:
     """A bfloat16 weight -> [T, S/2, 64, 2]; features and columns beyond the last are zeros."""
     out_features, in_features = weight_NK.shape
-    _compiled(torch.bfloat16, torch.bfloat16)
+    _compiled(torch.bfloat16, _ANY_SCALE)
     padded = F.pad(weight_NK, (0, -in_features % STEP, 0, -out_features % TILE))
     return padded.unflatten(1, (-1, 2)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
 
@@ -134,7 +136,7 @@ def unpack_dense(packed: Tensor, out_features: int, in_features: int) -> Tensor:
 
 def multiply_dense(x: Tensor, packed: Tensor, bias_N: Tensor | None, out_features: int) -> Tensor:
     """x [..., K] bfloat16 -> y [..., N]; a row has the same bits in any batch. There is no gradient."""
-    compiled, inner = _compiled(x.dtype, torch.bfloat16)
+    compiled, inner = _compiled(x.dtype, _ANY_SCALE)
     num_tiles, num_pairs, _, _ = packed.shape
     if x.shape[-1] != 2 * num_pairs:
         x = F.pad(x, (0, 2 * num_pairs - x.shape[-1]))

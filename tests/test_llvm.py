@@ -119,7 +119,7 @@ def test_sums_stay_in_registers() -> None:
     """The innermost loop over a panel has nothing but loads and products."""
     if not AVX512 | {"avx512bf16"} <= jit.processor_features():
         pytest.skip("this processor does not multiply bfloat16")
-    assembly = llvm._compiled(torch.bfloat16, torch.float16)[0].assembly
+    assembly = llvm._compiled(torch.bfloat16, torch.float16)[0].assembly()
     body = assembly.split("\npanel6:")[1].split("\n.Lfunc_end")[0]
     loops = [block for block in re.split(r"\n\.LBB\w+:", body) if block.count("vdpbf16ps") == 96]
     assert len(loops) == 1 and "rsp" not in loops[0]
@@ -159,7 +159,7 @@ def test_matrix_units_take_many_rows_of_bfloat16(monkeypatch: pytest.MonkeyPatch
     ("change", "why"),
     [
         (lambda patch: patch.setattr(platform, "machine", lambda: "aarch64"), "x86-64 Linux, not for aarch64"),
-        (lambda patch: patch.setitem(sys.modules, "llvmlite", None), "pip install llvmlite"),
+        (lambda patch: patch.setitem(sys.modules, "llvmlite", None), "pip install 'llvmlite>=0.45'"),
         (lambda patch: patch.setattr(jit, "OLDEST_LLVM", 99), "99 is needed"),
         (lambda patch: patch.setattr(jit, "processor_features", lambda: frozenset({"avx2", "f16c"})), "has no fma"),
         (lambda patch: patch.setattr(jit, "openmp", lambda: None), "OpenMP"),
