@@ -30,11 +30,10 @@ from `@unpack` [S, N].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-LANES = 16
+from llmquant.kernels.assembly import DECLARATIONS, FLOATS, LANES, WORDS, Function, floats, ints
+
 TILE = 64
 """Output features whose words lie together: one cache line for 16 of them."""
 STEP = 8
@@ -48,21 +47,15 @@ MAX_CHUNK = 240
 FUSED_BELOW_ROWS = 24
 """Rows of a chunk from which decoding once is worth storing the weights, by `scripts/bench_linear`."""
 
-ARGUMENTS = (
-    *("x", "words", "scale", "zero", "bias", "sums", "y"),
-    *("num_rows", "out_features", "num_blocks", "steps", "num_planes", "chunk", "num_threads"),
+ARGUMENTS = dict.fromkeys(("x", "words", "scale", "zero", "bias", "sums", "y"), "ptr") | dict.fromkeys(
+    ("num_rows", "out_features", "num_blocks", "steps", "num_planes", "chunk", "num_threads"), "i64"
 )
-"""Fields of the struct that an entry point takes, 64 bits each; `steps` are words of a block."""
+"""Fields of the struct that an entry point takes; `steps` are words of a block."""
 ENTRY_POINTS = ("sums", "matmul", "unpack", "dense")
 
-_FLOATS = "<16 x float>"
-_WORDS = "<16 x i32>"
-_DECLARATIONS = """
-declare i32 @omp_get_thread_num()
+_MORE_DECLARATIONS = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
-declare i64 @llvm.smin.i64(i64, i64)
 declare <16 x float> @llvm.masked.load.v16f32.p0(ptr, i32, <16 x i1>, <16 x float>)
 declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, i32, <16 x i1>)
 declare void @llvm.masked.store.v16bf16.p0(<16 x bfloat>, ptr, i32, <16 x i1>)
@@ -115,137 +108,30 @@ class Program:
         functions += [_chunk(self), _matmul(self), _sums(self), _unpack(self)]
         functions += [_dense_tile(self, rows) for rows in range(1, self.panel_rows + 1)]
         functions += [_dense(self)]
-        return _DECLARATIONS + "\n".join(function.text() for function in functions)
+        return DECLARATIONS + _MORE_DECLARATIONS + "\n".join(function.text() for function in functions)
 
 
-class _Function:
-    """A function while it is written. Values are numbered; variables live in stack slots until LLVM's optimizer puts
-    them into registers."""
-
-    def __init__(self, name: str, parameters: str, *, attributes: str = "internal") -> None:
-        self.head = f"define {attributes} void @{name}({parameters}) nounwind noinline"
-        self.slots: list[str] = []
-        self.lines: list[str] = []
-        self.count = 0
-
-    def text(self) -> str:
-        body = "\n  ".join(["entry:", *self.slots, *self.lines, "ret void"])
-        return f"{self.head} {{\n{body}\n}}\n"
-
-    def name(self, stem: str) -> str:
-        self.count += 1
-        return f"{stem}{self.count}"
-
-    def do(self, text: str) -> None:
-        self.lines.append(text)
-
-    def __call__(self, text: str) -> str:
-        """The value of an instruction."""
-        value = self.name("%v")
-        self.do(f"{value} = {text}")
-        return value
-
-    def slot(self, kind: str, value: str | None = None) -> str:
-        """A variable: its address."""
-        address = self.name("%slot")
-        self.slots.append(f"{address} = alloca {kind}, align 64")
-        if value is not None:
-            self.set(address, kind, value)
-        return address
-
-    def get(self, address: str, kind: str, align: int | None = None) -> str:
-        return self(f"load {kind}, ptr {address}" + (f", align {align}" if align else ""))
-
-    def set(self, address: str, kind: str, value: str) -> None:
-        self.do(f"store {kind} {value}, ptr {address}")
-
-    def add(self, a: str | int, b: str | int) -> str:
-        return self(f"add nsw i64 {a}, {b}")
-
-    def mul(self, a: str | int, b: str | int) -> str:
-        return self(f"mul nsw i64 {a}, {b}")
-
-    def less(self, a: str | int, b: str | int) -> str:
-        return self(f"call i64 @llvm.smin.i64(i64 {a}, i64 {b})")
-
-    def at(self, base: str, index: str | int, kind: str) -> str:
-        """The address of base[index]."""
-        return self(f"getelementptr inbounds {kind}, ptr {base}, i64 {index}")
-
-    def argument(self, name: str) -> str:
-        """A field of the struct that %arguments points to."""
-        index = ARGUMENTS.index(name)
-        return self.get(self.at("%arguments", index, "i64"), "ptr" if index < 7 else "i64")
-
-    def tiles(self) -> str:
-        """T"""
-        return self(f"sdiv i64 {self.add(self.argument('out_features'), TILE - 1)}, {TILE}")
-
-    def splat(self, value: str, kind: str) -> str:
-        first = self(f"insertelement <{LANES} x {kind}> poison, {kind} {value}, i64 0")
-        return self(f"shufflevector <{LANES} x {kind}> {first}, <{LANES} x {kind}> poison, {_WORDS} zeroinitializer")
-
-    def shifted(self, word: str, bits: int) -> str:
-        return self(f"lshr {_WORDS} {word}, {_words(bits)}") if bits else word
-
-    def fma(self, a: str, b: str, c: str) -> str:
-        return self(f"call {_FLOATS} @llvm.fma.v16f32({_FLOATS} {a}, {_FLOATS} {b}, {_FLOATS} {c})")
-
-    @contextmanager
-    def loop(self, start: str | int, stop: str | int, step: int = 1) -> Iterator[str]:
-        """for i in range(start, stop, step)"""
-        head, body, end = self.name("head"), self.name("body"), self.name("end")
-        slot = self.slot("i64", str(start))
-        self.do(f"br label %{head}\n{head}:")
-        i = self.get(slot, "i64")
-        self.do(f"br i1 {self(f'icmp slt i64 {i}, {stop}')}, label %{body}, label %{end}\n{body}:")
-        yield i
-        self.set(slot, "i64", self.add(i, step))
-        self.do(f"br label %{head}\n{end}:")
-
-    @contextmanager
-    def when(self, condition: str) -> Iterator[None]:
-        then, end = self.name("then"), self.name("end")
-        self.do(f"br i1 {condition}, label %{then}, label %{end}\n{then}:")
-        yield
-        self.do(f"br label %{end}\n{end}:")
-
-    def call_for(self, rows: str, function: str, most: int, arguments: str) -> None:
-        """Call the one of `function1` … `function<most>` that is for so many rows."""
-        for count in range(1, most + 1):
-            with self.when(self(f"icmp eq i64 {rows}, {count}")):
-                self.do(f"call void @{function}{count}({arguments})")
-
-
-def _words(value: int) -> str:
-    return "<" + ", ".join([f"i32 {value}"] * LANES) + ">"
-
-
-def _floats(value: float) -> str:
-    return "<" + ", ".join([f"float {value:e}"] * LANES) + ">"
-
-
-def _decode(f: _Function, program: Program, word: str, part: int) -> str:
+def _decode(f: Function, program: Program, word: str, part: int) -> str:
     """16 words -> one part of each, as 32 bits: two weights 128 + code in bfloat16, or one code in float32."""
     if program.x == "float":
-        return f(f"bitcast {_FLOATS} {_code(f, word, part)} to {_WORDS}")
+        return f(f"bitcast {FLOATS} {_code(f, word, part)} to {WORDS}")
     pair = f.shifted(word, 4 * part)
-    return f(f"or {_WORDS} {f(f'and {_WORDS} {pair}, {_words(0x000F000F)}')}, {_words(0x43004300)}")
+    return f(f"or {WORDS} {f(f'and {WORDS} {pair}, {ints(0x000F000F)}')}, {ints(0x43004300)}")
 
 
-def _code(f: _Function, word: str, column: int) -> str:
+def _code(f: Function, word: str, column: int) -> str:
     """16 words -> the code of one column in each, as float32."""
-    code = f(f"and {_WORDS} {f.shifted(word, 4 * (column // 2) + 16 * (column % 2))}, {_words(15)}")
-    return f(f"sitofp {_WORDS} {code} to {_FLOATS}")
+    code = f(f"and {WORDS} {f.shifted(word, 4 * (column // 2) + 16 * (column % 2))}, {ints(15)}")
+    return f(f"sitofp {WORDS} {code} to {FLOATS}")
 
 
-def _multiply(f: _Function, program: Program, weight: str, x: str, total: str) -> str:
+def _multiply(f: Function, program: Program, weight: str, x: str, total: str) -> str:
     """total + weight * x in 16 lanes of float32; weight and x are 32 bits a lane."""
-    kind = "<32 x bfloat>" if program.x == "bfloat" else _FLOATS
-    weight, x = f(f"bitcast {_WORDS} {weight} to {kind}"), f(f"bitcast {_WORDS} {x} to {kind}")
+    kind = "<32 x bfloat>" if program.x == "bfloat" else FLOATS
+    weight, x = f(f"bitcast {WORDS} {weight} to {kind}"), f(f"bitcast {WORDS} {x} to {kind}")
     if program.x == "float":
         return f.fma(weight, x, total)
-    return f(f"call {_FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({_FLOATS} {total}, {kind} {weight}, {kind} {x})")
+    return f(f"call {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({FLOATS} {total}, {kind} {weight}, {kind} {x})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,41 +150,41 @@ class _Tile:
         return len(self.totals[0])
 
 
-def _num_slots(f: _Function) -> str:
+def _num_slots(f: Function) -> str:
     return f.mul(f.mul(f.argument("num_blocks"), f.argument("steps")), STEP)
 
 
-def _place(f: _Function, feature: str, block: str, width: str | int = 1) -> str:
+def _place(f: Function, feature: str, block: str, width: str | int = 1) -> str:
     """Index into [T, P*B, width, 64] of a feature and a block (of all planes)."""
     blocks = f.mul(f.argument("num_blocks"), f.argument("num_planes"))
     line = f.mul(f.add(f.mul(f(f"lshr i64 {feature}, 6"), blocks), block), width)
     return f.add(f.mul(line, TILE), f(f"and i64 {feature}, {TILE - 1}"))
 
 
-def _rows_of_x(f: _Function, program: Program, tile: _Tile, start: str | int) -> list[str]:
+def _rows_of_x(f: Function, program: Program, tile: _Tile, start: str | int) -> list[str]:
     """Where the tile's rows of x have the column `start`."""
     x, num_slots = f.argument("x"), _num_slots(f)
     rows = [f.mul(f.add(tile.row, row), num_slots) for row in range(len(tile.totals))]
     return [f.at(x, f.add(row, start), program.x) for row in rows]
 
 
-def _weights(f: _Function, panel: str, place: str, lane: str, vectors: int) -> list[str]:
+def _weights(f: Function, panel: str, place: str, lane: str, vectors: int) -> list[str]:
     """Vectors of decoded weights, from line `place` of a panel [parts, 64] on."""
     line = f.at(panel, f.add(f.mul(place, TILE), lane), "i32")
-    return [f.get(f.at(line, LANES * vector, "i32"), _WORDS, 64) for vector in range(vectors)]
+    return [f.get(f.at(line, LANES * vector, "i32"), WORDS, 64) for vector in range(vectors)]
 
 
 def _add_products(
-    f: _Function, program: Program, weights: list[str], x_rows: list[str], place: str, sums: list[list[str]]
+    f: Function, program: Program, weights: list[str], x_rows: list[str], place: str, sums: list[list[str]]
 ) -> None:
     """sums[row][vector] += weights[vector] * x[row], for one part of the columns."""
     for x_row, of_row in zip(x_rows, sums, strict=True):
         x = f.splat(f.get(f.at(x_row, place, "i32"), "i32", 4), "i32")
         for weight, total in zip(weights, of_row, strict=True):
-            f.set(total, _FLOATS, _multiply(f, program, weight, x, f.get(total, _FLOATS)))
+            f.set(total, FLOATS, _multiply(f, program, weight, x, f.get(total, FLOATS)))
 
 
-def _add_block(f: _Function, program: Program, tile: _Tile, block: str, block_of_x: str, panel: str | None) -> None:
+def _add_block(f: Function, program: Program, tile: _Tile, block: str, block_of_x: str, panel: str | None) -> None:
     """totals += what one block of columns gives; the weights from its place in a panel, or decoded on the way."""
     steps = f.argument("steps")
     sums = _minus_zero_times_x(f, program, tile, block, block_of_x)
@@ -308,7 +194,7 @@ def _add_block(f: _Function, program: Program, tile: _Tile, block: str, block_of
     with f.loop(0, steps) as step:
         if panel is None:
             line = f.at(words, f.mul(step, TILE), "i32")
-            word = [f.get(f.at(line, LANES * vector, "i32"), _WORDS, 64) for vector in range(tile.vectors)]
+            word = [f.get(f.at(line, LANES * vector, "i32"), WORDS, 64) for vector in range(tile.vectors)]
         for part in range(program.parts):
             place = f.add(f.mul(step, program.parts), part)
             if panel is None:
@@ -319,66 +205,66 @@ def _add_block(f: _Function, program: Program, tile: _Tile, block: str, block_of
     for vector in range(tile.vectors):
         scale = _scale(f, program, _place(f, f.add(tile.feature, LANES * vector), block))
         for of_row, totals in zip(sums, tile.totals, strict=True):
-            total = f.fma(f.get(of_row[vector], _FLOATS), scale, f.get(totals[vector], _FLOATS, 64))
-            f.set(totals[vector], _FLOATS, total)
+            total = f.fma(f.get(of_row[vector], FLOATS), scale, f.get(totals[vector], FLOATS, 64))
+            f.set(totals[vector], FLOATS, total)
 
 
-def _minus_zero_times_x(f: _Function, program: Program, tile: _Tile, block: str, block_of_x: str) -> list[list[str]]:
+def _minus_zero_times_x(f: Function, program: Program, tile: _Tile, block: str, block_of_x: str) -> list[list[str]]:
     """-(base + zero) * sum of x [row][vector]: what the products of a block are added to."""
     zeros = [
-        f(f"fneg {_FLOATS} {_zero(f, _place(f, f.add(tile.feature, LANES * vector), block), program.base)}")
+        f(f"fneg {FLOATS} {_zero(f, _place(f, f.add(tile.feature, LANES * vector), block), program.base)}")
         for vector in range(tile.vectors)
     ]
     sums = []
     for row in range(len(tile.totals)):
         place = f.add(f.mul(f.add(tile.row, row), f.argument("num_blocks")), block_of_x)
         sum_of_x = f.splat(f.get(f.at(f.argument("sums"), place, "float"), "float"), "float")
-        sums.append([f.slot(_FLOATS, f(f"fmul {_FLOATS} {zero}, {sum_of_x}")) for zero in zeros])
+        sums.append([f.slot(FLOATS, f(f"fmul {FLOATS} {zero}, {sum_of_x}")) for zero in zeros])
     return sums
 
 
-def _scale(f: _Function, program: Program, place: str) -> str:
+def _scale(f: Function, program: Program, place: str) -> str:
     scale = f.get(f.at(f.argument("scale"), place, program.scale), f"<16 x {program.scale}>", 2)
-    return scale if program.scale == "float" else f(f"fpext <16 x {program.scale}> {scale} to {_FLOATS}")
+    return scale if program.scale == "float" else f(f"fpext <16 x {program.scale}> {scale} to {FLOATS}")
 
 
-def _zero(f: _Function, place: str, base: int) -> str:
+def _zero(f: Function, place: str, base: int) -> str:
     """base + zero in float32"""
     zero = f.get(f.at(f.argument("zero"), place, "i8"), "<16 x i8>", 1)
-    zero = f(f"add {_WORDS} {f(f'zext <16 x i8> {zero} to {_WORDS}')}, {_words(base)}")
-    return f(f"sitofp {_WORDS} {zero} to {_FLOATS}")
+    zero = f(f"add {WORDS} {f(f'zext <16 x i8> {zero} to {WORDS}')}, {ints(base)}")
+    return f(f"sitofp {WORDS} {zero} to {FLOATS}")
 
 
-def _write(f: _Function, program: Program, tile: _Tile) -> None:
+def _write(f: Function, program: Program, tile: _Tile) -> None:
     """y = totals + bias, rounded once."""
     bias = f.argument("bias")
     has_bias = f(f"icmp ne ptr {bias}, null")
     for vector in range(tile.vectors):
         feature = f.add(tile.feature, LANES * vector)
         left, there = _left(f, feature)
-        added = f.slot(_FLOATS, "zeroinitializer")
+        added = f.slot(FLOATS, "zeroinitializer")
         # In a branch: a masked load that would fault, were it not for its mask, takes hundreds of cycles.
         with f.when(has_bias):
-            call = f"call {_FLOATS} @llvm.masked.load.v16f32.p0(ptr {f.at(bias, feature, 'float')}, i32 4"
-            f.set(added, _FLOATS, f(f"{call}, <16 x i1> {there}, {_FLOATS} zeroinitializer)"))
+            call = f"call {FLOATS} @llvm.masked.load.v16f32.p0(ptr {f.at(bias, feature, 'float')}, i32 4"
+            f.set(added, FLOATS, f(f"{call}, <16 x i1> {there}, {FLOATS} zeroinitializer)"))
         for row, totals in enumerate(tile.totals):
-            value = f(f"fadd {_FLOATS} {f.get(totals[vector], _FLOATS, 64)}, {f.get(added, _FLOATS)}")
+            value = f(f"fadd {FLOATS} {f.get(totals[vector], FLOATS, 64)}, {f.get(added, FLOATS)}")
             _store(f, program, value, f.add(tile.row, row), feature, left, there)
 
 
-def _left(f: _Function, feature: str) -> tuple[str, str]:
+def _left(f: Function, feature: str) -> tuple[str, str]:
     """How many features there are from this one on, and which of the next 16 are among them."""
     left = f(f"sub nsw i64 {f.argument('out_features')}, {feature}")
     lanes = "<" + ", ".join(f"i64 {lane}" for lane in range(LANES)) + ">"
     return left, f(f"icmp slt <16 x i64> {lanes}, {f.splat(left, 'i64')}")
 
 
-def _store(f: _Function, program: Program, value: str, row: str, feature: str, left: str, there: str) -> None:
+def _store(f: Function, program: Program, value: str, row: str, feature: str, left: str, there: str) -> None:
     """16 float32 to y, rounded to its dtype; features beyond the last are left alone."""
-    kind, suffix = _FLOATS, "f32"
+    kind, suffix = FLOATS, "f32"
     if program.x == "bfloat":
         kind, suffix = "<16 x bfloat>", "bf16"
-        value = f(f"fptrunc {_FLOATS} {value} to {kind}")
+        value = f(f"fptrunc {FLOATS} {value} to {kind}")
     address = f.at(f.argument("y"), f.add(f.mul(row, f.argument("out_features")), feature), program.x)
     is_whole = f(f"icmp sge i64 {left}, {LANES}")
     with f.when(is_whole):
@@ -388,12 +274,12 @@ def _store(f: _Function, program: Program, value: str, row: str, feature: str, l
         f.do(f"{call}, <16 x i1> {there})")
 
 
-def _fused_tile(program: Program, rows: int) -> _Function:
+def _fused_tile(program: Program, rows: int) -> Function:
     """So many rows and 64 features of y, from words to result."""
-    f = _Function(f"fused{rows}", "ptr %arguments, i64 %row, i64 %feature")
+    f = Function(f"fused{rows}", ARGUMENTS, "i64 %row, i64 %feature")
     vectors = program.vectors(rows)
     with f.loop(0, TILE, LANES * vectors) as lane:
-        totals = [[f.slot(_FLOATS, "zeroinitializer") for _ in range(vectors)] for _ in range(rows)]
+        totals = [[f.slot(FLOATS, "zeroinitializer") for _ in range(vectors)] for _ in range(rows)]
         tile = _Tile(totals=totals, row="%row", feature=f.add("%feature", lane))
         num_blocks = f.argument("num_blocks")
         with f.loop(0, f.argument("num_planes")) as plane:
@@ -404,12 +290,13 @@ def _fused_tile(program: Program, rows: int) -> _Function:
     return f
 
 
-def _panel_tile(program: Program, rows: int) -> _Function:
+def _panel_tile(program: Program, rows: int) -> Function:
     """What the blocks %first … %stop - 1 of one plane give to so many rows and 64 features, added to totals in memory
     [rows, 64]; the panel begins with the first of them."""
-    f = _Function(
+    f = Function(
         f"panel{rows}",
-        "ptr %arguments, ptr %panel, ptr %memory, i64 %row, i64 %feature, i64 %plane, i64 %first, i64 %stop",
+        ARGUMENTS,
+        "ptr %panel, ptr %memory, i64 %row, i64 %feature, i64 %plane, i64 %first, i64 %stop",
     )
     vectors = program.vectors(rows)
     size = f.mul(f.mul(f.argument("steps"), program.parts), TILE)
@@ -419,27 +306,27 @@ def _panel_tile(program: Program, rows: int) -> _Function:
             [f.at("%memory", f.add(lane, TILE * row + LANES * vector), "float") for vector in range(vectors)]
             for row in range(rows)
         ]
-        totals = [[f.slot(_FLOATS, f.get(address, _FLOATS, 64)) for address in of_row] for of_row in memory]
+        totals = [[f.slot(FLOATS, f.get(address, FLOATS, 64)) for address in of_row] for of_row in memory]
         tile = _Tile(totals=totals, row="%row", feature=f.add("%feature", lane))
         with f.loop("%first", "%stop") as block:
             panel = f.at("%panel", f.mul(f(f"sub nsw i64 {block}, %first"), size), "i32")
             _add_block(f, program, tile, f.add(before, block), block, panel)
         for addresses, of_row in zip(memory, totals, strict=True):
             for address, total in zip(addresses, of_row, strict=True):
-                f.set(address, _FLOATS, f.get(total, _FLOATS))
+                f.set(address, FLOATS, f.get(total, FLOATS))
     return f
 
 
-def _chunk(program: Program) -> _Function:
+def _chunk(program: Program) -> Function:
     """64 features of the rows %row … %stop - 1, at most MAX_CHUNK: panel after panel, and all rows over each."""
-    f = _Function("chunk", "ptr %arguments, i64 %row, i64 %stop, i64 %feature")
+    f = Function("chunk", ARGUMENTS, "i64 %row, i64 %stop, i64 %feature")
     panel = f.slot(f"[{PANEL // STEP * program.parts * TILE} x i32]")
     totals = f.slot(f"[{MAX_CHUNK * TILE} x float]")
     vectors = TILE // LANES
     with f.loop("%row", "%stop") as row:
         line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE), "float")
         for vector in range(vectors):
-            f.set(f.at(line, LANES * vector, "float"), _FLOATS, "zeroinitializer")
+            f.set(f.at(line, LANES * vector, "float"), FLOATS, "zeroinitializer")
     num_blocks, steps = f.argument("num_blocks"), f.argument("steps")
     in_panel = f(f"sdiv i64 {PANEL // STEP}, {steps}")
     panels = f(f"sdiv i64 {f(f'sub nsw i64 {f.add(num_blocks, in_panel)}, 1')}, {in_panel}")
@@ -450,11 +337,11 @@ def _chunk(program: Program) -> _Function:
         words = f.at(f.argument("words"), words, "i32")
         with f.loop(0, f.mul(f(f"sub nsw i64 {last}, {first}"), steps)) as step:
             for vector in range(vectors):
-                word = f.get(f.at(words, f.add(f.mul(step, TILE), LANES * vector), "i32"), _WORDS, 64)
+                word = f.get(f.at(words, f.add(f.mul(step, TILE), LANES * vector), "i32"), WORDS, 64)
                 for part in range(program.parts):
                     line = f.add(f.mul(step, program.parts), part)
                     address = f.at(panel, f.add(f.mul(line, TILE), LANES * vector), "i32")
-                    f.set(address, _WORDS, _decode(f, program, word, part))
+                    f.set(address, WORDS, _decode(f, program, word, part))
         with f.loop("%row", "%stop", program.panel_rows) as row:
             rows = f.less(f(f"sub nsw i64 %stop, {row}"), program.panel_rows)
             line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE), "float")
@@ -468,26 +355,19 @@ def _chunk(program: Program) -> _Function:
     return f
 
 
-def _share(f: _Function, tasks: str) -> tuple[str, str]:
-    """The first task of this thread, and the first of the next."""
-    threads = f.argument("num_threads")
-    thread = f.slot("i64", "0")
-    with f.when(f(f"icmp sgt i64 {threads}, 1")):
-        f.set(thread, "i64", f(f"sext i32 {f('call i32 @omp_get_thread_num()')} to i64"))
-    thread = f.get(thread, "i64")
-    first = f(f"sdiv i64 {f.mul(thread, tasks)}, {threads}")
-    return first, f(f"sdiv i64 {f.mul(f.add(thread, 1), tasks)}, {threads}")
+def _num_tiles(f: Function) -> str:
+    return f(f"sdiv i64 {f.add(f.argument('out_features'), TILE - 1)}, {TILE}")
 
 
-def _matmul(program: Program) -> _Function:
+def _matmul(program: Program) -> Function:
     """This thread's share of y. A task is 64 features of a chunk of rows."""
-    f = _Function("matmul", "ptr %arguments", attributes="")
+    f = Function("matmul", ARGUMENTS, entry=True)
     num_rows, size = f.argument("num_rows"), f.argument("chunk")
-    tiles = f.tiles()
+    tiles = _num_tiles(f)
     chunks = f(f"sdiv i64 {f(f'sub nsw i64 {f.add(num_rows, size)}, 1')}, {size}")
     with f.when(f(f"icmp eq i64 {f.argument('num_threads')}, 1")):
         f.do("call void @sums(ptr %arguments)")
-    first, stop = _share(f, f.mul(tiles, chunks))
+    first, stop = f.share(f.mul(tiles, chunks))
     with f.loop(first, stop) as task:
         feature = f.mul(f(f"srem i64 {task}, {tiles}"), TILE)
         row = f.mul(f(f"sdiv i64 {task}, {tiles}"), size)
@@ -507,11 +387,11 @@ def _matmul(program: Program) -> _Function:
     return f
 
 
-def _sums(program: Program) -> _Function:
+def _sums(program: Program) -> Function:
     """sums[m, b] = sum of x[m] over block b, for this thread's share of the rows."""
-    f = _Function("sums", "ptr %arguments", attributes="")
+    f = Function("sums", ARGUMENTS, entry=True)
     steps, num_blocks, num_slots = f.argument("steps"), f.argument("num_blocks"), _num_slots(f)
-    first, stop = _share(f, f.argument("num_rows"))
+    first, stop = f.share(f.argument("num_rows"))
     with f.loop(first, stop) as row, f.loop(0, num_blocks) as block:
         start = f.at(f.argument("x"), f.add(f.mul(row, num_slots), f.mul(f.mul(block, steps), STEP)), program.x)
         total = f.slot("<8 x float>")
@@ -528,41 +408,41 @@ def _sums(program: Program) -> _Function:
     return f
 
 
-def _unpack(program: Program) -> _Function:
+def _unpack(program: Program) -> Function:
     """y = the dense weight [S, N], scale * (code - zero) rounded once, for this thread's share of the tiles."""
-    f = _Function("unpack", "ptr %arguments", attributes="")
+    f = Function("unpack", ARGUMENTS, entry=True)
     num_blocks, num_planes, steps = f.argument("num_blocks"), f.argument("num_planes"), f.argument("steps")
-    first, stop = _share(f, f.tiles())
+    first, stop = f.share(_num_tiles(f))
     with f.loop(first, stop) as tile, f.loop(0, num_blocks) as block, f.loop(0, TILE, LANES) as lane:
         feature = f.add(f.mul(tile, TILE), lane)
         left, there = _left(f, feature)
         with f.loop(0, steps) as step:
             for column in range(STEP):
                 # Planes from the highest bits to the lowest; the last one has the scale of a whole step.
-                distance = f.slot(_FLOATS, "zeroinitializer")
-                scale = f.slot(_FLOATS, "zeroinitializer")
+                distance = f.slot(FLOATS, "zeroinitializer")
+                scale = f.slot(FLOATS, "zeroinitializer")
                 with f.loop(0, num_planes) as plane:
                     of_plane = f.add(f.mul(plane, num_blocks), block)
                     place = f.add(_place(f, feature, of_plane, steps), f.mul(step, TILE))
-                    word = f.get(f.at(f.argument("words"), place, "i32"), _WORDS, 64)
+                    word = f.get(f.at(f.argument("words"), place, "i32"), WORDS, 64)
                     place = _place(f, feature, of_plane)
-                    digit = f(f"fsub {_FLOATS} {_code(f, word, column)}, {_zero(f, place, 0)}")
-                    f.set(distance, _FLOATS, f.fma(f.get(distance, _FLOATS), _floats(16), digit))
-                    f.set(scale, _FLOATS, _scale(f, program, place))
+                    digit = f(f"fsub {FLOATS} {_code(f, word, column)}, {_zero(f, place, 0)}")
+                    f.set(distance, FLOATS, f.fma(f.get(distance, FLOATS), floats(16), digit))
+                    f.set(scale, FLOATS, _scale(f, program, place))
                 row = f.add(f.mul(f.add(f.mul(block, steps), step), STEP), column)
-                value = f(f"fmul {_FLOATS} {f.get(distance, _FLOATS)}, {f.get(scale, _FLOATS)}")
+                value = f(f"fmul {FLOATS} {f.get(distance, FLOATS)}, {f.get(scale, FLOATS)}")
                 _store(f, program, value, row, feature, left, there)
     return f
 
 
-def _dense_tile(program: Program, rows: int) -> _Function:
+def _dense_tile(program: Program, rows: int) -> Function:
     """So many rows and 64 features of y from a weight in bfloat16."""
-    f = _Function(f"dense{rows}", "ptr %arguments, i64 %row, i64 %feature")
+    f = Function(f"dense{rows}", ARGUMENTS, "i64 %row, i64 %feature")
     vectors = program.vectors(rows)
     pairs = f(f"lshr i64 {_num_slots(f)}, 1")
     weight = f.at(f.argument("words"), f.mul(f.mul(f("lshr i64 %feature, 6"), pairs), TILE), "i32")
     with f.loop(0, TILE, LANES * vectors) as lane:
-        totals = [[f.slot(_FLOATS, "zeroinitializer") for _ in range(vectors)] for _ in range(rows)]
+        totals = [[f.slot(FLOATS, "zeroinitializer") for _ in range(vectors)] for _ in range(rows)]
         tile = _Tile(totals=totals, row="%row", feature=f.add("%feature", lane))
         x_rows = _rows_of_x(f, program, tile, 0)
         with f.loop(0, pairs) as pair:
@@ -571,19 +451,19 @@ def _dense_tile(program: Program, rows: int) -> _Function:
                 _add_products(f, program, words, x_rows, pair, totals)
             else:
                 place = f.mul(pair, 2)
-                even = [f(f"shl {_WORDS} {word}, {_words(16)}") for word in words]
+                even = [f(f"shl {WORDS} {word}, {ints(16)}") for word in words]
                 _add_products(f, program, even, x_rows, place, totals)
-                odd = [f(f"and {_WORDS} {word}, {_words(0xFFFF0000)}") for word in words]
+                odd = [f(f"and {WORDS} {word}, {ints(0xFFFF0000)}") for word in words]
                 _add_products(f, program, odd, x_rows, f.add(place, 1), totals)
         _write(f, program, tile)
     return f
 
 
-def _dense(program: Program) -> _Function:
+def _dense(program: Program) -> Function:
     """This thread's share of y, by tiles of features."""
-    f = _Function("dense", "ptr %arguments", attributes="")
+    f = Function("dense", ARGUMENTS, entry=True)
     num_rows = f.argument("num_rows")
-    first, stop = _share(f, f.tiles())
+    first, stop = f.share(_num_tiles(f))
     with f.loop(first, stop) as tile, f.loop(0, num_rows, program.panel_rows) as row:
         rows = f.less(f(f"sub nsw i64 {num_rows}, {row}"), program.panel_rows)
         f.call_for(rows, "dense", program.panel_rows, f"ptr %arguments, i64 {row}, i64 {f.mul(tile, TILE)}")
