@@ -27,6 +27,7 @@ from llmquant.kernels.dispatch import choose_dense_kernel
 from llmquant.memory import give_back
 from llmquant.models.blocks import device_of, is_linear, linear_shape
 from llmquant.models.skeleton import DTYPES, Skeleton, name_translator, read_config, stored_dtype
+from llmquant.runtime.attention import use_attention
 from llmquant.runtime.linear import PackedLinear, QuantizedLinear
 
 LINEARS_BETWEEN_TRIMS = 8
@@ -65,6 +66,7 @@ def load(
     model = skeleton.model
     if quantization is not None:
         pack_head(model)
+        use_attention(model)
         give_back()
     add_generation_config(model, reader.path)
     return model

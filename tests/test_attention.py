@@ -1,0 +1,156 @@
+"""Attention of one token on the CPU: what the kernel computes, and where a loaded model uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_kernels import relative_error
+from test_llvm import processor, threads  # noqa: F401  (fixtures)
+
+import llmquant
+from llmquant.kernels import jit, llvm_attention
+from llmquant.runtime import attention
+
+pytestmark = pytest.mark.skipif(jit.why_not() is not None, reason=str(jit.why_not()))
+
+SHAPES = {
+    "one token in the cache": (1, 4, 4, 1, 64),
+    "heads share keys": (1, 9, 3, 130, 64),
+    "a batch": (3, 4, 2, 16, 32),
+    "one group, odd vectors": (2, 4, 1, 33, 80),
+    "widest heads, long": (1, 2, 2, 3000, 256),
+}
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q as attention code makes it, k a part of a longer cache, v transposed."""
+    num_sequences, num_heads, num_groups, length, head_dim = shape
+    generator = torch.Generator().manual_seed(length)
+    q = torch.randn(num_sequences, 1, num_heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
+    k = torch.randn(num_sequences, num_groups, length + 7, head_dim, generator=generator).to(dtype)[:, :, :length]
+    v = torch.randn(num_sequences, length, num_groups, head_dim, generator=generator).to(dtype).transpose(1, 2)
+    return q, k, v
+
+
+def truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
+    """Softmax and sums in float64 [S, 1, H, D]."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = (value.double().repeat_interleave(shared, dim=1) for value in (k, v))
+    scores = q.double() @ k.transpose(2, 3) * scaling
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.usefixtures("processor")
+def test_error_is_at_most_that_of_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    q, k, v = inputs(shape, dtype)
+    mask = torch.rand(shape[0], 1, 1, shape[3], generator=torch.Generator().manual_seed(0)) > 0.4
+    mask[..., -1] = True
+    for scaling, seen in ((shape[4] ** -0.5, None), (2.0, None), (0.1, mask)):
+        exact = truth(q, k, v, seen, scaling)
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+        assert llvm_attention.refuses(q, k, v, seen) is None
+        y = llvm_attention.attend(q, k, v, seen, scaling)
+        assert y.dtype == dtype and y.shape == exact.shape
+        # In 16 bits the result is rounded and nothing else; in float32 the polynomial counts, too.
+        bound = 1.05 * relative_error(plain, exact) if dtype != torch.float32 else 2e-6
+        assert relative_error(y, exact) <= max(bound, 1e-9)
+
+
+def test_threads_change_no_bit(threads: Callable[[int], None]) -> None:  # noqa: F811
+    q, k, v = inputs((2, 6, 3, 2000, 64), torch.bfloat16)
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        results.append(llvm_attention.attend(q, k, v, None, 0.125))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_scores_far_apart_and_far_from_zero_stay_finite() -> None:
+    q = torch.full((1, 1, 1, 16), 100.0)
+    k = torch.linspace(-100, 100, 40)[None, None, :, None].expand(1, 1, 40, 16).contiguous()
+    v = torch.arange(40.0)[None, None, :, None].expand(1, 1, 40, 16).contiguous()
+    assert torch.equal(llvm_attention.attend(q, k, v, None, 1.0), torch.full((1, 1, 1, 16), 39.0))
+    assert torch.equal(llvm_attention.attend(-q, k, v, None, 1.0), torch.zeros(1, 1, 1, 16))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda q, k, v: (q.expand(-1, -1, 2, -1), k, v, None), "2 tokens"),
+        (lambda q, k, v: (q.double(), k, v, None), "float64"),
+        (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8], None), "head dimensions 8"),
+        (lambda q, k, v: (q, k, v[..., :16], None), "head dimensions 32 and 16"),
+        (lambda q, k, v: (q, k.transpose(2, 3).contiguous().transpose(2, 3), v, None), "contiguous"),
+        (lambda q, k, v: (q[:, :3], k, v, None), "3 heads share 2"),
+        (lambda q, k, v: (q, k, v, torch.zeros(3, 1, 1, 16)), "a mask of torch.float32"),
+        (lambda q, k, v: (q, k, v, torch.ones(3, 4, 1, 16, dtype=torch.bool)), r"\(3, 4, 1, 16\)"),
+    ],
+)
+def test_what_it_does_not_take_it_refuses(change: Callable[..., tuple], why: str) -> None:
+    with pytest.raises(AssertionError, match=why):
+        refusal = llvm_attention.refuses(*change(*inputs((3, 4, 2, 16, 32), torch.bfloat16)))
+        assert refusal is None, refusal
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of q that the kernel was given."""
+    seen: list[tuple[int, ...]] = []
+    attend = llvm_attention.attend
+    monkeypatch.setattr(llvm_attention, "attend", lambda q, *rest: seen.append(tuple(q.shape)) or attend(q, *rest))
+    return seen
+
+
+def quantized(make: Any, architecture: str, out: Path, **sizes: int) -> Path:
+    recipe = llmquant.Recipe(method="rtn", spec=llmquant.QuantSpec(group_size=32))
+    llmquant.quantize(make(architecture, dtype=torch.bfloat16, **sizes), out, recipe)
+    return out
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+def test_a_loaded_model_decodes_with_it_and_says_the_same(
+    architecture: str, tiny_model: Any, tmp_path: Path, counted: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = quantized(tiny_model, architecture, tmp_path / "out", head_dim=32)
+    model = llmquant.load(folder, device="cpu")
+    assert model.config._attn_implementation == attention.NAME
+    monkeypatch.setattr("llmquant.runtime.load.use_attention", lambda model: None)
+    plain = llmquant.load(folder, device="cpu")
+    assert plain.config._attn_implementation == "sdpa"
+    # The second text is shorter: its padding, on the left, must not be seen.
+    tokens = torch.arange(5, 29).view(2, 12)
+    seen = torch.ones_like(tokens)
+    seen[1, :5] = 0
+    logits = []
+    counted.clear()
+    for each in (model, plain):
+        with torch.inference_mode():
+            cache = each(tokens, attention_mask=seen, use_cache=True).past_key_values
+            step = torch.cat([seen, torch.ones(2, 1, dtype=seen.dtype)], dim=1)
+            logits.append(each(tokens[:, :1], attention_mask=step, past_key_values=cache).logits)
+    torch.testing.assert_close(*logits, rtol=0.05, atol=0.05)
+    assert counted and all(shape[0] == 2 and shape[2] == 1 for shape in counted)
+    counted.clear()
+    with torch.enable_grad():
+        model(inputs_embeds=torch.randn(1, 1, 64).bfloat16().requires_grad_()).logits.sum().backward()
+    assert not counted
+
+
+def test_models_that_ask_for_more_are_served_by_torch(tiny_model: Any, tmp_path: Path, counted: list) -> None:
+    """Heads of 8 fill no vector; gemma2 caps its scores and stays with its own attention."""
+    narrow = llmquant.load(quantized(tiny_model, "llama", tmp_path / "narrow", head_dim=8), device="cpu")
+    capped = llmquant.load(quantized(tiny_model, "gemma2", tmp_path / "capped"), device="cpu")
+    for model in (narrow, capped):
+        with torch.inference_mode():
+            assert model.generate(torch.arange(5, 15)[None], max_new_tokens=3, do_sample=False).shape[1] > 10
+    assert not counted
