@@ -41,6 +41,9 @@ BLOCKS = (MAX_BLOCK, 64, 32, 16, STEP)
 MATRIX_UNITS_FROM_ROWS = 64
 """Rows of x from which AMX pays for unpacking the weight. An estimate."""
 
+GRAIN = 1 << 18
+"""Products that are worth another thread: some ten microseconds."""
+
 _ANY_SCALE = torch.float16
 """Of the program that multiplies dense weights: the one that is likely there for the others."""
 _LLVM_TYPE = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float"}
@@ -94,7 +97,7 @@ def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer
         # Every operator costs as much as a small matmul's tenth: none that changes nothing.
         if num_slots != layer.in_features or column_S.numel():
             x = gather_columns(x.reshape(-1, layer.in_features), column_S, num_slots)
-        threads, chunk = _share(num_rows, words.shape[0])
+        threads, chunk = _share(num_rows, words.shape[0], num_slots)
         tensors = _ready(x, inner), words, scale, zero, _float(bias_N), torch.empty(num_rows, num_blocks), y
         sizes = num_rows, layer.out_features, num_blocks, steps, zero.shape[1] // num_blocks, chunk
         if threads > 1:
@@ -143,7 +146,7 @@ def multiply_dense(x: Tensor, packed: Tensor, bias_N: Tensor | None, out_feature
     y = torch.empty(*x.shape[:-1], out_features, dtype=inner)
     sizes = x.numel() // (2 * num_pairs), out_features, 1, 2 * num_pairs // STEP, 1, 0
     tensors = _ready(x, inner), packed, None, None, _float(bias_N), None, y
-    _call(compiled, "dense", tensors, sizes, min(torch.get_num_threads(), num_tiles))
+    _call(compiled, "dense", tensors, sizes, _share(sizes[0], num_tiles, 2 * num_pairs)[0])
     return y if x.dtype == inner else y.to(x.dtype)
 
 
@@ -161,9 +164,9 @@ def _call(
     compiled.run(name, _pack(*addresses, *sizes, num_threads), num_threads)
 
 
-def _share(num_rows: int, num_tiles: int) -> tuple[int, int]:
+def _share(num_rows: int, num_tiles: int, num_slots: int) -> tuple[int, int]:
     """Threads, and rows of x in a task: few enough that every thread has something to do."""
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), 1 + num_rows * num_tiles * TILE * num_slots // GRAIN)
     if threads == 1:
         return 1, min(num_rows, MAX_CHUNK)
     chunks = max(-(-num_rows // MAX_CHUNK), min(-(-4 * threads // num_tiles), num_rows // FUSED_BELOW_ROWS, threads))

@@ -10,6 +10,7 @@ Letters: S sequences, H heads, G heads of K and V, L tokens in the cache, D head
 
 from __future__ import annotations
 
+import math
 import struct
 from functools import cache
 
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from llmquant.kernels import jit
 from llmquant.kernels.assembly import DECLARATIONS, FLOATS, LANES, WORDS, Function, floats, ints
+
+GRAIN = 1 << 18
+"""Elements of K that are worth another thread: some twenty microseconds."""
 
 MAX_HEAD_DIM = 256
 """Wider heads would not keep their sums in registers."""
@@ -37,10 +41,9 @@ declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
 declare <16 x float> @llvm.maxnum.v16f32(<16 x float>, <16 x float>)
 declare <16 x float> @llvm.rint.v16f32(<16 x float>)
 """
-_LOG2_E = 1.4426950408889634
-_POWERS_OF_TWO = (1.0, 0.6931471805599453, 0.24022650695910072, 0.05550410866482158)
-_POWERS_OF_TWO += (0.009618129107628477, 0.0013333558146428443, 0.00015403530393381608)
-"""ln(2)**i / i!: 2**x for |x| <= 1/2 to one part in eight million."""
+_LOG2_E = 1 / math.log(2)
+_POWERS_OF_TWO = tuple(math.log(2) ** i / math.factorial(i) for i in range(7))
+"""2**x for |x| <= 1/2 to one part in eight million: its Taylor series."""
 
 _pack = struct.Struct("".join("d" if kind == "double" else "q" for kind in ARGUMENTS.values())).pack
 
@@ -73,8 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float)
     y = torch.empty(num_sequences, 1, num_heads, head_dim)
     if mask is not None and mask.stride(3) != 1:
         mask = mask.contiguous()
-    # Threads cost some microseconds, as much as a few thousand elements.
-    threads = min(torch.get_num_threads(), tasks, 1 + tasks * length * head_dim // 65536)
+    threads = min(torch.get_num_threads(), tasks, 1 + tasks * length * head_dim // GRAIN)
     arguments = _pack(
         q.data_ptr(),
         k.data_ptr(),

@@ -66,7 +66,8 @@ def test_error_is_at_most_that_of_torch(dtype: torch.dtype, shape: tuple[int, ..
         assert relative_error(y, exact) <= max(bound, 1e-9)
 
 
-def test_threads_change_no_bit(threads: Callable[[int], None]) -> None:  # noqa: F811
+def test_threads_change_no_bit(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(llvm_attention, "GRAIN", 1)
     q, k, v = inputs((2, 6, 3, 2000, 64), torch.bfloat16)
     results = []
     for count in (1, 2, 5):

@@ -71,8 +71,9 @@ def test_every_processor_computes_the_definition(case: dict, dtype: torch.dtype,
 
 
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(
-    processor: str, threads: Callable[[int], None]
+    processor: str, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(llvm, "GRAIN", 1)
     for case in ("ragged M, N and K", "8 bits", "act-order"):
         linear = linear_of(SHAPES[case])
         x = torch.randn(500, linear.in_features).bfloat16()
@@ -127,7 +128,10 @@ def test_sums_stay_in_registers() -> None:
     assert moved <= {"vdpbf16ps", "vbroadcastss", "vpbroadcastd", "vmovaps", "vmovups", "vmovdqa64", "vmovdqu64"}
 
 
-def test_a_dense_weight_is_multiplied_and_comes_back(processor: str, threads: Callable[[int], None]) -> None:
+def test_a_dense_weight_is_multiplied_and_comes_back(
+    processor: str, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llvm, "GRAIN", 1)
     weight = torch.randn(100, 70).bfloat16()
     kernel = DENSE_KERNELS["llvm"]
     packed = kernel.pack(weight)
@@ -138,7 +142,7 @@ def test_a_dense_weight_is_multiplied_and_comes_back(processor: str, threads: Ca
     y = kernel.multiply(x, packed, bias, 100)
     assert y.shape == (2, 7, 100)
     assert relative_error(y, exact) <= 1.01 * relative_error(exact.bfloat16(), exact)
-    threads(1)
+    threads(3)
     for i in range(7):
         assert torch.equal(kernel.multiply(x[0, i], packed, bias, 100), y[0, i])
 
