@@ -17,6 +17,7 @@ DECLARATIONS = """
 declare i32 @omp_get_thread_num()
 declare i64 @llvm.smin.i64(i64, i64)
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 """
 """What `Function` calls."""
 
@@ -112,13 +113,23 @@ class Function:
         yield
         self.do(f"br label %{end}\n{end}:")
 
+    def dot_pairs(self, weight: str, x: str, total: str) -> str:
+        """total + the dot products of 16 pairs of bfloat16, 32 bits each; not every processor has it."""
+        kind = "<32 x bfloat>"
+        weight, x = (self(f"bitcast {WORDS} {value} to {kind}") for value in (weight, x))
+        call = f"call {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512"
+        return self(f"{call}({FLOATS} {total}, {kind} {weight}, {kind} {x})")
+
+    def thread(self) -> str:
+        """The number of this thread."""
+        slot = self.slot("i64", "0")
+        with self.when(self(f"icmp sgt i64 {self.argument('num_threads')}, 1")):
+            self.set(slot, "i64", self(f"sext i32 {self('call i32 @omp_get_thread_num()')} to i64"))
+        return self.get(slot, "i64")
+
     def share(self, tasks: str) -> tuple[str, str]:
         """The first task of this thread, and the first of the next."""
-        threads = self.argument("num_threads")
-        thread = self.slot("i64", "0")
-        with self.when(self(f"icmp sgt i64 {threads}, 1")):
-            self.set(thread, "i64", self(f"sext i32 {self('call i32 @omp_get_thread_num()')} to i64"))
-        thread = self.get(thread, "i64")
+        threads, thread = self.argument("num_threads"), self.thread()
         first = self(f"sdiv i64 {self.mul(thread, tasks)}, {threads}")
         return first, self(f"sdiv i64 {self.mul(self.add(thread, 1), tasks)}, {threads}")
 

@@ -54,7 +54,6 @@ ARGUMENTS = dict.fromkeys(("x", "words", "scale", "zero", "bias", "sums", "y"), 
 ENTRY_POINTS = ("sums", "matmul", "unpack", "dense")
 
 _MORE_DECLARATIONS = """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
 declare <16 x float> @llvm.masked.load.v16f32.p0(ptr, i32, <16 x i1>, <16 x float>)
 declare void @llvm.masked.store.v16f32.p0(<16 x float>, ptr, i32, <16 x i1>)
@@ -127,11 +126,9 @@ def _code(f: Function, word: str, column: int) -> str:
 
 def _multiply(f: Function, program: Program, weight: str, x: str, total: str) -> str:
     """total + weight * x in 16 lanes of float32; weight and x are 32 bits a lane."""
-    kind = "<32 x bfloat>" if program.x == "bfloat" else FLOATS
-    weight, x = f(f"bitcast {WORDS} {weight} to {kind}"), f(f"bitcast {WORDS} {x} to {kind}")
-    if program.x == "float":
-        return f.fma(weight, x, total)
-    return f(f"call {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({FLOATS} {total}, {kind} {weight}, {kind} {x})")
+    if program.x == "bfloat":
+        return f.dot_pairs(weight, x, total)
+    return f.fma(f(f"bitcast {WORDS} {weight} to {FLOATS}"), f(f"bitcast {WORDS} {x} to {FLOATS}"), total)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,60 @@ def test_error_is_at_most_that_of_torch(dtype: torch.dtype, shape: tuple[int, ..
         plain = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True
         ).transpose(1, 2)
-        assert llvm_attention.refuses(q, k, v, seen) is None
-        y = llvm_attention.attend(q, k, v, seen, scaling)
+        assert llvm_attention.refuses_one(q, k, v, seen) is None
+        y = llvm_attention.attend_one(q, k, v, seen, scaling)
         assert y.dtype == dtype and y.shape == exact.shape
         # In 16 bits the result is rounded and nothing else; in float32 the polynomial counts, too.
         bound = 1.05 * relative_error(plain, exact) if dtype != torch.float32 else 2e-6
         assert relative_error(y, exact) <= max(bound, 1e-9)
+
+
+CAUSAL = {
+    "as many tokens as rows": (1, 3, 3, 6, 16),
+    "a tile and a bit": (2, 4, 2, 77, 80),
+    "heads share keys": (2, 9, 3, 256, 64),
+    "wide heads": (1, 2, 1, 130, 256),
+    "three rows of values at a time": (1, 2, 2, 193, 128),
+}
+
+
+@pytest.mark.parametrize("shape", CAUSAL.values(), ids=CAUSAL)
+def test_causal_error_is_that_of_torch_and_rows_stand_alone(shape: tuple[int, ...]) -> None:
+    q, k, v = inputs(shape, torch.bfloat16)
+    q = torch.randn(shape[0], shape[3], shape[1], shape[4]).bfloat16().transpose(1, 2)
+    if not llvm_attention.multiplies_bfloat16():
+        pytest.skip("this processor does not multiply bfloat16")
+    later = torch.ones(shape[3], shape[3], dtype=torch.bool).tril()
+    for scaling in (shape[4] ** -0.5, 1.5):
+        exact = truth(q, k, v, later, scaling)
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+        ).transpose(1, 2)
+        y = llvm_attention.attend_causal(q, k, v, scaling)
+        assert relative_error(y, exact) <= 1.05 * relative_error(plain, exact)
+        # The first tokens know nothing of how many follow.
+        for length in {6, 7, shape[3] // 2, shape[3] - 1} & set(range(6, shape[3])):
+            start = llvm_attention.attend_causal(q[:, :, :length], k[:, :, :length], v[:, :, :length], scaling)
+            assert torch.equal(start, y[:, :length]), length
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda q, k, v: (q, k, v, torch.ones(3, 1, 64, 64, dtype=torch.bool)), "a mask"),
+        (lambda q, k, v: (q.half(), k.half(), v.half(), None), "float16"),
+        (lambda q, k, v: (q[:, :, :39], k[:, :, :39], v[:, :, :39], None), "39 tokens over 39"),
+        (lambda q, k, v: (q[:, :, :60], k, v, None), "60 tokens over 64"),
+        (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8], None), "head dimensions 8"),
+        (lambda q, k, v: (q[:, :3], k, v, None), "3 heads share 2"),
+    ],
+)
+def test_what_is_not_plainly_causal_is_refused(change: Callable[..., tuple], why: str) -> None:
+    _, k, v = inputs((3, 4, 2, 64, 32), torch.bfloat16)
+    q = torch.randn(3, 4, 64, 32).bfloat16()
+    with pytest.raises(AssertionError, match=why):
+        refusal = llvm_attention.refuses_causal(*change(q, k, v))
+        assert refusal is None, refusal
 
 
 def test_threads_change_no_bit(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -72,16 +121,23 @@ def test_threads_change_no_bit(threads: Callable[[int], None], monkeypatch: pyte
     results = []
     for count in (1, 2, 5):
         threads(count)
-        results.append(llvm_attention.attend(q, k, v, None, 0.125))
+        results.append(llvm_attention.attend_one(q, k, v, None, 0.125))
     assert all(torch.equal(result, results[0]) for result in results)
+    q = torch.randn(2, 6, 2000, 64).bfloat16()
+    if llvm_attention.refuses_causal(q, k, v, None) is None:
+        results = []
+        for count in (1, 2, 5):
+            threads(count)
+            results.append(llvm_attention.attend_causal(q, k, v, 0.125))
+        assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_scores_far_apart_and_far_from_zero_stay_finite() -> None:
     q = torch.full((1, 1, 1, 16), 100.0)
     k = torch.linspace(-100, 100, 40)[None, None, :, None].expand(1, 1, 40, 16).contiguous()
     v = torch.arange(40.0)[None, None, :, None].expand(1, 1, 40, 16).contiguous()
-    assert torch.equal(llvm_attention.attend(q, k, v, None, 1.0), torch.full((1, 1, 1, 16), 39.0))
-    assert torch.equal(llvm_attention.attend(-q, k, v, None, 1.0), torch.zeros(1, 1, 1, 16))
+    assert torch.equal(llvm_attention.attend_one(q, k, v, None, 1.0), torch.full((1, 1, 1, 16), 39.0))
+    assert torch.equal(llvm_attention.attend_one(-q, k, v, None, 1.0), torch.zeros(1, 1, 1, 16))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +155,7 @@ def test_scores_far_apart_and_far_from_zero_stay_finite() -> None:
 )
 def test_what_it_does_not_take_it_refuses(change: Callable[..., tuple], why: str) -> None:
     with pytest.raises(AssertionError, match=why):
-        refusal = llvm_attention.refuses(*change(*inputs((3, 4, 2, 16, 32), torch.bfloat16)))
+        refusal = llvm_attention.refuses_one(*change(*inputs((3, 4, 2, 16, 32), torch.bfloat16)))
         assert refusal is None, refusal
 
 
@@ -107,8 +163,10 @@ def test_what_it_does_not_take_it_refuses(change: Callable[..., tuple], why: str
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of q that the kernel was given."""
     seen: list[tuple[int, ...]] = []
-    attend = llvm_attention.attend
-    monkeypatch.setattr(llvm_attention, "attend", lambda q, *rest: seen.append(tuple(q.shape)) or attend(q, *rest))
+    for name in ("attend_one", "attend_causal"):
+        attend = getattr(llvm_attention, name)
+        wrapped = partial(lambda attend, q, *rest: seen.append(tuple(q.shape)) or attend(q, *rest), attend)
+        monkeypatch.setattr(llvm_attention, name, wrapped)
     return seen
 
 
@@ -129,7 +187,7 @@ def test_a_loaded_model_decodes_with_it_and_says_the_same(
     plain = llmquant.load(folder, device="cpu")
     assert plain.config._attn_implementation == "sdpa"
     # The second text is shorter: its padding, on the left, must not be seen.
-    tokens = torch.arange(5, 29).view(2, 12)
+    tokens = torch.arange(5, 101).view(2, 48)
     seen = torch.ones_like(tokens)
     seen[1, :5] = 0
     logits = []
@@ -141,6 +199,10 @@ def test_a_loaded_model_decodes_with_it_and_says_the_same(
             logits.append(each(tokens[:, :1], attention_mask=step, past_key_values=cache).logits)
     torch.testing.assert_close(*logits, rtol=0.05, atol=0.05)
     assert counted and all(shape[0] == 2 and shape[2] == 1 for shape in counted)
+    with torch.inference_mode():
+        whole = [each(tokens).logits for each in (model, plain)]
+    torch.testing.assert_close(*whole, rtol=0.05, atol=0.05)
+    assert (2, 4, 48, 32) in counted or not llvm_attention.multiplies_bfloat16()
     counted.clear()
     with torch.enable_grad():
         model(inputs_embeds=torch.randn(1, 1, 64).bfloat16().requires_grad_()).logits.sum().backward()

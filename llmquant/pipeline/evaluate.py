@@ -223,9 +223,11 @@ def _windows(
 
 
 def _load(path: Path, device: str, dtype: str, windows_WL: Tensor | None) -> Any:
+    from llmquant.runtime.attention import use_attention
     from llmquant.runtime.load import load
 
     model = load(path, device=device, dtype=dtype).eval()
+    use_attention(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if windows_WL is not None and (largest := int(windows_WL.max())) >= vocabulary:
         raise UserError(

@@ -24,6 +24,7 @@ from llmquant.formats.registry import FORMATS
 from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of, weight_of
 from llmquant.models.skeleton import DTYPES, Skeleton, compute_dtype, read_config, stored_dtype
 from llmquant.pipeline.names import kind_of
+from llmquant.runtime.attention import use_attention
 from llmquant.spec import Options, QuantSpec, Recipe
 
 AUTO = "auto"
@@ -181,6 +182,7 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     model_dtype = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
     device = device_of(options.device)
     skeleton = Skeleton.open(reader, config, device, compute_dtype(model_dtype, device), options.trust_remote_code)
+    use_attention(skeleton.model, device)
     if missing := skeleton.missing():
         raise UserError(
             f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such); the checkpoint is incomplete, "

@@ -1,4 +1,4 @@
-"""Attention of a loaded model on the CPU: ours for one new token, transformers' for everything else.
+"""Attention of a loaded model on the CPU: ours for one new token and for whole texts, torch's for everything else.
 
 transformers keeps a registry of attention functions and lets a model name the one it uses. Ours is registered when the
 first model asks for it; where `kernels.llvm_attention` cannot take a call, it does what "sdpa" does.
@@ -16,10 +16,14 @@ from llmquant.kernels import jit, llvm_attention
 NAME = "llmquant"
 
 
-def use_attention(model: Any) -> None:
-    """Let a model whose attention is "sdpa" on a CPU use ours; any other model is left alone."""
+def use_attention(model: Any, device: torch.device | None = None) -> None:
+    """Let a model whose attention is "sdpa" on a CPU use ours; any other model is left alone.
+
+    device: where it will run, if it is not there yet.
+    """
     is_sdpa = getattr(model.config, "_attn_implementation", None) == "sdpa"
-    if not is_sdpa or model.device.type != "cpu" or not model.is_backend_compatible() or jit.why_not() is not None:
+    on_cpu = (device or model.device).type == "cpu"
+    if not (is_sdpa and on_cpu and model.is_backend_compatible()) or jit.why_not() is not None:
         return
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -37,6 +41,7 @@ def attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """query [S, H, L, D], key and value [S, G, T, D] -> y [S, L, H, D]; the signature is that of the registry."""
@@ -44,9 +49,16 @@ def attention(
 
     wants_gradient = any(tensor.requires_grad for tensor in (query, key, value)) and torch.is_grad_enabled()
     asked = dropout or any(options.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
-    ours = not (wants_gradient or asked or torch.compiler.is_compiling())
-    if ours and llvm_attention.refuses(query, key, value, attention_mask) is None:
-        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-        return llvm_attention.attend(query, key, value, attention_mask, scaling), None
-    options |= {"dropout": dropout, "scaling": scaling}
+    if not (wants_gradient or asked or torch.compiler.is_compiling()):
+        factor = query.shape[3] ** -0.5 if scaling is None else scaling
+        if query.shape[2] == 1:
+            if llvm_attention.refuses_one(query, key, value, attention_mask) is None:
+                return llvm_attention.attend_one(query, key, value, attention_mask, factor), None
+        elif _is_causal(module, is_causal) and llvm_attention.refuses_causal(query, key, value, attention_mask) is None:
+            return llvm_attention.attend_causal(query, key, value, factor), None
+    options |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _is_causal(module: nn.Module, asked: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
