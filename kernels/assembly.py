@@ -15,6 +15,7 @@ WORDS = "<16 x i32>"
 
 DECLARATIONS = """
 declare i32 @omp_get_thread_num()
+declare i32 @omp_get_num_threads()
 declare i64 @llvm.smin.i64(i64, i64)
 declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
@@ -120,16 +121,17 @@ class Function:
         call = f"call {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512"
         return self(f"{call}({FLOATS} {total}, {kind} {weight}, {kind} {x})")
 
-    def thread(self) -> str:
-        """The number of this thread."""
-        slot = self.slot("i64", "0")
+    def thread(self) -> tuple[str, str]:
+        """The number of this thread, and how many there are: OpenMP may give fewer than it was asked for."""
+        slots = [self.slot("i64", "0"), self.slot("i64", "1")]
         with self.when(self(f"icmp sgt i64 {self.argument('num_threads')}, 1")):
-            self.set(slot, "i64", self(f"sext i32 {self('call i32 @omp_get_thread_num()')} to i64"))
-        return self.get(slot, "i64")
+            for slot, name in zip(slots, ("thread_num", "num_threads"), strict=True):
+                self.set(slot, "i64", self(f"sext i32 {self(f'call i32 @omp_get_{name}()')} to i64"))
+        return self.get(slots[0], "i64"), self.get(slots[1], "i64")
 
     def share(self, tasks: str) -> tuple[str, str]:
         """The first task of this thread, and the first of the next."""
-        threads, thread = self.argument("num_threads"), self.thread()
+        thread, threads = self.thread()
         first = self(f"sdiv i64 {self.mul(thread, tasks)}, {threads}")
         return first, self(f"sdiv i64 {self.mul(self.add(thread, 1), tasks)}, {threads}")
 

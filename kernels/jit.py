@@ -74,7 +74,8 @@ class Compiled:
         binding.initialize_native_target()
         binding.initialize_native_asmprinter()
         library = openmp()
-        binding.add_symbol("omp_get_thread_num", _address(library.omp_get_thread_num))
+        for name in ("omp_get_thread_num", "omp_get_num_threads"):
+            binding.add_symbol(name, _address(getattr(library, name)))
         self._parallel = library.GOMP_parallel
         self._parallel.restype, self._parallel.argtypes = None, [ctypes.c_void_p, ctypes.c_char_p] + [ctypes.c_uint] * 2
         present, known = processor_features(), binding.get_host_cpu_features()

@@ -187,7 +187,7 @@ def _attend_causal(head_dim: int) -> Function:
     scaling = f.splat(f(f"fptrunc double {f.argument('scaling')} to float"), "float")
     pieces = f(f"sdiv i64 {f.add(length, ROWS - 1)}, {ROWS}")
     first, stop = f.share(f.argument("num_tasks"))
-    scores = f.at(f.argument("scores"), f.mul(f.mul(f.thread(), ROWS), padded), "float")
+    scores = f.at(f.argument("scores"), f.mul(f.mul(f.thread()[0], ROWS), padded), "float")
     with f.loop(first, stop) as task:
         piece, head = f(f"srem i64 {task}, {pieces}"), f(f"sdiv i64 {task}, {pieces}")
         sequence, head = f(f"sdiv i64 {head}, {heads}"), f(f"srem i64 {head}, {heads}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -83,6 +85,27 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(
             threads(count)
             for rows in (1, 2, 3, 4, 5, 6, 9, 15, 16, 17, 31, 241, 500):
                 assert torch.equal(linear(x[:rows]), alone[:rows]), (case, count, rows)
+
+
+def test_fewer_threads_than_asked_for_do_all_the_work() -> None:
+    """OpenMP may give fewer, by its own limit: what is the work of the missing ones must be done."""
+    code = """
+import torch
+from test_llvm import SHAPES, linear_of
+from llmquant.kernels import llvm, llvm_attention
+llvm.GRAIN = llvm_attention.GRAIN = 1
+linear = linear_of(SHAPES["small model"])
+x, q = torch.randn(300, 576).bfloat16(), torch.randn(1, 4, 100, 64).bfloat16()
+torch.set_num_threads(1)
+alone = [linear(x), llvm_attention.attend_one(q[:, :, :1], q, q, None, 0.1)]
+torch.set_num_threads(4)
+assert torch.get_num_threads() == 4
+limited = [linear(x), llvm_attention.attend_one(q[:, :, :1], q, q, None, 0.1)]
+assert all(torch.equal(a, b) for a, b in zip(alone, limited))
+"""
+    environment = os.environ | {"OMP_THREAD_LIMIT": "2", "PYTHONPATH": os.pathsep.join([*sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_nothing_is_written_beyond_the_last_feature(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
