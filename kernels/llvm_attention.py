@@ -171,6 +171,15 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     return y
 
 
+def prepare(dtype: torch.dtype, head_dim: int) -> None:
+    """Make the programs for such heads now: the first call need not wait, and LLVM's 40 MB are there to be counted."""
+    if dtype not in _LLVM_TYPE or head_dim % LANES or not 0 < head_dim <= MAX_HEAD_DIM:
+        return
+    _compiled_one(_LLVM_TYPE[dtype], head_dim)
+    if dtype == torch.bfloat16 and multiplies_bfloat16():
+        _compiled_causal(head_dim)
+
+
 def multiplies_bfloat16() -> bool:
     return {"avx512bf16", "avx512vl"} <= jit.processor_features()
 

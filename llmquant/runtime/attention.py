@@ -31,6 +31,10 @@ def use_attention(model: Any, device: torch.device | None = None) -> None:
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if isinstance(heads, int) and heads > 0:
+        llvm_attention.prepare(model.dtype, getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def attention(
