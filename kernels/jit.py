@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 OLDEST_LLVM = 20
 """Older ones spell the dot product of bfloat16 otherwise and cannot round to it."""
@@ -56,12 +57,29 @@ def openmp() -> Any:
     """The OpenMP library that torch has brought into this process, or None."""
     if not torch.backends.openmp.is_available():
         return None
-    mapped = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)[-.]\S*", Path("/proc/self/maps").read_text())
-    for path in sorted(set(mapped), key=lambda path: "torch" not in path):
-        library = ctypes.CDLL(path)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {Path(fields[5]) for line in lines if len(fields := line.split(maxsplit=5)) == 6}
+    found = [path for path in mapped if re.match(r"lib(gomp|iomp5|omp)[-.]", path.name)]
+    # Other packages bring their own; torch's lies in its folder, or beside it in torch.libs.
+    home = str(Path(torch.__file__).parent)
+    for path in sorted(found, key=lambda path: (not str(path).startswith(home), str(path))):
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # replaced since it was loaded
+            continue
         if hasattr(library, "GOMP_parallel"):
             return library
     return None
+
+
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether x is a tensor with memory that somebody wants read now: no fake one, and nobody who watches operators."""
+    return (
+        type(x) is torch.Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
 
 
 class Compiled:

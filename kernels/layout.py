@@ -137,3 +137,9 @@ def ungather_columns(weight_NS: Tensor, column_S: Tensor, in_features: int) -> T
     weight_NK = weight_NS.new_empty(weight_NS.shape[0], in_features + 1)
     weight_NK[:, column_S] = weight_NS
     return weight_NK[:, :-1].contiguous()
+
+
+def check_width(x: Tensor, in_features: int) -> None:
+    """Raises RuntimeError, as torch's linear does, where x has another number of columns."""
+    if x.shape[-1] != in_features:
+        raise RuntimeError(f"x is {list(x.shape)}, its last dimension has to be {in_features}")

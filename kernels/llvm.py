@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmquant.kernels import jit
-from llmquant.kernels.layout import LinearShape, arrange_slots, gather_columns, ungather_columns
+from llmquant.kernels.layout import LinearShape, arrange_slots, check_width, gather_columns, ungather_columns
 from llmquant.kernels.llvm_w4a16 import (
     ARGUMENTS,
     ENTRY_POINTS,
@@ -48,7 +48,7 @@ _ANY_SCALE = torch.float16
 """Of the program that multiplies dense weights: the one that is likely there for the others."""
 _LLVM_TYPE = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float"}
 _COLUMN_OF_NIBBLE = [0, 2, 4, 6, 1, 3, 5, 7]
-_NO_TENSOR = torch.empty(0)
+_NO_COLUMNS = torch.empty(0, dtype=torch.int64, device="cpu")
 _pack = struct.Struct(f"{len(ARGUMENTS)}q").pack
 
 
@@ -80,25 +80,28 @@ def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -
         words = _words(codes_NS)
     scale = _tiles(scale_NB)
     _compiled(dtype, scale.dtype)
-    return words, scale, _tiles(zero_NB), _NO_TENSOR.long() if slots.is_prefix else slots.column_S
+    return words, scale, _tiles(zero_NB), _NO_COLUMNS if slots.is_prefix else slots.column_S
 
 
 def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
-    """x [..., K] of any floating dtype -> y [..., N] in the same dtype; a row has the same bits in any batch."""
+    """x [..., K] of any floating dtype -> y [..., N] in the same dtype; a row has the same bits in any batch (but for
+    processors with matrix units). Raises RuntimeError for an x of another width."""
     words, scale, zero, column_S = prepared
+    check_width(x, layer.in_features)
     compiled, inner = _compiled(x.dtype, scale.dtype)
     num_blocks = zero.shape[1] // (2 if layer.bits == 8 else 1)
     steps = words.shape[1] // zero.shape[1]
     num_rows, num_slots = x.numel() // layer.in_features, num_blocks * steps * STEP
     if num_rows >= MATRIX_UNITS_FROM_ROWS and inner == torch.bfloat16 and _has_matrix_units():
         return F.linear(x, dequantize(prepared, layer, x.dtype), bias_N)
-    y = torch.empty(*x.shape[:-1], layer.out_features, dtype=inner)
+    y = torch.empty(*x.shape[:-1], layer.out_features, dtype=inner, device="cpu")
     if num_rows:
         # Every operator costs as much as a small matmul's tenth: none that changes nothing.
         if num_slots != layer.in_features or column_S.numel():
             x = gather_columns(x.reshape(-1, layer.in_features), column_S, num_slots)
         threads, chunk = _share(num_rows, words.shape[0], num_slots)
-        tensors = _ready(x, inner), words, scale, zero, _float(bias_N), torch.empty(num_rows, num_blocks), y
+        sums_MB = torch.empty(num_rows, num_blocks, dtype=torch.float32, device="cpu")
+        tensors = _ready(x, inner), words, scale, zero, _float(bias_N), sums_MB, y
         sizes = num_rows, layer.out_features, num_blocks, steps, zero.shape[1] // num_blocks, chunk
         if threads > 1:
             _call(compiled, "sums", tensors, sizes, threads)
@@ -112,7 +115,7 @@ def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dt
     compiled, inner = _compiled(dtype, scale.dtype)
     num_blocks = zero.shape[1] // (2 if layer.bits == 8 else 1)
     steps = words.shape[1] // zero.shape[1]
-    weight_SN = torch.empty(num_blocks * steps * STEP, layer.out_features, dtype=inner)
+    weight_SN = torch.empty(num_blocks * steps * STEP, layer.out_features, dtype=inner, device="cpu")
     sizes = 0, layer.out_features, num_blocks, steps, zero.shape[1] // num_blocks, 0
     threads = min(torch.get_num_threads(), words.shape[0])
     _call(compiled, "unpack", (None, words, scale, zero, None, None, weight_SN), sizes, threads)
@@ -138,12 +141,12 @@ def unpack_dense(packed: Tensor, out_features: int, in_features: int) -> Tensor:
 
 
 def multiply_dense(x: Tensor, packed: Tensor, bias_N: Tensor | None, out_features: int) -> Tensor:
-    """x [..., K] bfloat16 -> y [..., N]; a row has the same bits in any batch. There is no gradient."""
+    """x [..., K] bfloat16, K that of the weight -> y [..., N]; a row has the same bits in any batch. No gradient."""
     compiled, inner = _compiled(x.dtype, _ANY_SCALE)
     num_tiles, num_pairs, _, _ = packed.shape
     if x.shape[-1] != 2 * num_pairs:
         x = F.pad(x, (0, 2 * num_pairs - x.shape[-1]))
-    y = torch.empty(*x.shape[:-1], out_features, dtype=inner)
+    y = torch.empty(*x.shape[:-1], out_features, dtype=inner, device="cpu")
     sizes = x.numel() // (2 * num_pairs), out_features, 1, 2 * num_pairs // STEP, 1, 0
     tensors = _ready(x, inner), packed, None, None, _float(bias_N), None, y
     _call(compiled, "dense", tensors, sizes, _share(sizes[0], num_tiles, 2 * num_pairs)[0])
@@ -153,6 +156,7 @@ def multiply_dense(x: Tensor, packed: Tensor, bias_N: Tensor | None, out_feature
 def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype != dtype:
         x = x.to(dtype)
+    x = x.resolve_neg()
     return x if x.is_contiguous() else x.contiguous()
 
 
@@ -175,7 +179,7 @@ def _share(num_rows: int, num_tiles: int, num_slots: int) -> tuple[int, int]:
 
 
 def _float(bias_N: Tensor | None) -> Tensor | None:
-    return None if bias_N is None else bias_N.float()
+    return None if bias_N is None else bias_N.float().contiguous()
 
 
 def _narrowest(scale: Tensor) -> Tensor:

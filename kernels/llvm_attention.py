@@ -10,7 +10,7 @@ sum of the values, in vectors of 16 along the head dimension. K and V are read w
 Causal, in bfloat16 on processors that multiply pairs of it: a task is six rows of one head. K and V are laid out first,
 so that a vector holds 16 tokens of K or 16 features of V, two by two. The scores of six rows over all tokens up to them
 stay in a buffer of the thread; probabilities take their place, rounded to bfloat16 as torch does. A row's bits do not
-depend on the rows beside it.
+depend on the rows beside it, as long as V is finite.
 
 Letters: S sequences, H heads, G heads of K and V, L tokens, D head dimension.
 """
@@ -73,6 +73,8 @@ def refuses_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | N
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[3] % LANES or q.shape[3] > MAX_HEAD_DIM or q.shape[3] != v.shape[3]:
         return f"head dimensions {q.shape[3]} and {v.shape[3]}"
+    if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[:3] != v.shape[:3]:
+        return f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
     if q.shape[1] % k.shape[1]:
         return f"{q.shape[1]} heads share {k.shape[1]} of K and V"
     if not q.stride(3) == k.stride(3) == v.stride(3) == 1 or not k.shape[2]:
@@ -87,11 +89,11 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: fl
     num_sequences, num_heads, _, head_dim = q.shape
     length, tasks = k.shape[2], num_sequences * num_heads
     padded = -(-length // LANES) * LANES
-    scores = torch.empty(tasks, padded)
-    y = torch.empty(num_sequences, 1, num_heads, head_dim)
+    scores = torch.empty(tasks, padded, dtype=torch.float32, device="cpu")
+    y = torch.empty(num_sequences, 1, num_heads, head_dim, dtype=torch.float32, device="cpu")
     if mask is not None and mask.stride(3) != 1:
         mask = mask.contiguous()
-    threads = min(torch.get_num_threads(), tasks, 1 + tasks * length * head_dim // GRAIN)
+    threads = min(torch.get_num_threads(), max(tasks, 1), 1 + tasks * length * head_dim // GRAIN)
     arguments = _pack(
         q.data_ptr(),
         k.data_ptr(),
@@ -128,6 +130,8 @@ def refuses_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str 
         return f"{q.shape[2]} tokens over {k.shape[2]}"
     if q.shape[3] % LANES or q.shape[3] > MAX_HEAD_DIM or q.shape[3] != v.shape[3] or q.stride(3) != 1:
         return f"head dimensions {q.shape[3]} and {v.shape[3]}"
+    if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[:3] != v.shape[:3]:
+        return f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
     if q.shape[1] % k.shape[1]:
         return f"{q.shape[1]} heads share {k.shape[1]} of K and V"
     if (why := jit.why_not()) is None and not multiplies_bfloat16():
@@ -142,12 +146,12 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     k, v = (F.pad(value, (0, 0, 0, tiles * TILE - length)) for value in (k, v))
     k_words = k.unflatten(3, (-1, 2)).unflatten(2, (-1, TILE)).transpose(3, 4).contiguous()
     v_words = v.unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
-    y = torch.empty(num_sequences, length, num_heads, head_dim, dtype=q.dtype)
+    y = torch.empty(num_sequences, length, num_heads, head_dim, dtype=q.dtype, device="cpu")
     tasks = num_sequences * num_heads * -(-length // ROWS)
     threads = min(torch.get_num_threads(), 1 + num_sequences * num_heads * length * length * head_dim // GRAIN)
     # Rows of scores begin at different places of a page.
     padded = tiles * TILE + LANES
-    scores = torch.empty(threads, ROWS, padded)
+    scores = torch.empty(threads, ROWS, padded, dtype=torch.float32, device="cpu")
     arguments = _pack(
         q.data_ptr(),
         k_words.data_ptr(),
@@ -284,7 +288,9 @@ def _probabilities(f: Function, scores: str, length: str, store: Callable[[Funct
         pair = f"{FLOATS} {f.get(highest, FLOATS)}, {FLOATS} {some}"
         f.set(highest, FLOATS, f(f"call {FLOATS} @llvm.maxnum.v16f32({pair})"))
     highest = f(f"call float @llvm.vector.reduce.fmax.v16f32({FLOATS} {f.get(highest, FLOATS)})")
-    highest = f.splat(highest, "float")
+    # A row that sees nothing becomes zeros, as in torch: all its powers are 0.
+    pair = f"{FLOATS} {f.splat(highest, 'float')}, {FLOATS} {floats(-1e30)}"
+    highest = f(f"call {FLOATS} @llvm.maxnum.v16f32({pair})")
     sums = f.slot(FLOATS, "zeroinitializer")
     kind = "bfloat" if store is _store_bfloat16 else "float"
     with f.loop(0, length, LANES) as token:
@@ -293,7 +299,8 @@ def _probabilities(f: Function, scores: str, length: str, store: Callable[[Funct
         store(f, power, f.at(scores, token, kind))
         f.set(sums, FLOATS, f(f"fadd {FLOATS} {f.get(sums, FLOATS)}, {power}"))
     total = f(f"call reassoc float @llvm.vector.reduce.fadd.v16f32(float 0.0, {FLOATS} {f.get(sums, FLOATS)})")
-    return f.splat(f(f"fdiv float 1.0, {total}"), "float")
+    inverse = f(f"select i1 {f(f'fcmp oeq float {total}, 0.0')}, float 0.0, float {f(f'fdiv float 1.0, {total}')}")
+    return f.splat(inverse, "float")
 
 
 @cache
@@ -370,7 +377,7 @@ def _power_of_two(f: Function, x: str) -> str:
     for coefficient in _POWERS_OF_TWO[-2::-1]:
         power = f.fma(power, rest, floats(coefficient))
     is_normal = f(f"fcmp oge {FLOATS} {x}, {floats(-126)}")
-    # NaN (a row that sees nothing) stays what it is.
+    # NaN stays what it is.
     is_tiny = f(f"fcmp olt {FLOATS} {x}, {floats(-126)}")
     exponent = f(f"select <16 x i1> {is_normal}, {FLOATS} {nearest}, {FLOATS} zeroinitializer")
     shift = f(f"shl {WORDS} {f(f'fptosi {FLOATS} {exponent} to {WORDS}')}, {ints(23)}")

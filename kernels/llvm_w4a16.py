@@ -43,7 +43,7 @@ MAX_BLOCK = 128
 PANEL = 512
 """Columns that are decoded at a time; in bfloat16 64 KiB, which stream from the second-level cache."""
 MAX_CHUNK = 240
-"""Rows that share a panel: their float32 totals lie on the stack of a thread, 60 KiB."""
+"""Rows that share a panel: their float32 totals lie on the stack of a thread, 60 KiB beside the panel's 64 or 128."""
 FUSED_BELOW_ROWS = 24
 """Rows of a chunk from which decoding once is worth storing the weights, by `scripts/bench_linear`."""
 
@@ -168,7 +168,7 @@ def _rows_of_x(f: Function, program: Program, tile: _Tile, start: str | int) -> 
 def _weights(f: Function, panel: str, place: str, lane: str, vectors: int) -> list[str]:
     """Vectors of decoded weights, from line `place` of a panel [parts, 64] on."""
     line = f.at(panel, f.add(f.mul(place, TILE), lane), "i32")
-    return [f.get(f.at(line, LANES * vector, "i32"), WORDS, 64) for vector in range(vectors)]
+    return [f.get(f.at(line, LANES * vector, "i32"), WORDS, 4) for vector in range(vectors)]
 
 
 def _add_products(
@@ -191,7 +191,7 @@ def _add_block(f: Function, program: Program, tile: _Tile, block: str, block_of_
     with f.loop(0, steps) as step:
         if panel is None:
             line = f.at(words, f.mul(step, TILE), "i32")
-            word = [f.get(f.at(line, LANES * vector, "i32"), WORDS, 64) for vector in range(tile.vectors)]
+            word = [f.get(f.at(line, LANES * vector, "i32"), WORDS, 4) for vector in range(tile.vectors)]
         for part in range(program.parts):
             place = f.add(f.mul(step, program.parts), part)
             if panel is None:
@@ -334,7 +334,7 @@ def _chunk(program: Program) -> Function:
         words = f.at(f.argument("words"), words, "i32")
         with f.loop(0, f.mul(f(f"sub nsw i64 {last}, {first}"), steps)) as step:
             for vector in range(vectors):
-                word = f.get(f.at(words, f.add(f.mul(step, TILE), LANES * vector), "i32"), WORDS, 64)
+                word = f.get(f.at(words, f.add(f.mul(step, TILE), LANES * vector), "i32"), WORDS, 4)
                 for part in range(program.parts):
                     line = f.add(f.mul(step, program.parts), part)
                     address = f.at(panel, f.add(f.mul(line, TILE), LANES * vector), "i32")
@@ -421,7 +421,7 @@ def _unpack(program: Program) -> Function:
                 with f.loop(0, num_planes) as plane:
                     of_plane = f.add(f.mul(plane, num_blocks), block)
                     place = f.add(_place(f, feature, of_plane, steps), f.mul(step, TILE))
-                    word = f.get(f.at(f.argument("words"), place, "i32"), WORDS, 64)
+                    word = f.get(f.at(f.argument("words"), place, "i32"), WORDS, 4)
                     place = _place(f, feature, of_plane)
                     digit = f(f"fsub {FLOATS} {_code(f, word, column)}, {_zero(f, place, 0)}")
                     f.set(distance, FLOATS, f.fma(f.get(distance, FLOATS), floats(16), digit))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -149,6 +151,8 @@ def test_scores_far_apart_and_far_from_zero_stay_finite() -> None:
         (lambda q, k, v: (q, k, v[..., :16], None), "head dimensions 32 and 16"),
         (lambda q, k, v: (q, k.transpose(2, 3).contiguous().transpose(2, 3), v, None), "contiguous"),
         (lambda q, k, v: (q[:, :3], k, v, None), "3 heads share 2"),
+        (lambda q, k, v: (q, k[:1], v[:1], None), r"and \(1, 2, 16, 32\)"),
+        (lambda q, k, v: (q, k, v[:, :, :9], None), r"and \(3, 2, 9, 32\)"),
         (lambda q, k, v: (q, k, v, torch.zeros(3, 1, 1, 16)), "a mask of torch.float32"),
         (lambda q, k, v: (q, k, v, torch.ones(3, 4, 1, 16, dtype=torch.bool)), r"\(3, 4, 1, 16\)"),
     ],
@@ -207,6 +211,45 @@ def test_a_loaded_model_decodes_with_it_and_says_the_same(
     with torch.enable_grad():
         model(inputs_embeds=torch.randn(1, 1, 64).bfloat16().requires_grad_()).logits.sum().backward()
     assert not counted
+
+
+def test_a_text_that_sees_nothing_gets_zeros() -> None:
+    q, k, v = inputs((2, 4, 2, 16, 32), torch.bfloat16)
+    seen = torch.ones(2, 1, 1, 16, dtype=torch.bool)
+    seen[1] = False
+    y = llvm_attention.attend_one(q, k, v, seen, 0.2)
+    assert torch.equal(y[0], llvm_attention.attend_one(q, k, v, None, 0.2)[0]) and not y[1].any()
+
+
+def test_a_pickled_model_speaks_in_a_new_process(tiny_model: Any, tmp_path: Path) -> None:
+    model = llmquant.load(quantized(tiny_model, "llama", tmp_path / "out", head_dim=32), device="cpu")
+    tokens = torch.arange(5, 55)[None]
+    torch.save((model, tokens, model(tokens).logits.detach()), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; m, t, y = torch.load(sys.argv[1], weights_only=False); assert torch.equal(m(t).logits, y)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "model.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_models_that_look_at_the_name_of_their_attention_keep_it(tiny_model: Any, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def settled(config: Any) -> str:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        attention.use_attention(model, torch.device("cpu"))
+        return model.config._attn_implementation
+
+    assert settled(AutoConfig.for_model("llama", num_hidden_layers=1)) == attention.NAME
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 128}
+    for kind in ("deepseek_v32", "glm_moe_dsa"):
+        try:
+            config = AutoConfig.for_model(kind, **sizes)
+        except ValueError:  # older transformers do not know it
+            continue
+        assert settled(config) == "sdpa"
 
 
 def test_models_that_ask_for_more_are_served_by_torch(tiny_model: Any, tmp_path: Path, counted: list) -> None:

@@ -9,15 +9,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from test_kernels import CPU, SHAPES, random_weight, relative_error, truth
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from llmquant.kernels import jit, llvm
+from llmquant.errors import UserError
+from llmquant.kernels import jit, llvm, llvm_attention
 from llmquant.kernels.dispatch import DENSE_KERNELS, choose_backend, explain_choice
 from llmquant.kernels.layout import LinearShape
-from llmquant.runtime.linear import QuantizedLinear
+from llmquant.runtime.linear import PackedLinear, QuantizedLinear
 
 pytestmark = pytest.mark.skipif(jit.why_not() is not None, reason=str(jit.why_not()))
 
@@ -180,6 +184,81 @@ def test_matrix_units_take_many_rows_of_bfloat16(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(linear(x), dense)
     assert not torch.equal(linear(x[:-1]), dense[:-1])
     assert not llvm.multiplies_dense()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_defaults_of_torch_do_not_reach_the_buffers(dtype: torch.dtype) -> None:
+    linear, x = linear_of(SHAPES["small model"]), torch.randn(30, 576).bfloat16()
+    q = torch.randn(1, 4, 50, 64).bfloat16()
+    before = torch.get_default_dtype()
+
+    def results() -> list[torch.Tensor]:
+        one = llvm_attention.attend_one(q[:, :, :1], q, q, None, 0.1)
+        return [linear(x), linear.dequantize(), one, llvm_attention.attend_causal(q, q, q, 0.1)]
+
+    wanted = results()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, results(), wanted))
+        with torch.device("meta"):
+            assert all(map(torch.equal, results(), wanted))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_x_of_another_width_or_dtype_is_an_error() -> None:
+    linear = linear_of(SHAPES["small model"])
+    head = PackedLinear(torch.nn.Linear(576, 100, dtype=torch.bfloat16))
+    for width in (8, 575, 584, 1152):
+        for module in (linear, head):
+            with pytest.raises(RuntimeError, match="has to be 576"):
+                module(torch.randn(4, width).bfloat16())
+    with pytest.raises(TypeError, match="float32"):
+        head(torch.randn(4, 576))
+
+
+def recorded(module: torch.nn.Module, x: torch.Tensor) -> torch.fx.GraphModule:
+    return make_fx(lambda value: module(value))(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated", "ignore::torch.jit.TracerWarning")
+def test_tensors_without_memory_and_watchers_get_the_operator() -> None:
+    linear = linear_of(SHAPES["small model"])
+    head = PackedLinear(torch.nn.Linear(576, 100, dtype=torch.bfloat16))
+    x = torch.randn(4, 576).bfloat16()
+    for module, width in ((linear, 192), (head, 100)):
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            assert module(torch.empty(4, 576, dtype=torch.bfloat16)).shape == (4, width)
+        with torch.no_grad():
+            graph = recorded(module, x)
+            assert torch.equal(graph(x), module(x)) and "llmquant" in graph.code
+            traced = torch.jit.trace(module, x, check_trace=False)
+            assert torch.equal(traced(x + 1), module(x + 1))
+
+
+def test_a_packed_head_is_neither_cast_nor_moved_nor_laid_out_anew() -> None:
+    head = PackedLinear(torch.nn.Linear(70, 100, dtype=torch.bfloat16))
+    x = torch.randn(4, 70).bfloat16()
+    y = head(x)
+    assert torch.equal(head.to(torch.bfloat16).to(memory_format=torch.channels_last)(x), y)
+    for change in (torch.nn.Module.half, lambda module: module.to("meta")):
+        with pytest.raises(UserError, match="head 100x70"):
+            change(head)
+    assert torch.equal(head(x), y)
+
+
+def test_a_bias_with_strides_is_read_along_them() -> None:
+    weight, x = random_weight(96, 64), torch.randn(3, 64)
+    prepared, layer = llvm.prepare(weight, torch.float32, CPU), LinearShape.of(weight)
+    for bias in (torch.arange(192.0)[::2], torch.ones(1).expand(96)):
+        assert torch.equal(llvm.matmul(x, prepared, bias, layer), llvm.matmul(x, prepared, bias.clone(), layer))
+
+
+def test_openmp_is_found_in_folders_with_spaces_and_survives_upgrades(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = Path("/proc/self/maps").read_text()
+    gone = "7f0-7f1 r-xp 0 fd:00 1 /a user/torch/lib/libgomp.so.1\n7f0-7f1 r-xp 0 0:0 1 /lib/libgomp.so.1 (deleted)\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: gone + maps)
+    assert jit.openmp.__wrapped__() is not None
 
 
 @pytest.mark.parametrize(

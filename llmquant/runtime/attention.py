@@ -6,6 +6,9 @@ first model asks for it; where `kernels.llvm_attention` cannot take a call, it d
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
@@ -17,24 +20,48 @@ NAME = "llmquant"
 
 
 def use_attention(model: Any, device: torch.device | None = None) -> None:
-    """Let a model whose attention is "sdpa" on a CPU use ours; any other model is left alone.
+    """Let a model whose attention is "sdpa" on a CPU use ours; any other model is left alone, and so is one that makes
+    its masks or its choices by that name.
 
     device: where it will run, if it is not there yet.
     """
-    is_sdpa = getattr(model.config, "_attn_implementation", None) == "sdpa"
+    names = {getattr(getattr(module, "config", None), "_attn_implementation", "sdpa") for module in model.modules()}
     on_cpu = (device or model.device).type == "cpu"
-    if not (is_sdpa and on_cpu and model.is_backend_compatible()) or jit.why_not() is not None:
+    if names != {"sdpa"} or not on_cpu or not model.is_backend_compatible() or jit.why_not() is not None:
         return
+    if asks_for_its_attention(model):
+        return
+    register()
+    model.set_attn_implementation(NAME)
+    config = model.config.get_text_config()
+    heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    head_dim = getattr(config, "head_dim", None) or (width // heads if heads and width else None)
+    if isinstance(head_dim, int):
+        llvm_attention.prepare(model.dtype, head_dim)
+
+
+def register() -> None:
+    """Make our attention known to transformers in this process."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    if isinstance(heads, int) and heads > 0:
-        llvm_attention.prepare(model.dtype, getattr(config, "head_dim", None) or config.hidden_size // heads)
+
+
+def asks_for_its_attention(model: Any) -> bool:
+    """Whether the code of the model compares the name of its attention with something: under another name it would do
+    something else. Code that cannot be read counts as code that does."""
+    for name in {type(module).__module__ for module in model.modules()}:
+        if name.split(".")[0] in ("torch", "llmquant"):
+            continue
+        try:
+            source = inspect.getsource(sys.modules[name])
+        except (KeyError, OSError, TypeError):
+            return True
+        if re.search(r"_attn_implementation\b[\s)\]]*(?:#[^\n]*\s*)*(?:==|!=|in\b|not\s+in\b)", source):
+            return True
+    return False
 
 
 def attention(
@@ -53,7 +80,8 @@ def attention(
 
     wants_gradient = any(tensor.requires_grad for tensor in (query, key, value)) and torch.is_grad_enabled()
     asked = dropout or any(options.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
-    if not (wants_gradient or asked or torch.compiler.is_compiling()):
+    watched = torch.compiler.is_compiling() or not all(map(jit.is_plain, (query, key, value)))
+    if not (wants_gradient or asked or watched):
         factor = query.shape[3] ** -0.5 if scaling is None else scaling
         if query.shape[2] == 1:
             if llvm_attention.refuses_one(query, key, value, attention_mask) is None:

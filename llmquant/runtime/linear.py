@@ -22,7 +22,9 @@ from llmquant.kernels.dispatch import (
     matmul,
     multiply_dense,
 )
-from llmquant.kernels.layout import LinearShape
+from llmquant.kernels.jit import is_plain
+from llmquant.kernels.layout import LinearShape, check_width
+from llmquant.runtime.attention import register
 from llmquant.weight import QuantizedWeight
 
 
@@ -67,6 +69,8 @@ class QuantizedLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._hold(self.prepared)
+        # The model around it names an attention that a new process does not know.
+        register()
 
     @property
     def device(self) -> torch.device:
@@ -85,17 +89,17 @@ class QuantizedLinear(nn.Module):
         """Raises TypeError where x has another dtype, as a dense linear would."""
         if x.dtype != self.dtype:
             raise TypeError(f"x is {x.dtype}, but this linear was prepared for {self.dtype}")
-        if (torch.is_grad_enabled() or torch.compiler.is_compiling()) and self._needs_operator(x):
+        if self._needs_operator(x):
             return matmul(x, list(self.prepared), self.bias, self.backend_name, self.layer.as_ints())
         return BACKENDS[self.backend_name].matmul(x, self.prepared, self.bias, self.layer)
 
     def _needs_operator(self, x: Tensor) -> bool:
-        """Whether somebody differentiates or traces. The operator costs some ten to thirty microseconds of Python per
-        call, as much as a small matmul, so whoever does neither goes without."""
+        """Whether somebody differentiates, traces or watches. The operator costs some ten to thirty microseconds of
+        Python per call, as much as a small matmul, so whoever does nothing of it goes without."""
         if torch.is_grad_enabled() and self._wants_gradient(x):
             return True
         if not torch.compiler.is_compiling():
-            return False
+            return not is_plain(x)
         inline_rows = BACKENDS[self.backend_name].inline_rows
         return torch.compiler.is_exporting() or x.numel() >= inline_rows * self.in_features
 
@@ -170,11 +174,27 @@ class PackedLinear(nn.Module):
         return DENSE_KERNELS[self.kernel_name].unpack(self.packed, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Raises TypeError where x has another dtype, RuntimeError where it has another width."""
+        if x.dtype != self.dtype:
+            raise TypeError(f"x is {x.dtype}, but this linear was prepared for {self.dtype}")
+        check_width(x, self.in_features)
         if torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad)):
             return F.linear(x, self.dequantize(), self.bias)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not is_plain(x):
             return multiply_dense(x, self.packed, self.bias, self.out_features, self.kernel_name)
         return DENSE_KERNELS[self.kernel_name].multiply(x, self.packed, self.bias, self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """`.to()` and its kin: the layout is this processor's, and stays as it is."""
+        moved = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
+        if moved.dtype != self.dtype or moved.device.type != "cpu":
+            raise UserError(
+                f"head {self.out_features}x{self.in_features}: packed for the CPU in {self.dtype}, cannot become "
+                f"{moved.dtype} on {moved.device}; load the model there with that dtype"
+            )
+        if self.bias is not None:
+            self.bias.data = fn(self.bias.data)
+        return self
 
     def extra_repr(self) -> str:
         return (
