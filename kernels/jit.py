@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+LLVM_TYPE = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float"}
+"""LLVM's names of the dtypes that programs are made for."""
+
 OLDEST_LLVM = 20
 """Older ones spell the dot product of bfloat16 otherwise and cannot round to it."""
 
@@ -50,6 +53,16 @@ def processor_features() -> frozenset[str]:
     from llvmlite import binding
 
     return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether vectors hold pairs of bfloat16 and the processor multiplies them."""
+    return {"avx512bf16", "avx512vl"} <= processor_features()
+
+
+def has_matrix_units() -> bool:
+    """Whether there is more than vectors for bfloat16, which torch's own operators use."""
+    return "amx-bf16" in processor_features()
 
 
 @lru_cache(maxsize=1)

@@ -46,7 +46,6 @@ GRAIN = 1 << 18
 
 _ANY_SCALE = torch.float16
 """Of the program that multiplies dense weights: the one that is likely there for the others."""
-_LLVM_TYPE = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float"}
 _COLUMN_OF_NIBBLE = [0, 2, 4, 6, 1, 3, 5, 7]
 _NO_COLUMNS = torch.empty(0, dtype=torch.int64, device="cpu")
 _pack = struct.Struct(f"{len(ARGUMENTS)}q").pack
@@ -56,7 +55,7 @@ def refuses(layer: LinearShape, device: torch.device, dtype: torch.dtype) -> str
     """Why this backend cannot run the linear, or None."""
     if device.type != "cpu":
         return f"runs on the CPU, not on {device.type}"
-    if dtype not in _LLVM_TYPE:
+    if dtype not in jit.LLVM_TYPE:
         return f"x would be {str(dtype).removeprefix('torch.')}"
     return jit.why_not()
 
@@ -92,7 +91,7 @@ def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer
     num_blocks = zero.shape[1] // (2 if layer.bits == 8 else 1)
     steps = words.shape[1] // zero.shape[1]
     num_rows, num_slots = x.numel() // layer.in_features, num_blocks * steps * STEP
-    if num_rows >= MATRIX_UNITS_FROM_ROWS and inner == torch.bfloat16 and _has_matrix_units():
+    if num_rows >= MATRIX_UNITS_FROM_ROWS and inner == torch.bfloat16 and jit.has_matrix_units():
         return F.linear(x, dequantize(prepared, layer, x.dtype), bias_N)
     y = torch.empty(*x.shape[:-1], layer.out_features, dtype=inner, device="cpu")
     if num_rows:
@@ -124,7 +123,7 @@ def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dt
 
 def multiplies_dense() -> bool:
     """Whether `multiply_dense` is the fastest there is here for a head in bfloat16."""
-    return jit.why_not() is None and _multiplies_bfloat16() and not _has_matrix_units()
+    return jit.why_not() is None and jit.multiplies_bfloat16() and not jit.has_matrix_units()
 
 
 def pack_dense(weight_NK: Tensor) -> Tensor:
@@ -200,18 +199,10 @@ def _words(codes_NS: Tensor) -> Tensor:
     return (low | (high << 4)).transpose(1, 2).contiguous()
 
 
-def _multiplies_bfloat16() -> bool:
-    return {"avx512bf16", "avx512vl"} <= jit.processor_features()
-
-
-def _has_matrix_units() -> bool:
-    return "amx-bf16" in jit.processor_features()
-
-
 @cache
 def _compiled(x: torch.dtype, scale: torch.dtype) -> tuple[jit.Compiled, torch.dtype]:
     """The functions for x and scales of these dtypes on this processor, and the dtype they want x in."""
-    inner = torch.bfloat16 if x == torch.bfloat16 and _multiplies_bfloat16() else torch.float32
+    inner = torch.bfloat16 if x == torch.bfloat16 and jit.multiplies_bfloat16() else torch.float32
     wide = {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= jit.processor_features()
-    program = Program(x=_LLVM_TYPE[inner], scale=_LLVM_TYPE[scale], wide=wide)
+    program = Program(x=jit.LLVM_TYPE[inner], scale=jit.LLVM_TYPE[scale], wide=wide)
     return jit.Compiled(program.text(), ENTRY_POINTS), inner

@@ -49,7 +49,6 @@ ARGUMENTS = (
 )
 """Strides in elements, in bytes for the mask; `padded` is the length rounded up to 16, the stride of `scores`."""
 
-_LLVM_TYPE = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float"}
 _MORE_DECLARATIONS = """
 declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
 declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
@@ -69,7 +68,7 @@ def refuses_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | N
         return f"{q.shape[2]} tokens, not one"
     if q.device.type != "cpu":
         return f"runs on the CPU, not on {q.device.type}"
-    if q.dtype not in _LLVM_TYPE or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in jit.LLVM_TYPE or not q.dtype == k.dtype == v.dtype:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[3] % LANES or q.shape[3] > MAX_HEAD_DIM or q.shape[3] != v.shape[3]:
         return f"head dimensions {q.shape[3]} and {v.shape[3]}"
@@ -113,7 +112,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: fl
         scaling * _LOG2_E,
         threads,
     )
-    _compiled_one(_LLVM_TYPE[q.dtype], head_dim).run("attend", arguments, threads)
+    _compiled_one(jit.LLVM_TYPE[q.dtype], head_dim).run("attend", arguments, threads)
     return y.to(q.dtype)
 
 
@@ -134,9 +133,11 @@ def refuses_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str 
         return f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
     if q.shape[1] % k.shape[1]:
         return f"{q.shape[1]} heads share {k.shape[1]} of K and V"
-    if (why := jit.why_not()) is None and not multiplies_bfloat16():
+    if (why := jit.why_not()) is not None:
+        return why
+    if not jit.multiplies_bfloat16():
         return "the processor does not multiply bfloat16"
-    return why
+    return "torch's attention uses the matrix units" if jit.has_matrix_units() else None
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -177,15 +178,11 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
 
 def prepare(dtype: torch.dtype, head_dim: int) -> None:
     """Make the programs for such heads now: the first call need not wait, and LLVM's 40 MB are there to be counted."""
-    if dtype not in _LLVM_TYPE or head_dim % LANES or not 0 < head_dim <= MAX_HEAD_DIM:
+    if dtype not in jit.LLVM_TYPE or head_dim % LANES or not 0 < head_dim <= MAX_HEAD_DIM:
         return
-    _compiled_one(_LLVM_TYPE[dtype], head_dim)
-    if dtype == torch.bfloat16 and multiplies_bfloat16():
+    _compiled_one(jit.LLVM_TYPE[dtype], head_dim)
+    if dtype == torch.bfloat16 and jit.multiplies_bfloat16():
         _compiled_causal(head_dim)
-
-
-def multiplies_bfloat16() -> bool:
-    return {"avx512bf16", "avx512vl"} <= jit.processor_features()
 
 
 @cache

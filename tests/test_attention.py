@@ -82,7 +82,7 @@ CAUSAL = {
 def test_causal_error_is_that_of_torch_and_rows_stand_alone(shape: tuple[int, ...]) -> None:
     q, k, v = inputs(shape, torch.bfloat16)
     q = torch.randn(shape[0], shape[3], shape[1], shape[4]).bfloat16().transpose(1, 2)
-    if not llvm_attention.multiplies_bfloat16():
+    if not jit.multiplies_bfloat16():
         pytest.skip("this processor does not multiply bfloat16")
     later = torch.ones(shape[3], shape[3], dtype=torch.bool).tril()
     for scaling in (shape[4] ** -0.5, 1.5):
@@ -206,7 +206,7 @@ def test_a_loaded_model_decodes_with_it_and_says_the_same(
     with torch.inference_mode():
         whole = [each(tokens).logits for each in (model, plain)]
     torch.testing.assert_close(*whole, rtol=0.05, atol=0.05)
-    assert (2, 4, 48, 32) in counted or not llvm_attention.multiplies_bfloat16()
+    assert (2, 4, 48, 32) in counted or not jit.multiplies_bfloat16()
     counted.clear()
     with torch.enable_grad():
         model(inputs_embeds=torch.randn(1, 1, 64).bfloat16().requires_grad_()).logits.sum().backward()

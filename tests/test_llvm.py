@@ -175,10 +175,10 @@ def test_a_dense_weight_is_multiplied_and_comes_back(
 
 
 def test_matrix_units_take_many_rows_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not llvm._multiplies_bfloat16():
+    if not jit.multiplies_bfloat16():
         pytest.skip("this processor does not multiply bfloat16")
     linear = linear_of(SHAPES["small model"])
-    monkeypatch.setattr(llvm, "_has_matrix_units", lambda: True)
+    monkeypatch.setattr(jit, "has_matrix_units", lambda: True)
     x = torch.randn(llvm.MATRIX_UNITS_FROM_ROWS, linear.in_features).bfloat16()
     dense = torch.nn.functional.linear(x, linear.dequantize(), linear.bias)
     assert torch.equal(linear(x), dense)
