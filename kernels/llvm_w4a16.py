@@ -9,13 +9,13 @@ Nibbles p and p + 4 are neighbours in K and lie sixteen bits apart. For x in bfl
 0x43004300` is a pair of weights as the processor's dot product takes them: 0x4300 has the bits of 128, and the code
 falls into its lowest mantissa bits. Two instructions for 32 weights. For x in float32 a code is cut out and converted.
 
-A block of columns shares one scale and one zero-point per feature. Its products with the bare codes are summed in
-float32, and then once: total += scale * (sum - (base + zero) * sum of x), base 128 or 0. No weight is ever rounded.
+A block of columns shares one scale and one zero-point per feature. In float32 the zero-point is taken off each code. In
+bfloat16 that would cost as much as decoding, so the sum of a block's products begins with -(128 + zero) * sum of x
+instead. Once for a block: total += scale * sum, in float32. No weight is ever rounded.
 
 Few rows of x (`fused`): five rows and 64 features at a time, the words decoded on the way, straight from memory. Many
 rows: the codes of 64 features and some blocks are decoded once into a `panel`, and all rows of a chunk go over it, six
-at a time. Both add in the same order, so a row of y has the same bits in any batch and with any
-number of threads.
+at a time. Both add in the same order, so a row of y has the same bits in any batch and with any number of threads.
 
 Entry points: `@sums` and `@matmul`, to be called in this order by all threads (a single one calls `@matmul` alone,
 which then begins with the sums); `@unpack`, the dense weight; and `@dense`, the same product with a weight in bfloat16,
@@ -82,11 +82,6 @@ class Program:
         return STEP * self.x_bytes // 4
 
     @property
-    def base(self) -> int:
-        """What a decoded weight is more than its code."""
-        return 128 if self.x == "bfloat" else 0
-
-    @property
     def fused_rows(self) -> int:
         return 5
 
@@ -110,10 +105,11 @@ class Program:
         return DECLARATIONS + _MORE_DECLARATIONS + "\n".join(function.text() for function in functions)
 
 
-def _decode(f: Function, program: Program, word: str, part: int) -> str:
-    """16 words -> one part of each, as 32 bits: two weights 128 + code in bfloat16, or one code in float32."""
+def _decode(f: Function, program: Program, word: str, part: int, zero: str) -> str:
+    """16 words -> one part of each, as 32 bits: two weights 128 + code in bfloat16, or one code - zero in float32."""
     if program.x == "float":
-        return f(f"bitcast {FLOATS} {_code(f, word, part)} to {WORDS}")
+        step = f(f"fsub {FLOATS} {_code(f, word, part)}, {zero}")
+        return f(f"bitcast {FLOATS} {step} to {WORDS}")
     pair = f.shifted(word, 4 * part)
     return f(f"or {WORDS} {f(f'and {WORDS} {pair}, {ints(0x000F000F)}')}, {ints(0x43004300)}")
 
@@ -184,10 +180,13 @@ def _add_products(
 def _add_block(f: Function, program: Program, tile: _Tile, block: str, block_of_x: str, panel: str | None) -> None:
     """totals += what one block of columns gives; the weights from its place in a panel, or decoded on the way."""
     steps = f.argument("steps")
-    sums = _minus_zero_times_x(f, program, tile, block, block_of_x)
+    sums = _first_sums(f, program, tile, block, block_of_x)
     x_rows = _rows_of_x(f, program, tile, f.mul(f.mul(block_of_x, steps), STEP))
     words = f.at(f.argument("words"), _place(f, tile.feature, block, steps), "i32")
     lane = f(f"and i64 {tile.feature}, {TILE - 1}")
+    zeros = (
+        _zeros(f, tile.feature, block, tile.vectors) if panel is None and program.x == "float" else [""] * tile.vectors
+    )
     with f.loop(0, steps) as step:
         if panel is None:
             line = f.at(words, f.mul(step, TILE), "i32")
@@ -195,7 +194,7 @@ def _add_block(f: Function, program: Program, tile: _Tile, block: str, block_of_
         for part in range(program.parts):
             place = f.add(f.mul(step, program.parts), part)
             if panel is None:
-                weights = [_decode(f, program, one, part) for one in word]
+                weights = [_decode(f, program, one, part, zero) for one, zero in zip(word, zeros, strict=True)]
             else:
                 weights = _weights(f, panel, place, lane, tile.vectors)
             _add_products(f, program, weights, x_rows, place, sums)
@@ -206,17 +205,16 @@ def _add_block(f: Function, program: Program, tile: _Tile, block: str, block_of_
             f.set(totals[vector], FLOATS, total)
 
 
-def _minus_zero_times_x(f: Function, program: Program, tile: _Tile, block: str, block_of_x: str) -> list[list[str]]:
-    """-(base + zero) * sum of x [row][vector]: what the products of a block are added to."""
-    zeros = [
-        f(f"fneg {FLOATS} {_zero(f, _place(f, f.add(tile.feature, LANES * vector), block), program.base)}")
-        for vector in range(tile.vectors)
-    ]
+def _first_sums(f: Function, program: Program, tile: _Tile, block: str, block_of_x: str) -> list[list[str]]:
+    """What the products of a block are added to [row][vector]: -(128 + zero) * sum of x for bfloat16, else nothing."""
+    if program.x == "float":
+        return [[f.slot(FLOATS, "zeroinitializer") for _ in of_row] for of_row in tile.totals]
+    bases = [f(f"fsub {FLOATS} {floats(-128)}, {zero}") for zero in _zeros(f, tile.feature, block, tile.vectors)]
     sums = []
     for row in range(len(tile.totals)):
         place = f.add(f.mul(f.add(tile.row, row), f.argument("num_blocks")), block_of_x)
         sum_of_x = f.splat(f.get(f.at(f.argument("sums"), place, "float"), "float"), "float")
-        sums.append([f.slot(FLOATS, f(f"fmul {FLOATS} {zero}, {sum_of_x}")) for zero in zeros])
+        sums.append([f.slot(FLOATS, f(f"fmul {FLOATS} {base}, {sum_of_x}")) for base in bases])
     return sums
 
 
@@ -225,11 +223,14 @@ def _scale(f: Function, program: Program, place: str) -> str:
     return scale if program.scale == "float" else f(f"fpext <16 x {program.scale}> {scale} to {FLOATS}")
 
 
-def _zero(f: Function, place: str, base: int) -> str:
-    """base + zero in float32"""
-    zero = f.get(f.at(f.argument("zero"), place, "i8"), "<16 x i8>", 1)
-    zero = f(f"add {WORDS} {f(f'zext <16 x i8> {zero} to {WORDS}')}, {ints(base)}")
-    return f(f"sitofp {WORDS} {zero} to {FLOATS}")
+def _zeros(f: Function, feature: str, block: str, vectors: int) -> list[str]:
+    """The zero-points of so many vectors of features, in float32."""
+    zeros = []
+    for vector in range(vectors):
+        place = _place(f, f.add(feature, LANES * vector), block)
+        zero = f.get(f.at(f.argument("zero"), place, "i8"), "<16 x i8>", 1)
+        zeros.append(f(f"uitofp <16 x i8> {zero} to {FLOATS}"))
+    return zeros
 
 
 def _write(f: Function, program: Program, tile: _Tile) -> None:
@@ -330,15 +331,18 @@ def _chunk(program: Program) -> Function:
     with f.loop(0, f.argument("num_planes")) as plane, f.loop(0, panels) as which:
         first = f.mul(which, in_panel)
         last = f.less(f.add(first, in_panel), num_blocks)
-        words = _place(f, "%feature", f.add(f.mul(plane, num_blocks), first), steps)
-        words = f.at(f.argument("words"), words, "i32")
-        with f.loop(0, f.mul(f(f"sub nsw i64 {last}, {first}"), steps)) as step:
-            for vector in range(vectors):
-                word = f.get(f.at(words, f.add(f.mul(step, TILE), LANES * vector), "i32"), WORDS, 4)
-                for part in range(program.parts):
-                    line = f.add(f.mul(step, program.parts), part)
-                    address = f.at(panel, f.add(f.mul(line, TILE), LANES * vector), "i32")
-                    f.set(address, WORDS, _decode(f, program, word, part))
+        with f.loop(first, last) as block:
+            of_plane = f.add(f.mul(plane, num_blocks), block)
+            words = f.at(f.argument("words"), _place(f, "%feature", of_plane, steps), "i32")
+            before = f.mul(f(f"sub nsw i64 {block}, {first}"), steps)
+            zeros = _zeros(f, "%feature", of_plane, vectors) if program.x == "float" else [""] * vectors
+            with f.loop(0, steps) as step:
+                for vector, zero in enumerate(zeros):
+                    word = f.get(f.at(words, f.add(f.mul(step, TILE), LANES * vector), "i32"), WORDS, 4)
+                    for part in range(program.parts):
+                        line = f.add(f.mul(f.add(before, step), program.parts), part)
+                        address = f.at(panel, f.add(f.mul(line, TILE), LANES * vector), "i32")
+                        f.set(address, WORDS, _decode(f, program, word, part, zero))
         with f.loop("%row", "%stop", program.panel_rows) as row:
             rows = f.less(f(f"sub nsw i64 %stop, {row}"), program.panel_rows)
             line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE), "float")
@@ -387,6 +391,8 @@ def _matmul(program: Program) -> Function:
 def _sums(program: Program) -> Function:
     """sums[m, b] = sum of x[m] over block b, for this thread's share of the rows."""
     f = Function("sums", ARGUMENTS, entry=True)
+    if program.x == "float":
+        return f  # Zero-points are taken off the codes there.
     steps, num_blocks, num_slots = f.argument("steps"), f.argument("num_blocks"), _num_slots(f)
     first, stop = f.share(f.argument("num_rows"))
     with f.loop(first, stop) as row, f.loop(0, num_blocks) as block:
@@ -422,10 +428,9 @@ def _unpack(program: Program) -> Function:
                     of_plane = f.add(f.mul(plane, num_blocks), block)
                     place = f.add(_place(f, feature, of_plane, steps), f.mul(step, TILE))
                     word = f.get(f.at(f.argument("words"), place, "i32"), WORDS, 4)
-                    place = _place(f, feature, of_plane)
-                    digit = f(f"fsub {FLOATS} {_code(f, word, column)}, {_zero(f, place, 0)}")
+                    digit = f(f"fsub {FLOATS} {_code(f, word, column)}, {_zeros(f, feature, of_plane, 1)[0]}")
                     f.set(distance, FLOATS, f.fma(f.get(distance, FLOATS), floats(16), digit))
-                    f.set(scale, FLOATS, _scale(f, program, place))
+                    f.set(scale, FLOATS, _scale(f, program, _place(f, feature, of_plane)))
                 row = f.add(f.mul(f.add(f.mul(block, steps), step), STEP), column)
                 value = f(f"fmul {FLOATS} {f.get(distance, FLOATS)}, {f.get(scale, FLOATS)}")
                 _store(f, program, value, row, feature, left, there)
