@@ -66,20 +66,25 @@ def refuses_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | N
     """Why `attend_one` cannot take these (shapes as there), or None."""
     if q.shape[2] != 1:
         return f"{q.shape[2]} tokens, not one"
-    if q.device.type != "cpu":
-        return f"runs on the CPU, not on {q.device.type}"
     if q.dtype not in jit.LLVM_TYPE or not q.dtype == k.dtype == v.dtype:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1 or not k.shape[2]:
+        return "not contiguous along the head dimension"
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[0], 1, 1, k.shape[2])):
+        return f"a mask of {mask.dtype} {tuple(mask.shape)}"
+    return _refuses(q, k, v)
+
+
+def _refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What both programs want."""
+    if q.device.type != "cpu":
+        return f"runs on the CPU, not on {q.device.type}"
     if q.shape[3] % LANES or q.shape[3] > MAX_HEAD_DIM or q.shape[3] != v.shape[3]:
         return f"head dimensions {q.shape[3]} and {v.shape[3]}"
     if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[:3] != v.shape[:3]:
         return f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
     if q.shape[1] % k.shape[1]:
         return f"{q.shape[1]} heads share {k.shape[1]} of K and V"
-    if not q.stride(3) == k.stride(3) == v.stride(3) == 1 or not k.shape[2]:
-        return "not contiguous along the head dimension"
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[0], 1, 1, k.shape[2])):
-        return f"a mask of {mask.dtype} {tuple(mask.shape)}"
     return jit.why_not()
 
 
@@ -121,19 +126,13 @@ def refuses_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str 
     attention is causal at all, the caller knows."""
     if mask is not None:
         return "a mask"
-    if q.device.type != "cpu":
-        return f"runs on the CPU, not on {q.device.type}"
     if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[2] < CAUSAL_FROM_TOKENS or q.shape[2] != k.shape[2]:
         return f"{q.shape[2]} tokens over {k.shape[2]}"
-    if q.shape[3] % LANES or q.shape[3] > MAX_HEAD_DIM or q.shape[3] != v.shape[3] or q.stride(3) != 1:
-        return f"head dimensions {q.shape[3]} and {v.shape[3]}"
-    if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[:3] != v.shape[:3]:
-        return f"q, k and v are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-    if q.shape[1] % k.shape[1]:
-        return f"{q.shape[1]} heads share {k.shape[1]} of K and V"
-    if (why := jit.why_not()) is not None:
+    if q.stride(3) != 1:
+        return "not contiguous along the head dimension"
+    if (why := _refuses(q, k, v)) is not None:
         return why
     if not jit.multiplies_bfloat16():
         return "the processor does not multiply bfloat16"
