@@ -101,11 +101,13 @@ def test_quantize_prints_errors_incidents_and_what_to_type_next(tiny_model, tmp_
     assert command(monkeypatch, "quantize", model, out, *FEW, "--skip", "*.o_proj") == 0
     streams = capsys.readouterr()
     text = " ".join(streams.out.split())
-    assert "self_attn.q_proj 4-bit g64 sym 2" in text
+    assert "self_attn.q_proj 4-bit g32 sym 2" in text
     assert "o_proj: --skip '*.o_proj'" in text
     assert "corrections share taken, mean: self_attn " in text and "; mlp gate_proj " in text
-    # One line for what happened to the same kinds in both blocks.
-    assert " 2 x mlp.down_proj: group size 128 -> 32, because in_features is 96" in text
+    # One line for what happened to all linears.
+    one_size = "group size 128 -> 32, the largest that divides the in_features of all linears (64, 96)"
+    places = "12 x self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, mlp.gate_proj and 2 more"
+    assert f"incidents {places}: {one_size}" in text
     for word in ("size", "bits", "time", "peak memory", "calibration python-docs, 4 x 32 tokens"):
         assert word in text
     assert f"  llmquant eval {out} --against {model}\n" in streams.out
@@ -190,7 +192,7 @@ def test_dry_run_writes_nothing_reads_no_weight_and_predicts_the_size(tiny_model
     assert list(tmp_path.iterdir()) == []
     assert "calibration python-docs, 4 x 32 tokens" in text
     assert "in 16 bit --skip '*.o_proj': 2 x self_attn.o_proj" in text
-    assert " group size 128 -> 32, because in_features is 96: 2 x mlp.down_proj" in text
+    assert "group size 128 -> 32, the largest that divides the in_features of all linears (64, 96)" in text
     assert command(monkeypatch, *arguments, "--json", "--quiet") == 0
     done = json.loads(capsys.readouterr().out)
     assert planned["bits_per_weight"] == done["bits_per_weight"]

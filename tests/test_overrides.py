@@ -217,6 +217,26 @@ def test_the_grid_that_most_linears_have_is_the_default(tiny_model, tmp_path):
         assert parsed.default.group_size == 64, format
 
 
+def test_where_one_linear_needs_smaller_groups_all_share_them(tiny_model, tmp_path):
+    """hidden 128 takes groups of 128, intermediate 192 only of 64: the default command is loadable all the same."""
+    model = tiny_model("llama", hidden_size=128, intermediate_size=192, head_dim=32)
+
+    def sizes(**options):
+        plan = dry_run(model, tmp_path / "out", Recipe(method="rtn", overrides=overrides), Options(**options))
+        return {linear.kind.rpartition(".")[2]: linear.grid.group_size for linear in plan.quantized}
+
+    overrides = ()
+    for format in ("gptq", "gptq_v2", "awq"):
+        assert set(sizes(format=format).values()) == {64}, format
+    assert set(sizes(targets=("transformers",)).values()) == {64}
+    assert sizes(format="compressed-tensors") == dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 128
+    ) | {"down_proj": 64}
+    # A group size that an override asks for is kept, and is not what the others share.
+    overrides = (Override(pattern="*.down_proj", group_size=32),)
+    assert sizes()["down_proj"] == 32 and sizes()["q_proj"] == 128
+
+
 def test_gptq_exceptions_hold_the_fused_names_that_engines_look_up():
     spec, eight = QuantSpec(), QuantSpec(bits=8)
     names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qkv"]

@@ -312,4 +312,5 @@ FORMAT = Format(
     unpack=unpack,
     config=config,
     parse=parse,
+    mixes_group_sizes=True,
 )

@@ -85,6 +85,9 @@ class Format:
     the loaders of this format could not tell the linears apart."""
     parse: Callable[[Mapping[str, Any]], ParsedQuantization]
     """`quantization_config` -> what it means. UserError on keys that are unknown or contradict each other."""
+    mixes_group_sizes: bool = False
+    """Whether every engine that loads the format reads a group size per linear. transformers ignores the exceptions of
+    the gptq formats, and the awq format has none: a linear that needs smaller groups gives them to all the others."""
     config_file: str | None = None
     """A file of its own in which loaders also look for the configuration."""
 

@@ -193,7 +193,10 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
         raise UserError(f"seq_len {seq_len}: the model takes {max_length} tokens at most; use --seq-len {max_length}")
     format = FORMATS[format_name]
     _, block_names = find_blocks(skeleton.model)
-    linears = tuple(_plan_linears(skeleton, block_names, recipe, format, format.scale_dtype(model_dtype)))
+    scale_dtype = format.scale_dtype(model_dtype)
+    linears = tuple(_plan_linears(skeleton, block_names, recipe, format, scale_dtype))
+    if not format.mixes_group_sizes:
+        linears = _with_one_group_size(linears, recipe, format, scale_dtype)
     plan = Plan(
         path=path,
         config=config,
@@ -272,6 +275,42 @@ def _fit(
         f"{', '.join(map(str, STANDARD_GROUPS))}"
     )
     return None, reason
+
+
+def _with_one_group_size(
+    linears: tuple[LinearPlan, ...], recipe: Recipe, format: Format, scale_dtype: torch.dtype
+) -> tuple[LinearPlan, ...]:
+    """The same linears on one group size, where some had to reduce the recipe's: the largest that all of them take.
+
+    Linears whose group size an override sets keep it. Nothing changes where no standard group size fits all.
+    """
+    asked = recipe.spec.group_size
+    sharing = {
+        linear.name
+        for linear in linears
+        if linear.spec is not None and (wanted := recipe.spec_of(linear.name)) and wanted.group_size == asked
+    }
+    those = [linear for linear in linears if linear.name in sharing]
+    sizes = {linear.grid.group_size for linear in those}
+    if asked == -1 or sizes <= {asked}:
+        return linears
+    for group_size in (size for size in STANDARD_GROUPS if size <= min(sizes)):
+        specs = {linear.name: replace(linear.grid, group_size=group_size) for linear in those}
+        if all(
+            linear.in_features % group_size == 0
+            and format.refuses(specs[linear.name], linear.out_features, linear.in_features, scale_dtype) is None
+            for linear in those
+        ):
+            widths = ", ".join(map(str, sorted({linear.in_features for linear in those})))
+            reason = (
+                f"group size {asked} -> {group_size}, the largest that divides the in_features of all linears "
+                f"({widths}): not every {format.name} loader reads a group size per linear"
+            )
+            return tuple(
+                replace(linear, spec=specs[linear.name], reason=reason) if linear.name in sharing else linear
+                for linear in linears
+            )
+    return linears
 
 
 class DamagedWeights(UserError):
