@@ -8,8 +8,10 @@ which of them write straight to the residual stream is seen by running a block o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from llmquant.errors import UserError
+from llmquant.errors import UserError, first_words
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,66 @@ class BlockPlan:
 
 def find_blocks(model: nn.Module) -> tuple[str, list[str]]:
     """Name of the ModuleList of decoder blocks, and the names of the blocks in order."""
+    decoder = decoder_of(model)
     best: tuple[int, str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and linears_of(module):
+        if module in set(_lists_of_blocks(decoder)):
             size = sum(parameter.numel() for parameter in module.parameters())
             if best is None or size > best[0]:
                 best = (size, name, module)
     if best is None:
         raise UserError(f"{type(model).__name__}: no list of decoder blocks with linears in it; nothing to quantize")
     return best[1], [f"{best[1]}.{key}" for key, _ in best[2].named_children()]
+
+
+def _lists_of_blocks(model: nn.Module) -> list[nn.ModuleList]:
+    return [module for module in model.modules() if isinstance(module, nn.ModuleList) and linears_of(module)]
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The text decoder, below which the decoder blocks are, or the whole model where transformers names none."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return decoder if isinstance(decoder, nn.Module) and _lists_of_blocks(decoder) else model
+
+
+def modules_outside(model: nn.Module, block_names: Sequence[str]) -> list[str]:
+    """Names of the modules outside the blocks that have parameters or persistent buffers of their own."""
+    inside = {module for name in block_names for module in model.get_submodule(name).modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if module not in inside
+        and (
+            any(parameter is not None for parameter in module._parameters.values())
+            or any(key not in module._non_persistent_buffers_set for key in module._buffers)
+        )
+    ]
+
+
+def run_own(model: nn.Module, call: Callable[[], Any]) -> Any:
+    """Run code of the model; an exception of that code becomes a UserError.
+
+    Exceptions of ours, which a hook of ours may raise below it, pass as they are, and so does a lack of memory.
+    """
+    try:
+        return call()
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if _is_ours(error):
+            raise
+        raise UserError(
+            f"{type(model).__name__}: the model's own forward pass fails ({type(error).__name__}: "
+            f"{first_words(error)}); check that this version of transformers runs the original"
+        ) from error
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the exception passed through code of ours that the model had called."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    below = list(dropwhile(lambda name: name.startswith("llmquant."), modules))
+    # Our attention stands in the place of torch's and passes on what that raises.
+    return not below or any(name.startswith("llmquant.") and name != "llmquant.runtime.attention" for name in below)
 
 
 def is_linear(module: nn.Module) -> bool:

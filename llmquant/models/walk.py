@@ -16,16 +16,18 @@ Letters: S sequences, L tokens of a sequence, T tokens, K in_features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from llmquant.errors import UserError
 from llmquant.memory import give_back
-from llmquant.models.blocks import BlockPlan, find_blocks, first_tensor, watch
+from llmquant.models.blocks import BlockPlan, decoder_of, find_blocks, first_tensor, modules_outside, run_own, watch
 from llmquant.models.skeleton import Skeleton
 from llmquant.models.spill import Kept, Spill
 
@@ -107,14 +109,22 @@ class Walk:
         self._handles: list[Any] = []
         self._own: dict[str, nn.Parameter] = {}
         """Parameters that the originals walk through, by name within the block, where it holds others by now."""
-        self._outside = self._hook_outside()
+        head = skeleton.model.get_output_embeddings()
+        self._head = next((name for name, module in skeleton.model.named_modules() if module is head), None)
+        self._filled: set[str] = set()
+        """Modules outside the blocks whose weights are loaded."""
+        self._called: set[str] = set()
+        """Modules outside the blocks that were called, and that a further call would fill again."""
+        self._hook_outside()
         for index, block in enumerate(self._blocks):
             self._handles.append(block.register_forward_pre_hook(self._at_door(index), with_kwargs=True))
         self._handles.append(self._blocks[-1].register_forward_hook(self._behind_last))
 
     def _start(self, tokens_L: Tensor, is_original: bool) -> Sequence:
         tokens = tokens_L[None].to(self.skeleton.device)
-        return Sequence(lambda: self._network(input_ids=tokens, use_cache=False), is_original)
+        return Sequence(
+            lambda: run_own(self.skeleton.model, lambda: self._network(input_ids=tokens, use_cache=False)), is_original
+        )
 
     def __enter__(self) -> Walk:
         return self
@@ -130,7 +140,7 @@ class Walk:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._drop_outside()
+        self._drop_outside(modules_outside(self.skeleton.model, self.block_names))
         if self._spill is not None:
             self._spill.close()
 
@@ -138,9 +148,18 @@ class Walk:
 
     def enter(self, index: int) -> None:
         """Bring every sequence to the door of block `index`, which must be next, and load its weights."""
-        self._advance([sequence for sequence in (*self.original, *self.quantized) if sequence.block is None])
-        self._drop_outside()
-        assert all(sequence.block == index for sequence in (*self.original, *self.quantized))
+        waiting = [sequence for sequence in (*self.original, *self.quantized) if sequence.block is None]
+        if waiting:
+            for name in self._needed_outside():
+                self._fill(name)
+        self._advance(waiting)
+        self._drop_outside(self._called)
+        if any(sequence.block != index for sequence in (*self.original, *self.quantized)):
+            raise UserError(
+                f"{self.block_names[index]}: the forward pass of {type(self.skeleton.model).__name__} does not come to "
+                f"this decoder block after block {index - 1}; only models that run each block once, in order, can be "
+                "quantized"
+            )
         self.skeleton.load(self.block_names[index])
 
     def leave(self, index: int) -> None:
@@ -155,7 +174,16 @@ class Walk:
 
     def outcome(self, number: int) -> Any:
         """Behind the last block: let one sequence run to its end; gives what the network returns."""
-        return self.quantized[number].switch()
+        if self._head is not None:
+            self._fill(self._head)
+        sequence = self.quantized[number]
+        result = sequence.switch()
+        if not sequence.dead:
+            raise UserError(
+                f"{type(self.skeleton.model).__name__} runs its decoder blocks more than once per forward pass; only "
+                "their first run is calibrated"
+            )
+        return result
 
     def pass_through(self, index: int, replacements: Mapping[str, Tensor]) -> None:
         """Walk through a finished block: the originals with the checkpoint's weights, the others with replacements."""
@@ -167,6 +195,11 @@ class Walk:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             sequence = getcurrent()
             if isinstance(sequence, Sequence):
+                if any(isinstance(value, Tensor) and value.is_meta for value in (*args, *kwargs.values())):
+                    raise UserError(
+                        f"{self.block_names[index]}: the forward pass of {type(self.skeleton.model).__name__} uses a "
+                        "weight outside the decoder blocks that was not loaded; such a model cannot be quantized"
+                    )
                 sequence.block, sequence.stage, sequence.streams = index, END, {}
                 sequence.call = (args, kwargs)
                 sequence.pause()
@@ -187,7 +220,8 @@ class Walk:
     def plan(self, index: int) -> BlockPlan:
         """Watch one sequence run the block that all of them stand in front of."""
         ((args, kwargs),) = self.calls(1)
-        return watch(self._blocks[index], lambda: self._blocks[index](*args, **kwargs))
+        block = self._blocks[index]
+        return watch(block, lambda: run_own(self.skeleton.model, lambda: block(*args, **kwargs)))
 
     def calls(self, count: int) -> list[tuple[tuple, dict]]:
         """What the first sequences call the block with that all of them stand in front of."""
@@ -334,28 +368,47 @@ class Walk:
 
     # --- outside the blocks ------------------------------------------------------------------------------------------
 
-    def _hook_outside(self) -> list[str]:
-        """Modules with weights of their own outside the blocks load them when they are first called."""
-        inside = {module for block in self._blocks for module in block.modules()}
-        names = []
-        for module in self._network.modules():
-            if module in inside or not any(True for _ in module.parameters(recurse=False)):
-                continue
-            full = next(full for full, other in self.skeleton.model.named_modules() if other is module)
-            # What holds the blocks is still running while they are worked on.
-            if not any(child in inside for child in module.modules()):
-                names.append(full)
-            self._handles.append(module.register_forward_pre_hook(self._fill(full)))
-        return names
+    def _hook_outside(self) -> None:
+        """Modules with weights of their own outside the blocks are filled whenever they are called."""
+        running = set(self._network.modules())
+        for name in modules_outside(self.skeleton.model, self.block_names):
+            module = self.skeleton.model.get_submodule(name)
+            if module in running:
+                self._handles.append(module.register_forward_pre_hook(self._before_call(name)))
 
-    def _fill(self, name: str) -> Callable:
+    def _needed_outside(self) -> list[str]:
+        """Modules outside the blocks whose weights the network may read before, or without, calling them.
+
+        These are the modules of the text decoder but the head, those that hold it, and the first of every model that
+        holds the blocks: transformers takes a model's device from its first parameter.
+        """
+        model, blocks = self.skeleton.model, set(self._blocks)
+        holders = [module for module in model.modules() if not blocks.isdisjoint(module.modules())]
+        needed = set(decoder_of(model).modules()) | set(holders)
+        for holder in holders:
+            needed |= set(islice((module for module in holder.modules() if module._parameters), 1))
+        names = modules_outside(model, self.block_names)
+        return [name for name in names if name != self._head and model.get_submodule(name) in needed]
+
+    def _before_call(self, name: str) -> Callable:
+        holds_blocks = any(block.startswith(f"{name}." if name else "") for block in self.block_names)
+
         def hook(module: nn.Module, args: tuple) -> None:
-            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                with nullcontext() if self._spill is None else self._spill.nobodys():
-                    self.skeleton.load(name, recurse=False)
+            self._fill(name)
+            # What holds the blocks is still running while they are worked on.
+            if not holds_blocks:
+                self._called.add(name)
 
         return hook
 
-    def _drop_outside(self) -> None:
-        for name in self._outside:
+    def _fill(self, name: str) -> None:
+        """Load a module's own parameters and buffers unless they are there; sequences do not own them."""
+        if name not in self._filled:
+            with nullcontext() if self._spill is None else self._spill.nobodys():
+                self.skeleton.load(name, recurse=False)
+            self._filled.add(name)
+
+    def _drop_outside(self, names: Iterable[str]) -> None:
+        for name in names:
             self.skeleton.drop(name, recurse=False)
+            self._filled.discard(name)

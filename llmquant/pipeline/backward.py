@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmquant.errors import UserError, first_words
 from llmquant.eval.halves import Halves
 from llmquant.memory import give_back
-from llmquant.models.blocks import first_tensor, linears_of, with_first_tensor
+from llmquant.models.blocks import first_tensor, linears_of, modules_outside, run_own, with_first_tensor
 from llmquant.pipeline.footprint import CHUNK_TOKENS
 from llmquant.pipeline.plan import Plan
 
@@ -61,10 +61,10 @@ class BothWays:
             halves = Halves(skeleton.model, skeleton.device)
             self._is_counting = False
             with torch.no_grad():
-                halves.find_body(tokens_SL)
+                run_own(skeleton.model, lambda: halves.find_body(tokens_SL))
             self._is_counting = True
             with torch.enable_grad():
-                hidden_SLD = halves.hidden(tokens_SL)
+                hidden_SLD = run_own(skeleton.model, lambda: halves.hidden(tokens_SL))
                 gradient_SLD = _loss_gradient(halves, hidden_SLD.detach(), seed)
                 give_back()
                 try:
@@ -99,7 +99,7 @@ class BothWays:
 
             def call(replaced: Tensor) -> Tensor:
                 swapped_args, swapped_kwargs = with_first_tensor(args, kwargs, replaced)
-                outputs.append(own(*swapped_args, **swapped_kwargs))
+                outputs.append(run_own(self.plan.skeleton.model, lambda: own(*swapped_args, **swapped_kwargs)))
                 tensor = first_tensor((outputs[-1],) if isinstance(outputs[-1], Tensor) else tuple(outputs[-1]), {})
                 assert tensor is not None
                 return tensor
@@ -179,13 +179,7 @@ def _loss_gradient(halves: Halves, hidden_SLD: Tensor, seed: int) -> Tensor:
 @contextmanager
 def _outside_loaded(plan: Plan) -> Iterator[None]:
     """The weights that belong to no block, for as long as this lasts."""
-    model = plan.skeleton.model
-    inside = {module for name in plan.block_names for module in model.get_submodule(name).modules()}
-    names = [
-        name
-        for name, module in model.named_modules()
-        if module not in inside and any(True for _ in module.parameters(recurse=False))
-    ]
+    names = modules_outside(plan.skeleton.model, plan.block_names)
     try:
         for name in names:
             plan.skeleton.load(name, recurse=False)

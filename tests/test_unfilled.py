@@ -1,0 +1,111 @@
+"""Nothing is computed on memory that was not filled: with NaN in every empty tensor, the bytes stay the same."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, random_model, tiny_tokenizer
+from torch import nn
+from transformers import AutoConfig
+
+from llmquant.pipeline.quantize import quantize
+from llmquant.spec import EFFORTS, Options, QuantSpec, Recipe
+
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+READ_WITHOUT_A_CALL = {
+    # Moves the token ids to the device of the embedding's weight.
+    "llama4_text": {**SMALL, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 128, "moe_layers": []},
+    # Reads the weight of an embedding that it never calls.
+    "prophetnet": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "decoder_ffn_dim": 128,
+        "num_decoder_layers": 2,
+        "num_decoder_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    },
+}
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fill every tensor that is made without values: NaN, or the smallest number of an integer type."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype not in (torch.bool, torch.uint8):
+                tensor.fill_(torch.iinfo(tensor.dtype).min)
+            return tensor
+
+        return made
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+    monkeypatch.setattr(nn.Module, "to_empty", None)
+    assert torch.empty(2).isnan().all()
+
+
+def quantized(model: Path, out: Path) -> tuple[str, object]:
+    """SHA-256 of the weights that are written, and the verdict's numbers."""
+    recipe = Recipe(spec=QuantSpec(group_size=32), **EFFORTS["fast"])
+    options = Options(calibration="python-docs", num_samples=2, seq_len=16)
+    report = quantize(model, out, recipe, options)
+    assert all(math.isfinite(linear.error) for linear in report.linears)
+    digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
+    return digest, report.verification
+
+
+@pytest.fixture(scope="module")
+def model_of(tiny_model, tmp_path_factory):
+    def make(architecture: str) -> Path:
+        if architecture in ARCHITECTURES:
+            return tiny_model(architecture)
+        folder = tmp_path_factory.mktemp(architecture)
+        config = AutoConfig.for_model(architecture, **READ_WITHOUT_A_CALL[architecture])
+        random_model(config).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def no_samples(monkeypatch):
+    """Nothing is generated: it takes longer than the rest, and has its own tests."""
+    monkeypatch.setattr("llmquant.pipeline.quantize.samples", lambda folder, plan: ((), ""))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "gemma3", *READ_WITHOUT_A_CALL])
+def test_bytes_and_verdict_do_not_depend_on_memory_that_was_not_filled(architecture, model_of, tmp_path, request):
+    model = model_of(architecture)
+    plain = quantized(model, tmp_path / "plain")
+    request.getfixturevalue("poisoned")
+    assert quantized(model, tmp_path / "poisoned") == plain
+    assert plain[1].verdict in ("good", "worth a look")
