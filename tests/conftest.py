@@ -47,3 +47,20 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`small_model("granitemoe", num_local_experts=4)` -> a checkpoint of any model type, made once; do not write into
+    it."""
+    from tiny_models import save_small_model
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(model_type: str, **fields: object) -> Path:
+        key = (model_type, repr(sorted(fields.items())))
+        if key not in made:
+            made[key] = save_small_model(tmp_path_factory.mktemp(model_type), model_type, **fields)
+        return made[key]
+
+    return make

@@ -169,3 +169,15 @@ def save_tiny_model(
     random_model(config, seed, dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_small_model(folder: Path, model_type: str, **fields: object) -> Path:
+    """Write a checkpoint of any model type into folder, with tokenizer.
+
+    fields: add to those that most types have, or replace them; None leaves one out.
+    """
+    values = _LLAMA_LIKE | {"intermediate_size": 64} | fields
+    config = AutoConfig.for_model(model_type, **{name: value for name, value in values.items() if value is not None})
+    random_model(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

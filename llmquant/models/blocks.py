@@ -1,14 +1,16 @@
 """Decoder blocks and their linears, found in the module tree; and what a watched forward pass tells about them.
 
-No table of models. The decoder blocks are the ModuleList with the most parameters. Its linears are `nn.Linear` and
-GPT-2's `Conv1D` (the same thing, stored transposed). Which linears read the same input, in which order they run, and
-which of them write straight to the residual stream is seen by running a block once and comparing tensors by identity.
+No table of models. The decoder blocks are the ModuleList with the most parameters below the text decoder. Its linears
+are `nn.Linear` and GPT-2's `Conv1D` (the same thing, stored transposed), if they compute just that. Which linears read
+the same input, in which order they run, and which of them write straight to the residual stream is seen by running a
+block once and comparing tensors by identity.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import dropwhile
 from traceback import walk_tb
@@ -16,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
@@ -45,21 +49,53 @@ class BlockPlan:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[str]]:
-    """Name of the ModuleList of decoder blocks, and the names of the blocks in order."""
-    decoder = decoder_of(model)
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if module in set(_lists_of_blocks(decoder)):
-            size = sum(parameter.numel() for parameter in module.parameters())
-            if best is None or size > best[0]:
-                best = (size, name, module)
-    if best is None:
-        raise UserError(f"{type(model).__name__}: no list of decoder blocks with linears in it; nothing to quantize")
-    return best[1], [f"{best[1]}.{key}" for key, _ in best[2].named_children()]
+    """Name of the ModuleList of decoder blocks, and the names of the blocks in order.
+
+    Raises UserError for a model without such a list, and for one whose blocks are spread over several: another list
+    beside it, or another with blocks of the same class.
+    """
+    kind, decoder = type(model).__name__, decoder_of(model)
+    lists = set(_lists_of_blocks(decoder))
+    names = {name: module for name, module in model.named_modules() if module in lists}
+    if not names:
+        raise UserError(f"{kind}: no list of decoder blocks with linears in it; nothing to quantize")
+
+    def size(name: str) -> int:
+        return sum(parameter.numel() for parameter in names[name].parameters())
+
+    best = max(names, key=size)
+    blocks = dict(names[best].named_children())
+    parent, classes = best.rpartition(".")[0], {type(block) for block in blocks.values()}
+    also = [
+        name
+        for name, module in names.items()
+        if name != best and (name.rpartition(".")[0] == parent or classes & {type(block) for block in module})
+    ]
+    if also:
+        raise UserError(
+            f"{kind}: more than one list of decoder blocks ({', '.join(sorted([best, *also]))}); only models whose "
+            "blocks are in one list, and run in that order, can be quantized"
+        )
+    for key, block in blocks.items():
+        if type(block).forward is nn.Module.forward:
+            raise UserError(
+                f"{best}.{key}: this decoder block is a {type(block).__name__}, which is never called as a whole; such "
+                "a model cannot be quantized"
+            )
+    return best, [f"{best}.{key}" for key in blocks]
 
 
 def _lists_of_blocks(model: nn.Module) -> list[nn.ModuleList]:
-    return [module for module in model.modules() if isinstance(module, nn.ModuleList) and linears_of(module)]
+    """Lists of modules with linears in them; neither lists of plain linears, nor lists inside another list."""
+    found: list[nn.ModuleList] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList) or module in inside:
+            continue
+        if any(linears_of(block) and not is_linear_like(block) for block in module):
+            found.append(module)
+            inside |= set(module.modules())
+    return found
 
 
 def decoder_of(model: Any) -> nn.Module:
@@ -108,14 +144,103 @@ def _is_ours(error: Exception) -> bool:
     return not below or any(name.startswith("llmquant.") and name != "llmquant.runtime.attention" for name in below)
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes x @ W.T + b from one weight matrix that can be quantized."""
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether a module is a linear by its class; what it computes may still be something else."""
     return isinstance(module, (nn.Linear, Conv1D))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes x @ W.T + b from one weight matrix that can be quantized, and nothing else.
+
+    A subclass with a forward of its own (Falcon's) counts if that gives the same on random numbers. A linear that has
+    parameters beside, or in the place of, its weight and bias does not count; nor does the one of
+    `nn.MultiheadAttention`, whose weight is read without a call.
+    """
+    if not is_linear_like(module) or isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
+    held = {leaf for leaf, parameter in module._parameters.items() if parameter is not None}
+    if "weight" not in held or held - {"weight", "bias"} or module._parameters["weight"].ndim != 2:
+        return False
+    has_own_forward = "forward" in vars(module) or type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+    return not has_own_forward or _computes_a_linear(module)
+
+
+def _computes_a_linear(module: nn.Module) -> bool:
+    """Whether the forward of a linear gives x @ W.T + b for a small random weight, and inputs of several magnitudes."""
+    draw = torch.Generator().manual_seed(0)
+    weight_NK, bias_N, x_SLK = (
+        torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((3, 4), (3,), (2, 6, 4))
+    )
+    x_SLK *= torch.tensor([1e-4, 1e-2, 1.0, 1e2, 1e4, 1e6], dtype=torch.float64)[:, None]
+    has_bias = module._parameters.get("bias") is not None
+    probe = copy(module)
+    probe.__dict__ |= {"in_features": 4, "out_features": 3, "nf": 3, "nx": 4}
+    probe.__dict__["_parameters"] = {
+        "weight": nn.Parameter(weight_as_NK(module, weight_NK), requires_grad=False),
+        "bias": nn.Parameter(bias_N, requires_grad=False) if has_bias else None,
+    }
+    try:
+        with torch.no_grad():
+            y_SLN = probe.forward(x_SLK)
+    except Exception:  # code of any model, on other shapes than it was made for
+        return False
+    right_SLN = x_SLK @ weight_NK.T + (bias_N if has_bias else 0.0)
+    same_shape = isinstance(y_SLN, Tensor) and y_SLN.shape == right_SLN.shape
+    return same_shape and torch.allclose(y_SLN.double(), right_SLN, rtol=1e-9, atol=1e-12)
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Module]:
     """Every linear below a module by its name within it, in the order of the tree."""
     return {name: child for name, child in module.named_modules() if is_linear(child)}
+
+
+def linear_likes_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Every module below a module that is a linear by its class, by its name within it, in the order of the tree."""
+    return {name: child for name, child in module.named_modules() if is_linear_like(child)}
+
+
+def routers_of(block: nn.Module) -> dict[str, str]:
+    """Linears of a block that choose or weigh instead of transforming, by name, with the reason to keep them.
+
+    Engines build routers without a scheme, and have no kernel for one output. A router is found by its name, or beside
+    E experts: there, a linear with E outputs, or all linears of a module of which the last has E outputs.
+    """
+    linears = linear_likes_of(block)
+    found = {name: "a router, which no engine loads quantized" for name in linears if "router" in name.lower()}
+    for parent, experts, count in _experts_of(block):
+        for key, child in block.get_submodule(parent).named_children():
+            inside = linear_likes_of(child)
+            if inside and child is not experts and linear_shape(list(inside.values())[-1])[0] == count:
+                names = [".".join(filter(None, (parent, key, name))) for name in inside]
+                found |= dict.fromkeys(names, f"a router of {count} experts, which no engine loads quantized")
+    for name, linear in linears.items():
+        if linear_shape(linear)[0] == 1:
+            found[name] = "a gate with one output, for which no engine has a kernel"
+    return found
+
+
+def _experts_of(block: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """(name of the module that holds them, experts, how many) of a block.
+
+    Experts are a list of equal modules with linears in them, or a module with 3-D parameters that says so.
+    """
+    for name, module in block.named_modules():
+        parent = name.rpartition(".")[0]
+        if isinstance(module, nn.ModuleList):
+            if len(module) > 1 and len({type(one) for one in module}) == 1 and linears_of(module[0]):
+                yield parent, module, len(module)
+            continue
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.ndim == 3 and is_experts(module, parameter.shape[0]):
+                yield parent, module, parameter.shape[0]
+
+
+def is_experts(module: nn.Module, count: int) -> bool:
+    """Whether a module holds that many experts, by its class or an attribute of it."""
+    if isinstance(module, _ConvNd):
+        return False
+    counts = {value for key, value in vars(module).items() if "expert" in key and type(value) is int}
+    return count in counts or "expert" in type(module).__name__.lower()
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:

@@ -17,8 +17,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmquant.errors import UserError, first_words
 
@@ -45,7 +45,8 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
             "give a checkpoint that AutoModelForCausalLM loads"
         )
     architectures = config.architectures or []
-    if architectures and not any(_generates_text(name) for name in architectures):
+    own_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if architectures and not any(name == own_class or _generates_text(name) for name in architectures):
         raise UserError(
             f"{path}: architecture {architectures[0]} is not a causal language model; "
             "give the checkpoint of its …ForCausalLM form"
@@ -55,6 +56,12 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
 
 def _generates_text(architecture: str) -> bool:
     return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+
+
+def max_positions(config: Any) -> int | None:
+    """Most tokens that the positions of a text model allow; None without a bound, which some configs write as -1."""
+    bound = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return bound if bound and bound > 0 else None
 
 
 def check_size(config: Any, reader: CheckpointReader) -> None:
@@ -128,6 +135,21 @@ def checkpoint_names(model: PreTrainedModel, available: Iterable[str]) -> dict[s
         if name not in names and other in names:
             names[name] = names[other]
     return names
+
+
+def converted_names(model: PreTrainedModel, available: Iterable[str]) -> dict[str, list[str]]:
+    """Parameters that transformers computes from one or more tensors when it loads a checkpoint, with those tensors."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    known = model.state_dict()
+    prefix = getattr(model, "base_model_prefix", "")
+    found: dict[str, list[str]] = {}
+    for stored in available:
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, known)
+        if pattern is not None:
+            found.setdefault(name, []).append(stored)
+    return found
 
 
 @dataclass

@@ -34,7 +34,7 @@ from llmquant.errors import UserError
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
 from llmquant.hub import resolve_model
-from llmquant.models.blocks import linears_of, weight_as_NK
+from llmquant.models.blocks import linear_likes_of, linears_of, weight_as_NK
 from llmquant.models.skeleton import DTYPES, build_empty, check_size, checkpoint_names, name_translator, read_config
 from llmquant.pipeline.names import block_of
 from llmquant.pipeline.parts import OUTSIDE, as_json_bytes, files_beside
@@ -268,7 +268,7 @@ def _config(plan: _Conversion, specs: Mapping[str, QuantSpec], moving: bool) -> 
     stored = checkpoint_names(plan.model, plan.reader.tensors)
     uses = Counter(stored.values())
     every: dict[str, QuantSpec | None] = {}
-    for name in linears_of(plan.model):
+    for name in linear_likes_of(plan.model):
         weight = stored.get(f"{name}.weight")
         if name in sources:
             every[sources[name]] = specs[sources[name]]

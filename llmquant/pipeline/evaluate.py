@@ -22,7 +22,7 @@ from llmquant.eval.divergence import Divergence, Recorded, divergence, record
 from llmquant.eval.perplexity import Perplexity, perplexity
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.models.skeleton import read_config
+from llmquant.models.skeleton import max_positions, read_config
 from llmquant.textdata import Conversation, TextRows, load_conversations, load_rows
 
 if TYPE_CHECKING:
@@ -247,5 +247,4 @@ def _release() -> None:
 
 def context_length(config: Any) -> float:
     """Most tokens that the model's positions allow; infinite where its configuration sets no bound."""
-    bound = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return bound if bound else float("inf")
+    return max_positions(config) or float("inf")

@@ -21,8 +21,24 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
-from llmquant.models.blocks import device_of, find_blocks, linear_shape, linears_of, weight_of
-from llmquant.models.skeleton import DTYPES, Skeleton, compute_dtype, read_config, stored_dtype
+from llmquant.models.blocks import (
+    device_of,
+    find_blocks,
+    is_linear,
+    linear_likes_of,
+    linear_shape,
+    routers_of,
+    weight_of,
+)
+from llmquant.models.skeleton import (
+    DTYPES,
+    Skeleton,
+    compute_dtype,
+    converted_names,
+    max_positions,
+    read_config,
+    stored_dtype,
+)
 from llmquant.pipeline.names import kind_of
 from llmquant.runtime.attention import use_attention
 from llmquant.spec import Options, QuantSpec, Recipe
@@ -47,12 +63,19 @@ class LinearPlan:
     """Its grid, or None when it stays in 16 bit."""
     reason: str = ""
     """Why it stays in 16 bit, or why its grid is not the one asked for."""
+    is_kept_by_rule: bool = False
+    """Whether it stays in 16 bit in every run: a router or a gate, which no engine loads quantized."""
 
     @property
     def grid(self) -> QuantSpec:
         """The grid of a linear that gets one."""
         assert self.spec is not None
         return self.spec
+
+    @property
+    def is_left_by_user(self) -> bool:
+        """Whether it stays in 16 bit because `--skip` or an override says so."""
+        return self.spec is None and self.reason.startswith("--")
 
     @property
     def kind(self) -> str:
@@ -183,16 +206,13 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     device = device_of(options.device)
     skeleton = Skeleton.open(reader, config, device, compute_dtype(model_dtype, device), options.trust_remote_code)
     use_attention(skeleton.model, device)
-    if missing := skeleton.missing():
-        raise UserError(
-            f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such); the checkpoint is incomplete, "
-            "or its names are not those of transformers' model"
-        )
-    max_length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    _, block_names = find_blocks(skeleton.model)
+    _check_blocks_apart(skeleton, block_names)
+    _check_complete(skeleton)
+    max_length = max_positions(config)
     if recipe.needs_data and max_length and seq_len > max_length:
         raise UserError(f"seq_len {seq_len}: the model takes {max_length} tokens at most; use --seq-len {max_length}")
     format = FORMATS[format_name]
-    _, block_names = find_blocks(skeleton.model)
     scale_dtype = format.scale_dtype(model_dtype)
     linears = tuple(_plan_linears(skeleton, block_names, recipe, format, scale_dtype))
     if not format.mixes_group_sizes:
@@ -216,16 +236,58 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     return plan
 
 
+def _check_blocks_apart(skeleton: Skeleton, block_names: list[str]) -> None:
+    """UserError when two decoder blocks use the same weights: they are read, solved and written block by block."""
+    depth, blocks = block_names[0].count(".") + 1, set(block_names)
+    owner_of: dict[object, str] = {}
+    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+        block = ".".join(name.split(".")[:depth])
+        if block not in blocks:
+            continue
+        for key in (parameter, skeleton.names.get(name)):
+            other = owner_of.setdefault(key, block) if key is not None else block
+            if other != block:
+                raise UserError(
+                    f"{skeleton.reader.path}: decoder blocks '{other}' and '{block}' share the weight "
+                    f"'{skeleton.names.get(name, name)}'; models whose blocks share weights cannot be quantized"
+                )
+
+
+def _check_complete(skeleton: Skeleton) -> None:
+    """UserError when a parameter has no tensor in the checkpoint."""
+    missing = skeleton.missing()
+    if not missing:
+        return
+    path, converted = skeleton.reader.path, converted_names(skeleton.model, skeleton.reader.tensors)
+    if made := [name for name in missing if name in converted]:
+        tensors = sorted(converted[made[0]])
+        raise UserError(
+            f"{path}: parameter '{made[0]}' ({len(made)} such) is not stored as it is: transformers makes it of "
+            f"{len(tensors)} tensors ('{tensors[0]}' …), and this version of llmquant cannot; models of type "
+            f"'{skeleton.model.config.model_type}' cannot be quantized yet"
+        )
+    raise UserError(
+        f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such); the checkpoint is incomplete, "
+        "or its names are not those of transformers' model"
+    )
+
+
 def _plan_linears(
     skeleton: Skeleton, block_names: list[str], recipe: Recipe, format: Format, scale_dtype: torch.dtype
 ) -> Iterator[LinearPlan]:
     unmatched, unheard = set(recipe.skip), set(recipe.overrides)
     uses = Counter(skeleton.names.values())
     blocks = tuple(f"{name}." for name in block_names)
-    for name, linear in linears_of(skeleton.model).items():
+    routers = {
+        f"{block}.{name}": reason
+        for block in block_names
+        for name, reason in routers_of(skeleton.model.get_submodule(block)).items()
+    }
+    for name, linear in linear_likes_of(skeleton.model).items():
         out_features, in_features = linear_shape(linear)
-        source = skeleton.names[f"{name}.weight"].removesuffix(".weight")
+        source = skeleton.names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
         spec: QuantSpec | None = None
+        by_rule = False
         patterns = [pattern for pattern in recipe.skip if fnmatchcase(name, pattern)]
         unmatched -= set(patterns)
         overrides = recipe.overrides_of(name)
@@ -238,13 +300,17 @@ def _plan_linears(
         elif not name.startswith(blocks) and not overrides:
             reason = "outside the decoder blocks"
         else:
-            if uses[f"{source}.weight"] > 1:
+            if name in routers:
+                reason, by_rule = routers[name], True
+            elif not is_linear(linear):
+                reason = f"its class {type(linear).__name__} does not compute just x @ W.T + b"
+            elif uses[f"{source}.weight"] > 1:
                 reason = f"shares its weight '{source}.weight' with another module, which needs it in 16 bit"
             else:
                 spec, reason = _fit(wanted, format, out_features, in_features, scale_dtype)
             if spec is None and overrides:
                 raise UserError(f"{name}: {overrides[-1]}: {reason} (--skip '{name}' leaves it in 16 bit)")
-        yield LinearPlan(name, source, out_features, in_features, spec, reason)
+        yield LinearPlan(name, source, out_features, in_features, spec, reason, by_rule)
     if unmatched:
         raise UserError(
             f"skip pattern '{min(unmatched)}': matches no linear; patterns are matched against full names, "

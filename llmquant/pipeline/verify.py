@@ -39,7 +39,7 @@ from llmquant.errors import UserError
 from llmquant.eval.divergence import token_divergence
 from llmquant.hub import load_tokenizer
 from llmquant.models.blocks import first_tensor, weight_as_NK
-from llmquant.models.skeleton import Skeleton, compute_dtype, read_config, stored_dtype
+from llmquant.models.skeleton import Skeleton, compute_dtype, max_positions, read_config, stored_dtype
 from llmquant.models.walk import Walk
 from llmquant.pipeline.calibration import MIN_HELD_OUT, CalibrationTokens, calibration_tokens
 from llmquant.pipeline.footprint import COMPARED_POSITIONS
@@ -111,7 +111,7 @@ def held_out(plan: Plan, tokens: CalibrationTokens | None) -> HeldOut:
             raise UserError(
                 f"calibration leaves no window of {PYTHON_DOCS} over; use fewer --samples, or a longer text"
             )
-    context = getattr(plan.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = max_positions(plan.config)
     tokenizer = load_tokenizer(plan.path)
     drawn = calibration_tokens(
         tokenizer, PYTHON_DOCS, MIN_HELD_OUT, min(max(seq_len, 2), context or seq_len), plan.options.seed

@@ -18,6 +18,7 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from llmquant.errors import UserError
+from llmquant.models.skeleton import max_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +213,7 @@ def _check_compiles(model: Any) -> None:
 
 def check_length(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:
     """UserError where prompt and text together are longer than the model's context."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = max_positions(model.config)
     if context and num_prompt_tokens >= context:
         raise UserError(f"prompt: {num_prompt_tokens} tokens, and the model's context is {context}; shorten it")
     if context and num_prompt_tokens + max_new_tokens > context:
