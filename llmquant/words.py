@@ -27,3 +27,11 @@ def clock(seconds: float) -> str:
 def spent(seconds: float) -> str:
     """A duration."""
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+
+
+def percentage(share: float) -> str:
+    """A share 0 … 1 in percent; what is only near none or all is never rounded to it."""
+    if share in (0.0, 1.0):
+        return f"{100 * share:.0f} %"
+    digits = 2 if share < 0.001 or share > 0.999 else 1
+    return f"{100 * min(max(share, 0.0001), 0.9999):.{digits}f} %"

@@ -130,9 +130,10 @@ def quantize_command(
         if dry_run:
             plan = pipeline.dry_run(model, out, recipe, options)
             if as_json:
+                from llmquant.pipeline.coverage import coverage_of
                 from llmquant.pipeline.footprint import footprint_of
 
-                print(json.dumps(plan.to_dict() | footprint_of(plan).to_dict()))
+                print(json.dumps(plan.to_dict() | coverage_of(plan).to_dict() | footprint_of(plan).to_dict()))
             else:
                 print_plan(plan, out)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmquant.console.report import coverage_facts
 from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
 from llmquant.words import size
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 def print_plan(plan: Plan, out: Path) -> None:
     """What `llmquant quantize --dry-run` says."""
     from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
+    from llmquant.pipeline.coverage import coverage_of
     from llmquant.pipeline.disk import disk_bytes, free_bytes
     from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
     from llmquant.textdata import PYTHON_DOCS
@@ -29,13 +31,17 @@ def print_plan(plan: Plan, out: Path) -> None:
         stored = sum(plan.packed_bytes(linear) for linear in linears)
         table.add_row(kind, str(len(linears)), shape, grid, f"{8 * stored / weights:.3f}", size(stored))
     screen().print(table)
-    facts = []
+    coverage = coverage_of(plan)
+    facts = coverage_facts(coverage.share, coverage.unquantized)
+    inside = {entry.kind for entry in coverage.unquantized}
     for title, linears in (
-        ("in 16 bit", [linear for linear in plan.linears if linear.spec is None]),
+        ("in 16 bit", [linear for linear in plan.linears if linear.spec is None and linear.kind not in inside]),
         ("changed", [linear for linear in plan.quantized if linear.reason]),
     ):
         for reason, same in grouped(linears, lambda linear: linear.reason).items():
             facts.append((title, f"{reason}: {len(same)} x {kinds_of(linear.name for linear in same)}"))
+    if missed := coverage.incident():
+        facts.append(("incident", f"block weights: {missed}"))
     facts += [
         ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),

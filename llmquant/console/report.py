@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
-from llmquant.pipeline.names import block_of
+from llmquant.pipeline.names import block_of, kind_of
 from llmquant.spec import QuantSpec
-from llmquant.words import clock, short, size, spent
+from llmquant.words import clock, percentage, short, size, spent
 
 if TYPE_CHECKING:
+    from llmquant.pipeline.coverage import Unquantized
     from llmquant.pipeline.report import Incident, LinearReport, Report
     from llmquant.pipeline.verify import Verification
 
@@ -29,8 +30,12 @@ def print_report(report: Report) -> None:
     facts = [("error", f"squared, of the {of}, relative: mean over the blocks, worst, and its block; RTN: mean")]
     facts += rounding_facts(report.linears)
     facts += _places("incidents", report.incidents) + _places("remarks", report.remarks)
-    for reason, kept in grouped(report.kept.items(), lambda item: item[1]).items():
-        facts.append(("in 16 bit", f"{kinds_of(name for name, _ in kept)}: {reason}"))
+    if report.coverage is not None:
+        facts += coverage_facts(report.coverage, report.unquantized)
+    inside = {entry.kind for entry in report.unquantized}
+    outside = [(name, reason) for name, reason in report.kept.items() if kind_of(name) not in inside]
+    for reason, kept in grouped(outside, lambda item: item[1]).items():
+        facts.append(("in 16 bit", f"{reason}: {kinds_of(name for name, _ in kept)}"))
     steps = ", ".join(f"{step} {spent(seconds)}" for step, seconds in report.seconds.items())
     memory = size(report.peak_bytes) + (f", GPU {size(report.peak_device_bytes)}" if report.peak_device_bytes else "")
     facts += [
@@ -62,6 +67,16 @@ def verdict_line(verification: Verification) -> str:
         f"{v.verdict}: perplexity {v.perplexity:.2f}, original {v.original_perplexity:.2f}; KL {v.kl_mean:.4f}; "
         f"same first choice {v.top1_agreement:.1%}; on {v.num_tokens} held-out tokens of {v.source}"
     )
+
+
+def coverage_facts(share: float, unquantized: Iterable[Unquantized]) -> list[tuple[str, str]]:
+    """The share of the decoder blocks' weights that is quantized, and what is not, with its share, by reason."""
+    facts = [("coverage", f"{percentage(share)} of the decoder blocks' weights are quantized")]
+    for reason, entries in grouped(unquantized, lambda entry: entry.reason).items():
+        named = ", ".join(f"{entry.count} x {entry.kind} ({percentage(entry.share)})" for entry in entries[:4])
+        more = f" and {len(entries) - 4} more" if len(entries) > 4 else ""
+        facts.append(("in 16 bit", f"{reason}: {named}{more}"))
+    return facts
 
 
 def rounding_facts(linears: Sequence[LinearReport]) -> list[tuple[str, str]]:

@@ -121,6 +121,7 @@ def page(report: Report) -> str:
         "clock": words.clock,
         "seconds": lambda seconds: f"{seconds:,.1f} s".replace(",", "\u202f"),
         "percent": percent,
+        "percentage": words.percentage,
         "whole_percent": lambda share: percent(share, 0 if share >= 0.01 else 1),
         "thousands": lambda number: f"{number:,}".replace(",", "\u202f"),
     }

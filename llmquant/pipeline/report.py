@@ -36,6 +36,7 @@ from llmquant.checkpoints.header import parse_json
 from llmquant.checkpoints.manifest import REPORT_JSON, read_manifest
 from llmquant.errors import UserError
 from llmquant.memory import peak_resident_bytes
+from llmquant.pipeline.coverage import Unquantized, coverage_of
 from llmquant.pipeline.histograms import NUM_LINEARS, Histogram, histograms
 from llmquant.pipeline.plan import LinearPlan, Plan
 from llmquant.pipeline.samples import Sample
@@ -145,6 +146,10 @@ class Report:
     """SHA-256 of OUT's files."""
     allocation: dict[str, Any] | None = None
     """How grids were chosen to a budget, and the trade-off they were chosen from (`budget.choose`)."""
+    coverage: float | None = None
+    """Part of the decoder blocks' weights that is quantized, 0 … 1; None in reports of older versions."""
+    unquantized: tuple[Unquantized, ...] = ()
+    """Parameters of two and more dimensions inside the decoder blocks that stay in 16 bit, by kind."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: the content of `quantize_report.json`."""
@@ -170,7 +175,8 @@ def read_report(folder: Path) -> Report:
     try:
         values = {field.name: content[field.name] for field in fields(Report) if field.name in content}
         for name, kind in LISTS.items():
-            values[name] = tuple(_made(kind, entry) for entry in values[name])
+            if name in values or name not in OPTIONAL_LISTS:
+                values[name] = tuple(_made(kind, entry) for entry in values[name])
         values |= {"out": folder, "verification": _made(Verification, values["verification"])}
         return Report(**values)
     except (KeyError, TypeError, AttributeError) as error:
@@ -204,8 +210,12 @@ class ReportBuilder:
         for linear in self.plan.linears:
             if linear.spec is not None and linear.reason:
                 self.incident(linear.name, linear.reason)
-            elif linear.spec is None and linear.name.startswith(inside) and not linear.reason.startswith("--"):
+                continue
+            is_expected = linear.is_left_by_user or linear.is_kept_by_rule
+            if linear.spec is None and linear.name.startswith(inside) and not is_expected:
                 self.incident(linear.name, f"left in 16 bit: {linear.reason}")
+        if missed := coverage_of(self.plan).incident():
+            self.incident("block weights", missed)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -288,6 +298,7 @@ class ReportBuilder:
         worst = sorted(self.linears, key=lambda linear: -linear.error)[:NUM_LINEARS]
         manifest = read_manifest(folder)
         samples, samples_note = self.samples
+        coverage = coverage_of(self.plan)
         return Report(
             model=self.model,
             out=out,
@@ -318,6 +329,8 @@ class ReportBuilder:
             original_hashes=manifest["request"]["model"],
             hashes={name: record["sha256"] for name, record in manifest["files"].items()},
             allocation=self._allocation,
+            coverage=coverage.share,
+            unquantized=coverage.unquantized,
         )
 
 
@@ -327,8 +340,11 @@ LISTS: dict[str, type] = {
     "remarks": Incident,
     "histograms": Histogram,
     "samples": Sample,
+    "unquantized": Unquantized,
 }
 """Fields of a report that are lists of other classes."""
+OPTIONAL_LISTS = ("unquantized",)
+"""Those that reports of older versions lack."""
 
 
 def _made(kind: type, values: dict[str, Any]) -> Any:

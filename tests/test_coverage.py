@@ -1,0 +1,83 @@
+"""Which share of the decoder blocks' weights is quantized, and what is said of the rest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from commands import command
+
+from llmquant.pipeline.coverage import coverage_of
+from llmquant.pipeline.plan import make_plan
+from llmquant.pipeline.quantize import quantize
+from llmquant.spec import Options, QuantSpec, Recipe
+from llmquant.words import percentage
+
+QUICK = Options(calibration="python-docs", num_samples=2, seq_len=16, verify=False)
+ROUND = Recipe(method="rtn", spec=QuantSpec(group_size=32))
+
+
+def test_experts_that_stay_in_16_bit_are_an_incident(small_model, tmp_path, monkeypatch, capsys):
+    granitemoe = small_model("granitemoe", num_local_experts=4, num_experts_per_tok=2)
+    shared = ["quantize", str(granitemoe), str(tmp_path / "out"), "--method", "rtn", "--group-size", "32"]
+    assert command(monkeypatch, *shared, "--dry-run") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "coverage 19.9 % of the decoder blocks' weights are quantized" in text
+    assert "2 x block_sparse_moe.experts.gate_up_proj (53.1 %), 2 x block_sparse_moe.experts.down_proj (26.6 %)" in text
+    assert "incident block weights: only 19.9 % are quantized; 79.7 % stay in 16 bit unasked" in text
+    assert command(monkeypatch, *shared, "--no-verify", "--quiet", "--strict") == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "coverage 19.9 %" in text and "incidents block weights: only 19.9 % are quantized" in text
+    report = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
+    assert report["coverage"] == pytest.approx(0.1992, abs=1e-4)
+    assert sum(entry["share"] for entry in report["unquantized"]) + report["coverage"] == pytest.approx(1)
+    assert {entry["kind"] for entry in report["unquantized"] if not entry["is_asked_for"]} == {
+        "block_sparse_moe.experts.gate_up_proj",
+        "block_sparse_moe.experts.down_proj",
+    }
+
+
+def test_what_the_user_leaves_in_16_bit_is_listed_and_no_incident(tiny_model):
+    plan = make_plan(tiny_model("llama"), replace(ROUND, skip=("*.down_proj",)), QUICK)
+    coverage = coverage_of(plan)
+    (entry,) = coverage.unquantized
+    assert (entry.kind, entry.count, entry.weights, entry.reason) == (
+        "mlp.down_proj",
+        2,
+        2 * 64 * 96,
+        "--skip '*.down_proj'",
+    )
+    assert coverage.share == pytest.approx(1 - entry.share) and coverage.incident() is None
+
+
+def test_dense_model_is_covered_whole(tiny_model):
+    for architecture in ("llama", "gpt2", "falcon"):
+        coverage = coverage_of(make_plan(tiny_model(architecture), ROUND, QUICK))
+        assert (coverage.share, coverage.unquantized) == (1.0, ())
+
+
+def test_small_parameters_and_convolutions_are_listed_and_no_incident(small_model):
+    coverage = coverage_of(make_plan(small_model("mamba", state_size=16, time_step_rank=32), ROUND, QUICK))
+    assert {entry.kind for entry in coverage.unquantized} == {"mixer.A_log", "mixer.conv1d.weight"}
+    assert coverage.share < 0.99 and coverage.incident() is None
+
+
+def test_routers_stay_in_16_bit_and_are_no_incident(small_model, tmp_path):
+    model = small_model("llama4_text", head_dim=16, num_local_experts=4, intermediate_size_mlp=64)
+    report = quantize(model, tmp_path / "out", ROUND, QUICK)
+    routers = {name for name in report.kept if "router" in name}
+    assert len(routers) == 2 and not any("router" in incident.where for incident in report.incidents)
+    assert [incident.where for incident in report.incidents] == ["block weights"]
+
+
+def test_percentage_never_rounds_to_none_or_all():
+    assert [percentage(share) for share in (0.0, 1e-9, 0.0004, 0.059, 0.9794, 0.99999, 1.0)] == [
+        "0 %",
+        "0.01 %",
+        "0.04 %",
+        "5.9 %",
+        "97.9 %",
+        "99.99 %",
+        "100 %",
+    ]
