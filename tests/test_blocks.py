@@ -253,7 +253,7 @@ def test_architecture_that_transformers_itself_names_is_a_language_model(small_m
 
 
 def test_model_without_a_bound_on_positions_takes_any_seq_len(small_model, tmp_path):
-    model = small_model("xlnet", max_position_embeddings=None, d_inner=128)
+    model = small_model("xlnet", max_position_embeddings=None, d_inner=128, d_head=16)
     plan = dry_run(model, tmp_path / "out", Recipe(spec=QuantSpec(group_size=32)), Options(calibration="python-docs"))
     assert plan.config.max_position_embeddings == -1 and plan.options.seq_len > 1
 

@@ -164,7 +164,7 @@ def _both_ways_bytes(plan: Plan, beside: Callable[[int], int]) -> int:
     beside: what else there is of a block then.
     """
     itemsize, blocks = plan.skeleton.dtype.itemsize, range(len(plan.block_names))
-    hidden = plan.config.get_text_config(decoder=True).hidden_size
+    hidden = _hidden_size(plan)
     tokens = min(max(MEASURED_TOKENS, plan.options.seq_len), plan.num_tokens)
     # A tied embedding is read twice.
     outside = 2 * sum(math.prod(info.shape) for info in plan.tensors_outside().values()) * itemsize
@@ -234,7 +234,7 @@ def _verifying_bytes(plan: Plan, outside: int) -> int:
 def _activation_bytes(plan: Plan) -> int:
     """What waits: in front of the widest linear a sequence holds its embeddings, the block's input, the residual
     stream, its normed copy and the linear's input. Most originals wait at the block's door, with two of these."""
-    hidden = plan.config.get_text_config(decoder=True).hidden_size
+    hidden = _hidden_size(plan)
     widest = max(linear.in_features for linear in plan.quantized)
     inside, at_door = 4 * hidden + widest, 2 * hidden
     originals = at_door * plan.num_tokens if plan.recipe.needs_original else 0
@@ -247,6 +247,12 @@ def _stages(linears: dict[str, LinearPlan]) -> list[list[LinearPlan]]:
     for name, linear in linears.items():
         stages.setdefault((name.rpartition(".")[0], linear.in_features), []).append(linear)
     return list(stages.values())
+
+
+def _hidden_size(plan: Plan) -> int:
+    """Width of the residual stream; that of the embeddings if the configuration has no such number."""
+    hidden = getattr(plan.config.get_text_config(decoder=True), "hidden_size", None)
+    return hidden if isinstance(hidden, int) else weight_of(plan.skeleton.model.get_input_embeddings()).shape[1]
 
 
 def _size(linear: LinearPlan) -> int:
