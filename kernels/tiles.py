@@ -136,9 +136,18 @@ def user_table_path(gpu_name: str) -> Path:
     return cache / "llmquant" / f"{_file_stem(gpu_name)}.json"
 
 
+def is_table(content: bytes) -> bool:
+    """Whether a file with this content was written by `write_table`."""
+    try:
+        table = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(table, dict) and all(isinstance(table.get(key), dict) for key in ("entries", "dense_from_rows"))
+
+
 def write_table(path: Path, table: dict[str, Any]) -> None:
     """Write a table, merged over what the file already holds, and forget what was chosen by the old one."""
-    old = json.loads(path.read_text()) if path.exists() else {}
+    old = json.loads(path.read_text() or "{}") if path.exists() else {}
     for section in ("entries", "dense_from_rows"):
         table[section] = {**old.get(section, {}), **table.get(section, {})}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from llmquant.errors import UserError, first_words
+from llmquant.paths import typed_path
 
 Conversation = list[dict[str, Any]]
 """Messages in their order, each with "role" and "content"."""
@@ -124,7 +125,7 @@ def load_conversations(source: str) -> list[Conversation]:
 
     Raises UserError for any other source.
     """
-    path = Path(source).expanduser()
+    path = typed_path(source)
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(
             f'{source}: holds no conversations; with --chat give a .jsonl or .parquet file whose rows hold "messages"'
@@ -168,7 +169,7 @@ def _python_docs_rows() -> list[str]:
 
 
 def _file_rows(source: str) -> tuple[list[str], str]:
-    path = Path(source).expanduser()
+    path = typed_path(source)
     if path.suffix not in FILE_TYPES and not path.exists():
         raise UserError(
             f"{source}: not a known data set and no such file; known are {', '.join(preset_names())}, "

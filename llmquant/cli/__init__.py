@@ -21,6 +21,7 @@ from llmquant.cli.generate import generate_command
 from llmquant.cli.quantize import quantize_command
 from llmquant.cli.voice import Interrupted, say, speaks
 from llmquant.errors import UserError
+from llmquant.paths import check_encoding
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -60,6 +61,8 @@ def common(version: Annotated[bool, Option("--version", help="Print the version 
 def main() -> None:
     """Entry point of the `llmquant` command."""
     try:
+        for argument in sys.argv[1:]:
+            check_encoding(argument)
         with contextlib.nullcontext() if speaks() else contextlib.redirect_stdout(None):
             app()
     except UserError as error:

@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from llmquant.cli.options import AnyModel, Device, Dtype, Json, Quiet, RemoteCode, count
 from llmquant.cli.voice import show
+from llmquant.paths import typed_path
 
 
 def bench_command(
@@ -34,6 +35,7 @@ def bench_command(
     from llmquant.console.progress import progress, quiet_libraries
 
     if plot is not None:
+        plot = typed_path(plot)
         check_plot_path(plot)
     quiet_libraries()
     from llmquant.runtime.bench import Workload, bench

@@ -8,6 +8,7 @@ import typer
 from typer import Argument, Option
 
 from llmquant.cli.options import AnyModel, Device, Dtype, Json
+from llmquant.paths import typed_path
 
 
 def inspect_command(
@@ -47,6 +48,7 @@ def verify_command(out: Annotated[Path, Argument(help="A folder that llmquant wr
     """Compare the files of OUT with the hashes noted when it was written; exit with 1 if one differs."""
     from llmquant.checkpoints.manifest import read_manifest, verify_files
 
+    out = typed_path(out)
     manifest = read_manifest(out)
     problems = verify_files(out)
     if as_json:
@@ -66,9 +68,12 @@ def report_command(
 ) -> None:
     """Make the page of a quantization again, from the quantize_report.json in OUT."""
     from llmquant.checkpoints.manifest import REPORT_HTML
-    from llmquant.pipeline.page import write_page
+    from llmquant.pipeline.page import check_page_path, write_page
     from llmquant.pipeline.report import read_report
 
-    file = output or out / REPORT_HTML
-    write_page(read_report(out), file)
+    out = typed_path(out)
+    file = out / REPORT_HTML if output is None else typed_path(output)
+    report = read_report(out)
+    check_page_path(file)
+    write_page(report, file)
     print(file)

@@ -8,6 +8,7 @@ from typer import Option
 
 from llmquant.cli.options import AnyModel, Device, Dtype, Json, Quiet, RemoteCode, count
 from llmquant.errors import UserError
+from llmquant.paths import typed_path
 
 
 def generate_command(
@@ -70,6 +71,7 @@ def generate_command(
 
 
 def _lines(file: Path) -> list[str]:
+    file = typed_path(file)
     try:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

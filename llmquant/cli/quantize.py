@@ -11,6 +11,7 @@ from typer import Argument, Option
 from llmquant.cli.options import Device, Json, NewFolder, Overwrite, Quiet, RemoteCode, Restart, count
 from llmquant.cli.voice import Interrupted, say, show, speaks
 from llmquant.errors import UserError
+from llmquant.paths import partial_folder, typed_path
 from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe, parse_size
 
 RECIPE, SPEC, OPTIONS = Recipe(), Recipe().spec, Options()
@@ -90,6 +91,7 @@ def quantize_command(
     quiet: Quiet = False,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
+    out = typed_path(out)
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
     if effort not in EFFORTS:
         raise UserError(f"effort '{effort}': not one of {', '.join(EFFORTS)}; use --effort default")
@@ -141,7 +143,7 @@ def quantize_command(
             command = shlex.join(["llmquant", *sys.argv[1:]])
             report = pipeline.quantize(model, out, recipe, options, on_step, command=command)
     except KeyboardInterrupt:
-        if not out.with_name(out.name + ".partial").exists():
+        if not partial_folder(out).exists():
             raise
         without = " without --restart" if restart else ""
         raise Interrupted(f"interrupted; the same command{without} continues the run") from None

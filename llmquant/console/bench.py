@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 from llmquant.console.tables import new_table, screen
 from llmquant.errors import UserError
+from llmquant.paths import check_file
 from llmquant.words import size
 
 if TYPE_CHECKING:
     from llmquant.runtime.bench import Bench, Run
 
 PLOT_SUFFIXES = (".svg", ".png", ".pdf")
+PLOT_TITLE = "llmquant bench"
+"""In the metadata of the file, by which a later call knows it."""
 
 ACCENT, BESIDE, QUIET, INK, FAINT = "#0b7285", "#9cc3cb", "#d5dade", "#343a40", "#868e96"
 """The first contender, the others, the original; words, and small print."""
@@ -47,8 +50,7 @@ def check_plot_path(path: Path) -> None:
     """UserError where no picture can be written to path."""
     if path.suffix not in PLOT_SUFFIXES:
         raise UserError(f"{path}: a plot is one of {', '.join(PLOT_SUFFIXES)}; use --plot bench.svg")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: its folder does not exist; make it first")
+    check_file(path, "--plot", lambda content: PLOT_TITLE.encode() in content)
 
 
 def plot_bench(result: Bench, path: Path) -> None:
@@ -85,4 +87,5 @@ def plot_bench(result: Bench, path: Path) -> None:
     figure.supxlabel(_conditions(result), x=0.01, ha="left", fontsize=8, color=FAINT)
     # Without the date and random names in it, the same figures give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "llmquant"}):
-        figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None)
+        no_date = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(path, dpi=160, metadata={"Title": PLOT_TITLE, **no_date})

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from llmquant.errors import UserError
+from llmquant.paths import partial_folder
 from llmquant.pipeline.footprint import feedback_bytes, footprint_of
 from llmquant.pipeline.plan import Plan
 
@@ -19,7 +20,7 @@ def disk_bytes(plan: Plan, out: Path) -> int:
     """Space that a run still needs: what it writes, once more the shard that is being put together from its parts,
     activations that do not fit in memory, output moments of both halves of the text, less what an earlier run has left
     to continue from."""
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_folder(out)
     there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
     shard = min(plan.output_bytes, plan.options.max_shard_bytes)
     moments = 2 * feedback_bytes(plan, range(len(plan.block_names))) if plan.recipe.runs_backward else 0

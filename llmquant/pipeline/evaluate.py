@@ -23,6 +23,7 @@ from llmquant.eval.perplexity import Perplexity, perplexity
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
 from llmquant.models.skeleton import max_positions, read_config
+from llmquant.paths import typed_path
 from llmquant.textdata import Conversation, TextRows, load_conversations, load_rows
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def evaluate(
     of a task, that run side by side. tasks, task_folder, num_examples: as `eval.tasks.run_tasks`.
     Raises UserError for what cannot be read, is too short, or gives numbers that are not finite.
     """
+    task_folder = None if task_folder is None else typed_path(task_folder)
     names = [*([against] if against is not None else []), *models]
     paths = [resolve_model(name) for name in names]
     if tasks:

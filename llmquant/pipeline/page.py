@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from llmquant import words
 from llmquant.checkpoints.durable import write_atomically
+from llmquant.paths import check_file
 from llmquant.pipeline.figures import bars, over_depth, trade_off
 from llmquant.pipeline.names import block_of, kind_of
 from llmquant.pipeline.report import Incident, LinearReport, Report
@@ -108,6 +109,13 @@ class Texts:
 def write_page(report: Report, file: Path) -> None:
     """Write the page of a report. Raises UserError if the disk does not take it."""
     write_atomically(file, [page(report).encode()])
+
+
+def check_page_path(file: Path) -> None:
+    """UserError unless a page can be written to a file, which may be an earlier page."""
+    check_file(
+        file, "--output", lambda content: content.startswith(b"<!doctype html>") and b"llmquant" in content[:4096]
+    )
 
 
 def page(report: Report) -> str:

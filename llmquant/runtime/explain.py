@@ -15,9 +15,11 @@ from llmquant.errors import UserError
 from llmquant.hub import resolve_model
 from llmquant.kernels.dispatch import BACKENDS, Choice, explain_choice
 from llmquant.kernels.layout import LinearShape
+from llmquant.kernels.tiles import is_table
 from llmquant.kernels.tune import tune
 from llmquant.models.blocks import device_of
 from llmquant.models.skeleton import DTYPES, read_config, stored_dtype
+from llmquant.paths import check_file, typed_path
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ def tune_model(
     path: default is the user's own table, which is read before the shipped ones. Raises UserError without a GPU that
     the kernel runs on.
     """
+    if path is not None:
+        path = typed_path(path)
+        check_file(path, "--out", is_table)
     planned = planned_linears(model, device=device, dtype=dtype)
     for name, layer in planned.layers.items():
         if (why := BACKENDS["triton"].refuses(layer, planned.device, planned.dtype)) is not None:
