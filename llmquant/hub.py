@@ -6,15 +6,17 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmquant.checkpoints.side_files import CODE_FILES, KEPT_FILES, NOT_THE_MODEL
 from llmquant.errors import UserError, first_words
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Weights as safetensors, configuration and tokenizer: nothing that has to be unpickled, nothing that is code.
-WANTED_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
-# Sub-folders repeat the weights for other tools, and "consolidated" is the same weights under another naming.
-UNWANTED_FILES = ["*/*", "consolidated*"]
+# Weights as safetensors and what OUT keeps beside them: nothing that has to be unpickled, nothing that is code.
+WANTED_FILES = ["*.safetensors", *KEPT_FILES]
+# `*` takes slashes too. Sub-folders repeat the weights for other tools; chat templates may lie in one.
+_IN_SUB_FOLDERS = [f"*/{name}" for name in (*WANTED_FILES, *CODE_FILES) if not name.endswith(".jinja")]
+UNWANTED_FILES = [*_IN_SUB_FOLDERS, *NOT_THE_MODEL]
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 

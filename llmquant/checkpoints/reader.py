@@ -153,7 +153,7 @@ class CheckpointReader:
 
     def _read_shard(self, file_name: str) -> dict[str, TensorInfo]:
         file = self.path / file_name
-        self._check_link(file)
+        self.check_link(file)
         try:
             with file.open("rb") as handle:
                 status = os.fstat(handle.fileno())
@@ -162,7 +162,7 @@ class CheckpointReader:
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror}); check the file and its permissions") from None
 
-    def _check_link(self, file: Path) -> None:
+    def check_link(self, file: Path) -> None:
         """A link may lead anywhere in the folder, or from a snapshot of a Hugging Face cache into that cache's
         blobs."""
         try:
@@ -176,7 +176,7 @@ class CheckpointReader:
 
     def _read_json(self, file_name: str) -> dict[str, Any]:
         file = self.path / file_name
-        self._check_link(file)
+        self.check_link(file)
         try:
             if file.stat().st_size > MAX_JSON_BYTES:
                 raise UserError(f"{file}: {file.stat().st_size} bytes; no such file is larger than {MAX_JSON_BYTES}")

@@ -36,8 +36,9 @@ from llmquant.formats.registry import FORMATS
 from llmquant.hub import resolve_model
 from llmquant.models.blocks import linear_likes_of, linears_of, weight_as_NK
 from llmquant.models.skeleton import DTYPES, build_empty, check_size, checkpoint_names, name_translator, read_config
+from llmquant.paths import listed
 from llmquant.pipeline.names import block_of
-from llmquant.pipeline.parts import OUTSIDE, as_json_bytes, files_beside
+from llmquant.pipeline.parts import OUTSIDE, as_json_bytes, files_beside, side_files
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -120,7 +121,12 @@ def convert(
     out, step = Path(out), on_step or (lambda *_: None)
     plan = _settle(source, format, dtype, trust_remote_code)
     check_out(out, overwrite)
+    beside = side_files(plan.reader, out)
     specs, digests, moving, remarks = _check(plan, step)
+    remarks += [
+        f"{name}: not copied: a link to {target}, outside the checkpoint" for name, target in beside.outward.items()
+    ]
+    remarks += [f"not copied: {listed(list(beside.left))}"] if beside.left else []
     config = _config(plan, specs, moving)
     request = {
         "llmquant": __version__,

@@ -7,27 +7,26 @@ the head) is one part too, copied piece by piece.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES
 from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.side_files import SideFiles, find_side_files
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream
+from llmquant.errors import UserError
 from llmquant.models.blocks import weight_as_NK
 from llmquant.models.skeleton import DTYPES
+from llmquant.paths import listed, partial_folder, real_path
 from llmquant.pipeline.plan import LinearPlan, Plan, check_finite, read_finite
 from llmquant.pipeline.report import ReportBuilder
 from llmquant.pipeline.solve import Solved, Stored, solve_without_data
 
-# Files beside the weights that belong to the model: tokenizer, generation settings, licence; code only if it is used.
-KEPT_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-KEPT_NAMES = ("LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md")
-# What else says how weights are stored: ours, and AutoGPTQ's, AutoAWQ's and AutoRound's.
-STORAGE_FILES = (MANIFEST_FILE, *REPORT_FILES, "quantize_config.json", "quant_config.json", "quantization_config.json")
 OUTSIDE = "outside"
 """The part of what belongs to no block."""
 
@@ -152,16 +151,33 @@ def stored_numbers(plan: Plan) -> Stored:
     return Stored(plan.scale_dtype, plan.format.min_zero)
 
 
+def side_files(reader: CheckpointReader, out: Path) -> SideFiles:
+    """What the folder of a checkpoint holds beside its weights; OUT may be one of its sub-folders. UserError for a file
+    that loaders read and that cannot be read, or that is a link out of the folder."""
+    folder = Path(os.path.realpath(reader.path))
+    made = (reader.path / path.name for path in (real_path(out), partial_folder(out)) if path.parent == folder)
+    found = find_side_files(reader.path, reader.check_link, tuple(made))
+    for name in found.kept:
+        if not os.access(reader.path / name, os.R_OK):
+            raise UserError(f"{reader.path / name}: cannot be read; check its permissions")
+    return found
+
+
 def files_beside(reader: CheckpointReader) -> dict[str, bytes]:
     """The files of a checkpoint that belong to the model and say nothing about how its weights are stored."""
-    files = {}
-    for file in sorted(reader.path.iterdir()):
-        kept = file.suffix in KEPT_SUFFIXES or file.name in KEPT_NAMES
-        if kept and file.is_file() and not file.name.endswith(".index.json") and file.name not in STORAGE_FILES:
-            files[file.name] = file.read_bytes()
-    if reader.config.get("auto_map"):
-        files |= {file.name: file.read_bytes() for file in sorted(reader.path.glob("*.py"))}
-    return files
+    kept = find_side_files(reader.path, reader.check_link).kept
+    try:
+        return {name: (reader.path / name).read_bytes() for name in kept}
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def note_side_files(report: ReportBuilder, found: SideFiles) -> None:
+    """Note which files beside the weights are not copied into OUT."""
+    for name, target in found.outward.items():
+        report.incident(name, f"not copied: a link to {target}, outside the checkpoint")
+    if found.left:
+        report.remark("beside the weights", f"not copied: {listed(list(found.left))}")
 
 
 def extra_files(plan: Plan) -> dict[str, bytes]:

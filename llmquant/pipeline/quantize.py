@@ -32,8 +32,10 @@ from llmquant.pipeline.page import write_page
 from llmquant.pipeline.parts import (
     OUTSIDE,
     extra_files,
+    note_side_files,
     part_names,
     quantization_config,
+    side_files,
     write_outside,
 )
 from llmquant.pipeline.plan import (
@@ -91,6 +93,7 @@ def _quantize(
         )
     total = len(plan.block_names)
     builder = ReportBuilder(plan, model, command)
+    note_side_files(builder, side_files(plan.reader, out))
     tokens = None
     if plan.recipe.needs_data:
         step(0, total, "calibration text", None)
@@ -247,6 +250,7 @@ def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> P
     check_targets(plan)
     quantization_config(plan)
     check_out(out, options.overwrite)
+    side_files(plan.reader, out)
     footprint_of(plan).check()
     check_disk(plan, out)
     return plan
