@@ -184,19 +184,25 @@ def test_dry_run_refuses_the_same_in_the_same_words(case, folder, monkeypatch, c
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
-@pytest.mark.parametrize("what", ["a checkpoint", "an empty folder", "a file"])
-def test_out_that_exists_is_refused_and_left_alone(what, dry, folder, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("another tool's checkpoint", "out: exists; choose another OUT (it holds config.json)"),
+        ("a finished checkpoint", "out: exists; choose another OUT, or add --overwrite to replace it"),
+        ("a file", "out: exists and is not a folder; choose another OUT"),
+    ],
+)
+def test_out_that_exists_is_refused_and_left_alone(what, message, dry, folder, monkeypatch, capsys):
     out = folder / "out"
     if what == "a file":
         out.write_text("mine")
     else:
         out.mkdir()
-    if what == "a checkpoint":
-        (out / "config.json").write_text("{}")
-    content = {file.name: file.read_text() for file in out.iterdir()} if out.is_dir() else out.read_text()
+        (out / ("config.json" if "tool" in what else "llmquant.json")).write_text("{}")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     code = command(monkeypatch, "quantize", folder / "model", out, *FEW, *dry)
-    refused(code, capsys.readouterr(), "out: exists; choose another OUT, or add --overwrite to replace it")
-    assert content == ({file.name: file.read_text() for file in out.iterdir()} if out.is_dir() else out.read_text())
+    refused(code, capsys.readouterr(), message)
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert sorted(file.name for file in folder.iterdir()) == ["model", "out"]
 
 

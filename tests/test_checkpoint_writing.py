@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from checkpoint_parts import ALL_TENSORS, EXTRA, MANIFEST, PARTS, REQUEST, conte
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmquant.checkpoints import writer
-from llmquant.checkpoints.manifest import MANIFEST_FILE, verify_files
-from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints import manifest, writer
+from llmquant.checkpoints.journal import FileRecord
+from llmquant.checkpoints.manifest import MANIFEST_FILE, build_manifest, verify_files
+from llmquant.checkpoints.reader import CheckpointReader, file_sha256
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream, plan_shards
 from llmquant.errors import UserError
 
@@ -155,6 +157,14 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def finished(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of a checkpoint, with the manifest that lists them."""
+    records = {
+        name: FileRecord(bytes=len(content), sha256=sha256(content).hexdigest()) for name, content in files.items()
+    }
+    return files | {MANIFEST_FILE: build_manifest({}, records)}
+
+
 def die_while_writing(out: Path, call: int, overwrite: bool) -> int:
     """The exit status of a run that dies at that call, if it gets there."""
 
@@ -169,7 +179,7 @@ def die_while_writing(out: Path, call: int, overwrite: bool) -> int:
 def test_a_run_that_dies_at_any_step_is_continued_to_the_same_bytes(
     tmp_path: Path, expected: dict[str, bytes], replaces: bool
 ) -> None:
-    old = {"config.json": b"{}", "model.safetensors": b"old"}
+    old = finished({"config.json": b"{}", "model.safetensors": b"old"})
     deaths = 0
     while True:
         out = tmp_path / f"out-{deaths}"
@@ -255,9 +265,19 @@ def test_a_full_disk_says_how_much_was_needed(tmp_path: Path, monkeypatch: pytes
 
 
 def test_existing_out_is_refused_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    write_checkpoint(tmp_path / "out")
     with pytest.raises(UserError, match=r"exists; .* --overwrite"):
         PartialCheckpoint.open(tmp_path / "out", REQUEST)
+    (tmp_path / "out" / MANIFEST_FILE).unlink()
+    with pytest.raises(UserError, match=r"exists; choose another OUT \(it holds config.json, model-00001"):
+        PartialCheckpoint.open(tmp_path / "out", REQUEST)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_becomes_out(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    (tmp_path / "out").mkdir()
+    write_checkpoint(tmp_path / "out")
+    assert contents(tmp_path / "out") == expected
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
@@ -274,15 +294,108 @@ def test_overwrite_replaces_a_checkpoint_at_the_end_only(tmp_path: Path, expecte
     assert contents(out) == expected
 
 
-def test_overwrite_spares_what_is_not_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("dear to someone")
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to(tmp_path / "out")
-    for name in ("out", "file", "link"):
-        with pytest.raises(UserError, match="not a checkpoint folder"):
-            PartialCheckpoint.open(tmp_path / name, REQUEST, overwrite=True)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "link", "out"]
+@pytest.mark.parametrize("name", ["thesis", "other tool", "damaged", "file", "link", "dead link"])
+def test_overwrite_spares_what_is_not_a_finished_checkpoint(tmp_path: Path, name: str) -> None:
+    held = {"thesis": {"thesis.tex": b"dear"}, "other tool": {"config.json": b"{}"}, "damaged": {MANIFEST_FILE: b"{"}}
+    out = tmp_path / name
+    if name in held:
+        out.mkdir()
+        for file, content in held[name].items():
+            (out / file).write_bytes(content)
+    elif name == "file":
+        out.write_text("dear")
+    else:
+        write_checkpoint(tmp_path / "target")
+        out.symlink_to("target" if name == "link" else "nowhere")
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as error:
+        PartialCheckpoint.open(out, REQUEST, overwrite=True)
+    assert "choose another OUT" in str(error.value)
+    assert all(file in str(error.value) for file in held.get(name, {}))
+    assert contents(tmp_path) == before and not (tmp_path / f"{name}.partial").exists()
+
+
+# What a user did to a finished checkpoint -> the name of what would be lost.
+WORK: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a file": (lambda out: (out / "notes.md").write_text("mine"), "notes.md"),
+    "a hidden file": (lambda out: (out / ".notes").write_text("mine"), ".notes"),
+    "a folder": (lambda out: (out / "checkpoint-500").mkdir(), "checkpoint-500/"),
+    "a file in a listed folder": (
+        lambda out: (out / "templates" / "own.jinja").write_text("mine"),
+        "templates/own.jinja",
+    ),
+    "a link": (lambda out: (out / "base").symlink_to("/"), "base/"),
+    "a listed file that is a link": (
+        lambda out: (out / "config.json").rename(out.parent / "saved") and (out / "config.json").symlink_to("../saved"),
+        "config.json",
+    ),
+    "a longer file": (lambda out: (out / "config.json").write_text(" " * 99), "config.json (changed)"),
+    "other bytes": (
+        lambda out: (out / "config.json").write_bytes(EXTRA["config.json"].replace(b"tiny", b"TINY")),
+        "config.json (changed)",
+    ),
+    "a folder that is called like the page": (lambda out: (out / "report.html").mkdir(), "report.html/"),
+    "a name that is not UTF-8": (lambda out: (out / os.fsdecode(b"\xff")).write_text(""), "\\udcff"),
+}
+
+
+@pytest.mark.parametrize("case", WORK)
+def test_overwrite_names_what_would_be_lost_and_spares_it(tmp_path: Path, case: str) -> None:
+    do, lost = WORK[case]
+    out = tmp_path / "out"
+    write_checkpoint(out)
+    do(out)
+    before = contents(tmp_path)
+    with pytest.raises(UserError) as error:
+        PartialCheckpoint.open(out, REQUEST, overwrite=True)
+    assert str(error.value).endswith(f"choose another OUT, or move away {lost}")
+    assert contents(tmp_path) == before
+
+
+def test_overwrite_reads_a_large_file_again_only_if_it_is_younger_than_the_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "SMALL_FILE_BYTES", 0)
+    out = tmp_path / "out"
+    write_checkpoint(out, max_shard_bytes=10**9)
+    hashed = []
+    monkeypatch.setattr(manifest, "file_sha256", lambda file: (hashed.append(file.name), file_sha256(file))[1])
+    assert manifest.unreplaceable(out) == [] and hashed == []
+    shard = out / "model.safetensors"
+    content = shard.read_bytes()
+    later = (out / MANIFEST_FILE).stat().st_mtime_ns + 1
+    os.utime(shard, ns=(later, later))
+    assert manifest.unreplaceable(out) == [] and hashed == [shard.name]
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(shard, ns=(later, later))
+    assert manifest.unreplaceable(out) == ["model.safetensors (changed)"]
+
+
+def test_work_that_comes_into_out_while_it_is_replaced_is_spared(tmp_path: Path, expected: dict[str, bytes]) -> None:
+    out = tmp_path / "out"
+    write_checkpoint(out)
+    partial = PartialCheckpoint.open(out, REQUEST, overwrite=True)
+    for name, tensors in PARTS.items():
+        partial.add_part(name, tensors)
+    (out / "notes.md").write_text("mine")
+    with partial, pytest.raises(UserError, match=r"move away notes\.md"):
+        partial.finish(list(PARTS), EXTRA, manifest=MANIFEST, max_shard_bytes=100)
+    (out / "notes.md").rename(tmp_path / "notes.md")
+    write_checkpoint(out, overwrite=True)
+    assert contents(out) == expected
+    assert (tmp_path / "notes.md").read_text() == "mine"
+
+
+def test_what_a_link_in_out_leads_to_is_never_removed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").write_text("mine")
+    partial = PartialCheckpoint.open(tmp_path / "out", REQUEST)
+    partial.close()
+    (partial.folder / "parts").symlink_to(tmp_path / "data")
+    for options in ({}, {"restart": True}):
+        with pytest.raises(UserError, match=r"not left by llmquant \(it holds parts\)"):
+            PartialCheckpoint.open(tmp_path / "out", REQUEST, **options)
+    assert (tmp_path / "data" / "mine").exists()
 
 
 def test_other_options_are_named_and_restart_begins_anew(tmp_path: Path, expected: dict[str, bytes]) -> None:
@@ -363,12 +476,34 @@ def test_a_partial_folder_of_somebody_else_is_left_alone(tmp_path: Path, options
     (tmp_path / "out.partial" / "download.part").write_text("")
     with pytest.raises(UserError, match="not left by llmquant"):
         PartialCheckpoint.open(tmp_path / "out", REQUEST, **options)
-    assert (tmp_path / "out.partial" / "download.part").exists()
+    assert [file.name for file in (tmp_path / "out.partial").iterdir()] == ["download.part"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_partial_that_is_no_folder_is_left_alone(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "data").mkdir()
+    partial = tmp_path / "out.partial"
+    partial.write_text("mine") if kind == "file" else partial.symlink_to("data")
+    with pytest.raises(UserError, match="not a folder that llmquant made"):
+        PartialCheckpoint.open(tmp_path / "out", REQUEST, restart=True)
+    assert partial.is_symlink() if kind == "link" else partial.read_text() == "mine"
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_foreign_files_beside_a_damaged_journal_are_left_alone(tmp_path: Path) -> None:
+    partial = PartialCheckpoint.open(tmp_path / "out", REQUEST)
+    partial.close()
+    (partial.folder / "journal.json").write_text("{}")
+    (partial.folder / "diary").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"not left by llmquant \(it holds diary\)"):
+        PartialCheckpoint.open(tmp_path / "out", REQUEST, restart=True)
+    assert contents(tmp_path) == before
 
 
 def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="file is not a folder; choose another OUT"):
         PartialCheckpoint.open(tmp_path / "file" / "out", REQUEST)
 
 

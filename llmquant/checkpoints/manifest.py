@@ -4,6 +4,8 @@ checked."""
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ MANIFEST_FILE = "llmquant.json"
 REPORT_JSON, REPORT_HTML = REPORT_FILES = ("quantize_report.json", "report.html")
 """What is told of the run that made a checkpoint. It holds times and memory, which differ from run to run, so it has no
 part in the promise of same bytes, and no hash in the manifest: it can be made anew without harm."""
+
+SMALL_FILE_BYTES = 64 * 2**20
+"""A file up to this size is hashed to tell whether it changed; a larger one only if it is younger than the manifest."""
 
 
 def build_manifest(content: dict[str, Any], files: dict[str, FileRecord]) -> bytes:
@@ -52,3 +57,42 @@ def verify_files(folder: Path) -> list[str]:
     shards = {file.name for file in folder.glob("*.safetensors")}
     problems += [f"{name}: not there when the checkpoint was written" for name in sorted(shards - records.keys())]
     return problems
+
+
+def unreplaceable(folder: Path) -> list[str]:
+    """What would be lost if a finished checkpoint were replaced: the names in it that its manifest does not list, and
+    the listed files that changed since they were written, marked so. Folders end in a slash. Links are not followed.
+
+    Raises UserError if there is no manifest, or if it is damaged.
+    """
+    records, written_ns = read_manifest(folder)["files"], (folder / MANIFEST_FILE).stat().st_mtime_ns
+    expected_folders = {parent for name in records for parent in Path(name).parents}
+    found = []
+    for path, folders, files in os.walk(folder):
+        here = Path(path).relative_to(folder)
+        unexpected = [
+            name for name in folders if here / name not in expected_folders or (folder / here / name).is_symlink()
+        ]
+        found += [f"{(here / name).as_posix()}/" for name in unexpected]
+        folders[:] = sorted(set(folders) - set(unexpected))
+        for name in (here / file for file in files):
+            file = folder / name
+            listed = name.as_posix() in records
+            if not stat.S_ISREG(file.lstat().st_mode) or not (listed or str(name) in (MANIFEST_FILE, *REPORT_FILES)):
+                found.append(name.as_posix())
+            elif listed and not _is_unchanged(file, records[name.as_posix()], written_ns):
+                found.append(f"{name.as_posix()} (changed)")
+    return sorted(found)
+
+
+def _is_unchanged(file: Path, record: Any, written_ns: int) -> bool:
+    """Whether a file is the one of which the manifest keeps a record. written_ns: when the manifest was written."""
+    status = file.stat()
+    if not isinstance(record, dict) or status.st_size != record.get("bytes"):
+        return False
+    if status.st_size > SMALL_FILE_BYTES and status.st_mtime_ns <= written_ns:
+        return True
+    try:
+        return file_sha256(file) == record.get("sha256")
+    except UserError:
+        return False

@@ -33,12 +33,15 @@ from llmquant.checkpoints.durable import TEMPORARY_SUFFIX, disk_errors, make_fol
 from llmquant.checkpoints.header import TensorInfo, build_header, layout_order, read_header
 from llmquant.checkpoints.journal import JOURNAL_FILE, FileRecord, Journal, Plan, as_json, differences
 from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES, build_manifest
+from llmquant.checkpoints.out_folder import check_apart, check_place, check_replaceable
 from llmquant.checkpoints.reader import INDEX_FILE, SINGLE_FILE, file_sha256, read_tensor, tensor_chunks
 from llmquant.errors import UserError
+from llmquant.paths import listed, partial_folder, real_path
 from llmquant.spec import Options
 
 MAX_SHARD_BYTES = Options().max_shard_bytes
-LOCK_FILE, PARTS, SCRATCH, CHECKPOINT, REPLACED = "lock", "parts", "scratch", "checkpoint", "replaced"
+LOCK_FILE = "lock"
+PARTS, SCRATCH, CHECKPOINT, REPLACED = FOLDERS = ("parts", "scratch", "checkpoint", "replaced")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,39 +73,35 @@ class PartialCheckpoint:
     ) -> PartialCheckpoint:
         """Begins `<out>.partial`, or continues the one that is there.
 
-        request is everything the result depends on. UserError if OUT exists (unless overwrite, which replaces it at
-        the very end), if another run is writing it, or if what is there was begun with another request (unless
-        restart, which throws it away).
+        request is everything the result depends on. UserError if OUT exists and is not empty (unless overwrite, which
+        replaces a finished checkpoint at the very end), if another run is writing it, or if what is there was begun
+        with another request (unless restart, which throws it away).
         """
-        out = _real_path(Path(out))
-        folder = out.with_name(out.name + ".partial")
+        out, folder = real_path(Path(out)), partial_folder(Path(out))
+        check_place(out)
+        _find_journal(folder, restart)
         if not folder.exists():
-            _check_out(out, overwrite)
+            check_replaceable(out, out, overwrite)
         wanted = as_json(dict(request))
         lock = _acquire_lock(folder)
         try:
-            journal = _load_journal(folder, restart)
+            journal = _find_journal(folder, restart)
             if journal is None or (journal.request != wanted and _is_published(journal, out)):
                 # Nothing was begun, or a run with other options finished and died while it was tidying up.
                 if journal is not None:
                     _remove_contents(folder)
                 try:
                     _restore_replaced(out, folder)
-                    _check_out(out, overwrite)
+                    check_replaceable(out, out, overwrite)
                 except UserError:
                     _remove_if_empty(folder)
                     raise
                 journal = Journal(folder=folder, request=wanted)
                 journal.save()
-            elif journal.request != wanted:
-                changes = "; ".join(differences(journal.request, wanted))
-                raise UserError(
-                    f"{folder}: left by a run with other options ({changes}); repeat those to continue it, "
-                    "add --restart to begin anew, or choose another OUT"
-                )
+            _check_request(folder, journal.request, wanted)
             partial = cls(out, journal, lock, overwrite)
             if not partial.is_finished:
-                _check_out(out, overwrite)
+                check_replaceable(out, out, overwrite)
                 partial._check_files()
             return partial
         except BaseException:
@@ -322,8 +321,9 @@ class PartialCheckpoint:
     def _publish(self) -> None:
         checkpoint = self.folder / CHECKPOINT
         with disk_errors(self.out):
-            if os.path.lexists(self.out):
-                _check_out(self.out, self._overwrite)
+            check_place(self.out)
+            check_replaceable(self.out, self.out, self._overwrite)
+            if self.out.exists():
                 self.out.replace(self.folder / REPLACED)
             checkpoint.replace(self.out)
             sync_folder(self.out.parent)
@@ -336,7 +336,7 @@ class PartialCheckpoint:
     # --- files -------------------------------------------------------------------------------------------------------
 
     def _part_file(self, name: str) -> Path:
-        return self.folder / PARTS / f"{name}.safetensors"
+        return _part_file(self.folder, name)
 
     def _part_infos(self, name: str) -> dict[str, TensorInfo]:
         """Where the tensors of a part lie: in its own file, or in the shards it was copied into."""
@@ -355,12 +355,7 @@ class PartialCheckpoint:
         """Compares the disk with what the journal names: a damaged part counts as absent, and all else goes."""
         journal = self._journal
         if journal.plan is not None:
-            needed = {p for s, parts in journal.plan.shards.items() if s not in journal.shards for p in parts.values()}
-            files = {self.folder / CHECKPOINT / shard: record for shard, record in journal.shards.items()}
-            files |= {self._part_file(part): journal.parts[part] for part in needed}
-            for file, record in files.items():
-                if not _is_intact(file, record):
-                    raise UserError(f"{file}: damaged since it was written; add --restart to begin anew")
+            _check_finishing(journal, journal.plan)
             return
         self.discarded = [p for p, record in journal.parts.items() if not _is_intact(self._part_file(p), record)]
         for part in self.discarded:
@@ -377,11 +372,49 @@ class PartialCheckpoint:
                     file.unlink()
 
 
-def check_out(out: str | os.PathLike[str], overwrite: bool) -> None:
-    """The refusal of `PartialCheckpoint.open` if OUT exists, before any work is done."""
-    out = _real_path(Path(out))
-    if not out.with_name(out.name + ".partial").exists():
-        _check_out(out, overwrite)
+def check_out(
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    reads: Iterable[Path] = (),
+    request: Mapping[str, Any] | None = None,
+) -> None:
+    """What `PartialCheckpoint.open` would refuse, before any work is done. Writes nothing.
+
+    reads: the files and folders that OUT is made of, from which it must lie apart. request: as for
+    `PartialCheckpoint.open`; None: what an unfinished run has left is not compared with it.
+    """
+    out, folder = real_path(Path(out)), partial_folder(Path(out))
+    check_apart(out, reads)
+    check_place(out)
+    journal = _find_journal(folder, restart)
+    _check_lock(folder)
+    published = journal is not None and _is_published(journal, out)
+    if journal is None and (folder / REPLACED).exists() and not out.exists():
+        if not overwrite:
+            raise UserError(
+                f"{folder / REPLACED}: the OUT that an unfinished run was about to replace; leave out --restart to "
+                "finish that run, or add --overwrite"
+            )
+        check_replaceable(folder / REPLACED, out, overwrite)
+    elif not published:
+        check_replaceable(out, out, overwrite)
+    if journal is None or request is None:
+        return
+    wanted = as_json(dict(request))
+    if not published:
+        _check_request(folder, journal.request, wanted)
+        if journal.plan is not None:
+            _check_finishing(journal, journal.plan)
+    elif journal.request != wanted:
+        check_replaceable(out, out, overwrite)
+
+
+def begun_request(out: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The request of the unfinished run whose work is there; None if there is none. UserError if it is damaged."""
+    journal = _find_journal(partial_folder(Path(out)), restart=False)
+    return None if journal is None else journal.request
 
 
 def plan_shards(parts: Mapping[str, Mapping[str, int]], max_shard_bytes: int) -> list[dict[str, str]]:
@@ -422,29 +455,60 @@ def _is_published(journal: Journal, out: Path) -> bool:
     return journal.plan is not None and not (journal.folder / CHECKPOINT).exists() and out.exists()
 
 
-def _real_path(out: Path) -> Path:
-    """The absolute path, so that changing folders changes nothing; a link at OUT itself is not followed."""
-    return out.resolve() if out.name in ("", "..") else out.parent.resolve() / out.name
+def _part_file(folder: Path, name: str) -> Path:
+    return folder / PARTS / f"{name}.safetensors"
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    """UserError unless OUT is free, or may be replaced and is something that can be made again."""
-    if not os.path.lexists(out):
-        return
-    if not overwrite:
-        raise UserError(f"{out}: exists; choose another OUT, or add --overwrite to replace it")
-    if out.is_symlink() or not out.is_dir() or not ((out / "config.json").exists() or not any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not a checkpoint folder, so --overwrite spares it; choose another OUT")
+def _check_request(folder: Path, begun: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """UserError if the request of the run that was begun is not the one that is made now."""
+    if begun != wanted:
+        changes = "; ".join(differences(begun, wanted))
+        raise UserError(
+            f"{folder}: left by a run with other options ({changes}); repeat those to continue it, "
+            "add --restart to begin anew, or choose another OUT"
+        )
 
 
-def _load_journal(folder: Path, restart: bool) -> Journal | None:
+def _check_finishing(journal: Journal, plan: Plan) -> None:
+    """UserError if a file is damaged that finishing needs."""
+    needed = {part for shard, parts in plan.shards.items() if shard not in journal.shards for part in parts.values()}
+    files = {journal.folder / CHECKPOINT / shard: record for shard, record in journal.shards.items()}
+    files |= {_part_file(journal.folder, part): journal.parts[part] for part in needed}
+    for file, record in files.items():
+        if not _is_intact(file, record):
+            raise UserError(f"{file}: damaged since it was written; add --restart to begin anew")
+
+
+def _find_journal(folder: Path, restart: bool) -> Journal | None:
     """The journal, or None if nothing was begun or restart says to forget it; UserError if the folder is not ours."""
-    if (folder / JOURNAL_FILE).exists():
-        return None if restart else Journal.load(folder)
-    foreign = sorted({file.name for file in folder.iterdir()} - {LOCK_FILE, JOURNAL_FILE + TEMPORARY_SUFFIX})
-    if foreign:
-        raise UserError(f"{folder}: not left by llmquant (it holds {foreign[0]}); move it away, or choose another OUT")
-    return None
+    if not os.path.lexists(folder):
+        return None
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder}: not a folder that llmquant made; move it away, or choose another OUT")
+    _check_ours(folder)
+    return None if restart or not (folder / JOURNAL_FILE).exists() else Journal.load(folder)
+
+
+def _check_ours(folder: Path) -> None:
+    """UserError if a folder was not left by a run: our files would be removed from it without asking. Other files are
+    left alone beside a journal that can be read, and make a folder without one a foreign one."""
+    own = {LOCK_FILE, JOURNAL_FILE + TEMPORARY_SUFFIX}
+    if (folder / JOURNAL_FILE).is_file():
+        own |= {JOURNAL_FILE, *FOLDERS}
+    foreign = sorted(file.name for file in folder.glob("*") if file.name not in own)
+    links = sorted(name for name in own if (folder / name).is_symlink())
+    if links or (foreign and not _has_journal(folder)):
+        raise UserError(
+            f"{folder}: not left by llmquant (it holds {listed(links or foreign)}); move it away, or choose another OUT"
+        )
+
+
+def _has_journal(folder: Path) -> bool:
+    try:
+        Journal.load(folder)
+    except UserError:
+        return False
+    return True
 
 
 def _restore_replaced(out: Path, folder: Path) -> None:
@@ -457,7 +521,7 @@ def _restore_replaced(out: Path, folder: Path) -> None:
 def _remove_contents(folder: Path) -> None:
     """Removes everything of ours but the lock; the journal last, because it tells that the rest is ours."""
     with disk_errors(folder):
-        for name in (PARTS, SCRATCH, CHECKPOINT, REPLACED):
+        for name in FOLDERS:
             if (folder / name).exists():
                 shutil.rmtree(folder / name)
         for name in (JOURNAL_FILE + TEMPORARY_SUFFIX, JOURNAL_FILE):
@@ -489,12 +553,29 @@ def _acquire_lock(folder: Path) -> int:
                     os.write(lock, str(os.getpid()).encode())
                     return lock
             except BlockingIOError:
-                holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
+                error = _locked(folder, lock)
                 os.close(lock)
-                raise UserError(
-                    f"{folder}: process {holder} is writing it; wait until it ends, or choose another OUT"
-                ) from None
+                raise error from None
             except BaseException:
                 os.close(lock)
                 raise
             os.close(lock)
+
+
+def _check_lock(folder: Path) -> None:
+    """UserError if a run that is still going on holds the lock. Nothing is written."""
+    try:
+        lock = os.open(folder / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _locked(folder, lock) from None
+    finally:
+        os.close(lock)
+
+
+def _locked(folder: Path, lock: int) -> UserError:
+    holder = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
+    return UserError(f"{folder}: process {holder} is writing it; wait until it ends, or choose another OUT")

@@ -10,6 +10,7 @@ Letters: N out_features, K in_features, G groups.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from llmquant import __version__
 from llmquant.checkpoints.manifest import MANIFEST_FILE, read_manifest
+from llmquant.checkpoints.out_folder import check_apart
 from llmquant.checkpoints.quantized import (
     QuantizedModule,
     check_digests,
@@ -36,7 +38,7 @@ from llmquant.formats.registry import FORMATS
 from llmquant.hub import resolve_model
 from llmquant.models.blocks import linear_likes_of, linears_of, weight_as_NK
 from llmquant.models.skeleton import DTYPES, build_empty, check_size, checkpoint_names, name_translator, read_config
-from llmquant.paths import listed
+from llmquant.paths import listed, typed_path
 from llmquant.pipeline.names import block_of
 from llmquant.pipeline.parts import OUTSIDE, as_json_bytes, files_beside, side_files
 from llmquant.spec import QuantSpec
@@ -118,10 +120,12 @@ def convert(
 
     format: a name of `FORMATS`, or `dense`. dtype: of a dense result. Raises UserError where something would be lost.
     """
-    out, step = Path(out), on_step or (lambda *_: None)
+    out, step = typed_path(out), on_step or (lambda *_: None)
+    typed = typed_path(source)
+    check_out(out, overwrite=overwrite, restart=restart, reads=[typed] if os.path.lexists(typed) else [])
     plan = _settle(source, format, dtype, trust_remote_code)
-    check_out(out, overwrite)
-    beside = side_files(plan.reader, out)
+    beside, folder = side_files(plan.reader, out), plan.reader.path
+    check_apart(out, [folder, *plan.reader.shards, *(folder / name for name in beside.kept)])
     specs, digests, moving, remarks = _check(plan, step)
     remarks += [
         f"{name}: not copied: a link to {target}, outside the checkpoint" for name, target in beside.outward.items()

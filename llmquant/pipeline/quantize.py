@@ -9,6 +9,7 @@ What a run has finished is on the disk; a run that died is continued by the same
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ import transformers
 
 from llmquant import __version__
 from llmquant.checkpoints.manifest import REPORT_HTML
-from llmquant.checkpoints.writer import PartialCheckpoint, check_out
+from llmquant.checkpoints.out_folder import check_apart
+from llmquant.checkpoints.writer import PartialCheckpoint, begun_request, check_out
 from llmquant.errors import first_words
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
+from llmquant.paths import typed_path
 from llmquant.pipeline.budget import ALLOCATION, choose, grids_in, provisional, with_grids
-from llmquant.pipeline.calibration import CalibrationTokens, calibration_tokens, is_local
+from llmquant.pipeline.calibration import AUTO, CalibrationTokens, calibration_tokens, is_local
 from llmquant.pipeline.disk import check_disk
 from llmquant.pipeline.feedback import feedback_part, network_feedback, packed
 from llmquant.pipeline.footprint import footprint_of
@@ -75,7 +78,7 @@ def quantize(
     with ranks.leading():
         return _quantize(
             str(model),
-            Path(out),
+            typed_path(out),
             recipe or Recipe(),
             ranks.options(options or Options()),
             (ranks.is_first and on_step) or (lambda *_: None),
@@ -244,24 +247,42 @@ def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: 
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
+    reads = typed_inputs(model, options.calibration)
+    check_out(out, overwrite=options.overwrite, restart=options.restart, reads=reads)
     plan = make_plan(resolve_model(str(model)), recipe, options)
     if recipe.has_budget:
         plan = provisional(plan)
     check_targets(plan)
     quantization_config(plan)
-    check_out(out, options.overwrite)
-    side_files(plan.reader, out)
+    beside = side_files(plan.reader, out)
+    check_apart(out, [plan.path, *plan.reader.shards, *(plan.path / name for name in beside.kept)])
     footprint_of(plan).check()
     check_disk(plan, out)
     return plan
 
 
 def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, options: Options | None = None) -> Plan:
-    """What `quantize` would do; refuses what it would refuse. Reads no weight, and no text that would be fetched."""
-    plan = prepare(model, Path(out), recipe or Recipe(), options or Options())
+    """What `quantize` would do; refuses what it would refuse. Writes nothing, reads no weight, and no text that would
+    be fetched. Only if an unfinished run could be continued, the weights are hashed: its journal holds their hashes."""
+    out = typed_path(out)
+    plan = prepare(model, out, recipe or Recipe(), options or Options())
+    tokens = None
     if plan.recipe.needs_data and is_local(plan.options.calibration):
-        check_tokens(plan, draw_tokens(plan).tokens_SL)
+        tokens = draw_tokens(plan)
+        check_tokens(plan, tokens.tokens_SL)
+    begun = None if plan.options.restart else begun_request(out)
+    if begun is not None:
+        request = describe_request(plan, tokens)
+        if plan.recipe.needs_data and tokens is None:
+            request["calibration"] = (begun.get("calibration") or {}) | asked_calibration(plan.options)
+        check_out(out, overwrite=plan.options.overwrite, request=request)
     return plan
+
+
+def typed_inputs(model: str | Path, calibration: str = AUTO) -> list[Path]:
+    """The files and folders on this machine that a run is to read, as they were typed."""
+    names = [model, calibration] if is_local(calibration) else [model]
+    return [path for path in map(typed_path, names) if os.path.lexists(path)]
 
 
 def draw_tokens(plan: Plan) -> CalibrationTokens:
@@ -291,3 +312,9 @@ def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, 
         del audit["incidents"]  # a network error reads differently every time
         request["calibration"] = audit | {"sha256": digest}
     return request
+
+
+def asked_calibration(options: Options) -> dict[str, Any]:
+    """What of a request's calibration is known before the text is read."""
+    counts = {"num_samples": options.num_samples, "seq_len": options.seq_len, "seed": options.seed}
+    return counts if options.calibration == AUTO else counts | {"source": options.calibration}
