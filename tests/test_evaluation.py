@@ -11,7 +11,7 @@ from torch import nn
 from llmquant.errors import UserError
 from llmquant.eval import perplexity as perplexity_module
 from llmquant.eval.data import cut, first_target, token_windows
-from llmquant.eval.divergence import divergence, record, token_divergence
+from llmquant.eval.divergence import BLOCK_TOKENS, divergence, mean_interval, record, student_975, token_divergence
 from llmquant.eval.halves import Halves
 from llmquant.eval.perplexity import perplexity, summarize, token_losses
 
@@ -346,3 +346,31 @@ def test_eval_of_a_quantized_checkpoint_against_the_original_equals_a_plain_loop
     assert measured.divergence.kl_mean == pytest.approx(math.fsum(kls) / len(kls), rel=1e-4)
     assert measured.perplexity.mean_loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-5)
     assert 0.05 < measured.divergence.kl_mean < 2
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (71, 1.994)])
+def test_quantile_of_students_t_is_that_of_the_tables(freedom, quantile):
+    assert student_975(freedom) == pytest.approx(quantile, rel=0.01)
+
+
+def test_interval_by_hand():
+    values = [torch.tensor([1.0, 1.0, 3.0, 3.0]).repeat_interleave(BLOCK_TOKENS)]
+    low, high = mean_interval(values)
+    # Means 1, 1, 3, 3: their mean 2, their variance 4 / 3, its root over 4 blocks 1 / sqrt(3).
+    assert (low + high) / 2 == pytest.approx(2)
+    assert (high - low) / 2 == pytest.approx(student_975(3) * 3**-0.5)
+    assert mean_interval([values[0][: 3 * BLOCK_TOKENS]]) is None, "three blocks are too few"
+    assert mean_interval([torch.ones(10), torch.ones(7), torch.ones(7), torch.ones(7)]) == pytest.approx((1, 1))
+
+
+def test_interval_holds_the_mean_as_often_as_it_says_though_neighbours_are_alike():
+    generator, held = torch.Generator().manual_seed(0), 0
+    for _ in range(200):
+        noise = torch.randn(9, 511 + 8, generator=generator)
+        windows = list(noise.unfold(1, 9, 1).sum(-1))  # each value is like its eight neighbours
+        low, high = mean_interval(windows)
+        held += low < 0 < high
+    assert 180 <= held <= 198

@@ -37,7 +37,8 @@ def test_wheel_holds_every_module_under_llmquant_and_nothing_else(wheel):
     for folder in ("kernels", "eval"):
         expected |= {f"llmquant/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     assert modules == expected
-    assert {"llmquant/py.typed", "llmquant/pipeline/page.html"} <= set(names)
+    data = {"llmquant/py.typed", "llmquant/pipeline/page.html", "llmquant/pipeline/verification_text.txt"}
+    assert data <= set(names)
     assert {name.split("/")[0] for name in names} == {
         "llmquant",
         next(n for n in names if "dist-info" in n).split("/")[0],

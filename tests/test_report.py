@@ -14,14 +14,16 @@ from commands import command
 from manual import short_manual
 
 from llmquant.checkpoints.manifest import REPORT_HTML, REPORT_JSON
-from llmquant.console.report import rounding_facts
+from llmquant.console.report import COLOURS, rounding_facts, verdict_line, verification_facts
 from llmquant.errors import UserError
 from llmquant.pipeline import samples as samples_module
 from llmquant.pipeline.figures import ACCENT, LINE, MUTED, bars, over_depth, trade_off
-from llmquant.pipeline.page import depths, kinds, page, write_page
+from llmquant.pipeline.held_out import FIXED_SOURCE
+from llmquant.pipeline.page import depths, kinds, page, place, write_page
 from llmquant.pipeline.quantize import prepare, quantize
 from llmquant.pipeline.report import Incident, Report, read_report
-from llmquant.pipeline.samples import PROMPTS, samples
+from llmquant.pipeline.samples import PROMPTS, QUESTIONS, Sample, Samples, repeated_share, samples
+from llmquant.pipeline.verdict import BANDS, BROKEN, GOOD, SLIGHT, Verification
 from llmquant.spec import Options, QuantSpec, Recipe
 
 SPEC = QuantSpec(group_size=32)
@@ -57,7 +59,7 @@ def test_file_holds_what_the_function_returns_and_gives_it_back(name, reports):
     report = reports[name]
     stored = json.loads((report.out / REPORT_JSON).read_text())
     assert stored == json.loads(json.dumps(report.to_dict()))
-    assert stored["schema"] == 2
+    assert stored["schema"] == 3
     again = read_report(report.out)
     assert again == report
     assert again.command == "llmquant quantize a b"
@@ -66,7 +68,8 @@ def test_file_holds_what_the_function_returns_and_gives_it_back(name, reports):
 
 def test_report_holds_what_was_measured(reports):
     report = reports["awq"]
-    assert report.verification.verdict in ("good", "worth a look")
+    assert report.verification.verdict in BANDS[:3]
+    assert [text.source for text in report.verification.texts] == [FIXED_SOURCE, "python-docs"]
     assert {"forward", "solving", "verifying", "samples"} <= report.seconds.keys() == report.memory.keys()
     assert 2**20 < min(report.memory.values()) <= max(report.memory.values()) <= report.peak_bytes
     assert all(linear.input_peak >= 1 for linear in report.linears)
@@ -78,8 +81,8 @@ def test_report_holds_what_was_measured(reports):
     for histogram, linear in zip(report.histograms, worst, strict=True):
         assert sum(histogram.weights) == sum(histogram.codes) == linear.weights
         assert len(histogram.codes) == 16 and histogram.weights[0] + histogram.weights[-1] > 0
-    assert [sample.prompt for sample in report.samples] == list(PROMPTS)
-    assert all(sample.original and sample.quantized for sample in report.samples)
+    assert [sample.prompt for sample in report.samples] == list(QUESTIONS), "the tokenizer has a chat template"
+    assert all(sample.original and sample.quantized and sample.is_chat for sample in report.samples)
     assert report.original_hashes.keys() == {"config.json", "model.safetensors"}
     assert report.hashes["model.safetensors"] != report.original_hashes["model.safetensors"]
     assert {linear.rows for linear in report.linears if linear.kind == "mlp.up_proj"} == {96}
@@ -88,7 +91,7 @@ def test_report_holds_what_was_measured(reports):
     assert all(0 <= linear.correction_share <= 1 for linear in report.linears if linear.kind == "mlp.down_proj")
     assert corrected.count("mlp.down_proj") == 2 and corrected.count("self_attn.q_proj") == 1, "nothing is lost before"
     assert all(linear.rtn_rows is linear.correction_share is None for linear in reports["rtn"].linears)
-    assert reports["not verified"].samples == () and reports["not verified"].verification.kl_mean is None
+    assert reports["not verified"].samples == () and reports["not verified"].verification.texts == ()
 
 
 class Page(HTMLParser):
@@ -277,8 +280,9 @@ def test_report_makes_the_same_page_again(reports, tmp_path, monkeypatch, capsys
     [
         (None, "only `llmquant quantize` writes one"),
         ("{", "JSON"),
-        ('{"schema": 1}', "schema 1, and this llmquant reads 2"),
+        ('{"schema": 1}', "schema 1, and this llmquant reads 2 and 3"),
         ('{"schema": 2}', "damaged"),
+        ('{"schema": 3}', "damaged"),
     ],
 )
 def test_report_that_cannot_be_read_is_refused_in_a_line(content, message, tmp_path, monkeypatch, capsys):
@@ -305,14 +309,128 @@ def test_model_that_is_too_large_says_nothing(reports, tiny_model, tmp_path, mon
     sizes = sorted([plan.reader.total_bytes, read_report(out).output_bytes])
     assert sizes[0] < sizes[1]
     monkeypatch.setattr(samples_module, "LOADED", 10 * 2**30 / sizes[1])
-    ours, note = samples(out, plan)
-    assert ours == () and note.startswith("no samples")
+    found = samples(out, plan)
+    assert found.samples == () and found.note.startswith("no samples") and not found.failure
 
 
 def test_samples_that_fail_do_not_take_the_checkpoint_with_them(reports, tiny_model, tmp_path, monkeypatch):
-    def fails(path, plan):
-        raise UserError("prompt: is empty")
-
-    monkeypatch.setattr(samples_module, "_continuations", fails)
+    out, answers = reports["awq"].out, samples_module._answers
     plan = prepare(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
-    assert samples(reports["awq"].out, plan) == ((), "no samples: prompt: is empty")
+
+    def failing(*folders):
+        def answer(path, *arguments):
+            if path in folders:
+                raise UserError("prompt: is empty")
+            return answers(path, *arguments)
+
+        return answer
+
+    monkeypatch.setattr(samples_module, "_answers", failing(out))
+    found = samples(out, plan)
+    assert (found.samples, found.failure, found.original_failure) == ((), "prompt: is empty", "")
+    assert found.note == "no samples: the quantized model does not run here: prompt: is empty"
+    monkeypatch.setattr(samples_module, "_answers", failing(plan.path))
+    found = samples(out, plan)
+    assert (found.failure, found.original_failure) == ("", "prompt: is empty")
+    assert all(sample.quantized and sample.original is None for sample in found.samples)
+    monkeypatch.setattr(samples_module, "_answers", failing(out, plan.path))
+    assert samples(out, plan).failure == "prompt: is empty; nor does the original"
+
+
+def test_model_without_a_chat_template_continues_prompts_and_one_without_a_tokenizer_is_left_alone(
+    reports, tiny_model, tmp_path, monkeypatch
+):
+    plan = prepare(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
+    tokenizer = samples_module.load_tokenizer(plan.path)
+    tokenizer.chat_template = None
+    monkeypatch.setattr(samples_module, "load_tokenizer", lambda path: tokenizer)
+    found = samples(reports["awq"].out, plan)
+    assert [sample.prompt for sample in found.samples] == list(PROMPTS)
+    assert not any(sample.is_chat for sample in found.samples)
+
+    def no_tokenizer(path):
+        raise UserError("its tokenizer cannot be loaded")
+
+    monkeypatch.setattr(samples_module, "load_tokenizer", no_tokenizer)
+    assert samples(reports["awq"].out, plan) == Samples(note="no samples: its tokenizer cannot be loaded")
+
+
+def test_repetition_is_noticed_where_only_the_quantized_model_has_it():
+    assert repeated_share(list(range(40))) == repeated_share([]) == repeated_share([1, 1, 1, 1]) == 0
+    assert repeated_share([1] * 40) > 0.9
+    assert repeated_share([*range(24), *range(8), *range(8), *range(8)]) > 0.3, "three times a phrase of eight tokens"
+
+    def sample(ours, theirs):
+        return Sample(prompt="a", quantized="b", original="c", quantized_repeats=ours, original_repeats=theirs)
+
+    both = Samples(samples=(sample(0.9, 0.9), sample(0.1, 0.0)))
+    assert both.repetition == ""
+    ours = Samples(samples=(sample(0.9, 0.1), sample(0.9, 0.9), sample(0.9, None)))
+    assert ours.repetition == "it repeats itself in 1 of 3 sample texts where the original does not"
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def test_verdict_line_has_the_colour_of_its_band_and_every_reservation():
+    said = Verification(
+        verdict="slight loss", reason="because", may_be="clear loss", failure="no kernel", repetition="it loops"
+    )
+    line = verdict_line(said)
+    assert line.plain == (
+        "slight loss (may be clear loss), but the quantized model does not run here: no kernel: because; it loops"
+    )
+    assert {str(verdict_line(replace(said, verdict=band)).style) for band in BANDS} == {
+        f"bold {COLOURS[band]}" for band in BANDS
+    }
+
+
+def test_numbers_of_both_texts_stand_in_the_facts_and_on_the_page(reports):
+    report = reports["awq"]
+    fixed, own = report.verification.texts
+    (fact,) = [fact for name, fact in verification_facts(report.verification) if name == "beside it"]
+    other = own if report.verification.decided_by == 0 else fixed
+    assert f"{other.num_tokens:,} tokens of {other.source}" in fact
+    text = " ".join(Page(page(report)).text.split())
+    for measured in (fixed, own):
+        assert f"{measured.ratio:.3f}" in text and measured.source in text and f"{measured.kl_mean:.4f}" in text
+    again = replace(report.verification, next_steps=(("--asym", "finer"),), may_be="broken", failure="no kernel")
+    text = " ".join(Page(page(replace(report, verification=again))).text.split())
+    for words in (*BANDS, "What to try next --asym finer", "may be broken", "does not run here: no kernel"):
+        assert words in text, words
+
+
+def test_scale_gives_every_band_the_same_width():
+    assert [place(limit) for limit in (0.5, 1, GOOD, SLIGHT, BROKEN, 1e9)] == pytest.approx([0, 0, 25, 50, 75, 100])
+    assert 25 < place(1.1) < 40 < place(1.2) < 50
+
+
+def test_report_of_schema_2_is_still_read_and_keeps_its_words(reports, tmp_path):
+    stored = reports["awq"].to_dict() | {"schema": 2}
+    stored["verification"] = {
+        "verdict": "worth a look",
+        "reason": "perplexity 1.20 times the original's on held-out text",
+        "source": "c4",
+        "num_windows": 4,
+        "seq_len": 512,
+        "num_tokens": 2044,
+        "kl_mean": 0.1,
+        "kl_p99": 1.5,
+        "top1_agreement": 0.75,
+        "perplexity": 12.0,
+        "original_perplexity": 10.0,
+        "drift": [0.1, 0.2],
+    }
+    stored["samples"] = [{"prompt": "a", "quantized": "b", "original": None}]
+    (tmp_path / REPORT_JSON).write_text(json.dumps(stored))
+    report = read_report(tmp_path)
+    (text,) = report.verification.texts
+    assert report.verification.verdict == "worth a look" and report.verification.drift == (0.1, 0.2)
+    assert (text.source, text.ratio, text.changed_share) == ("c4", pytest.approx(1.2), 0.25)
+    assert text.ratio_interval is None and text.worst_ratio is None
+    words = " ".join(Page(page(report)).text.split())
+    assert "worth a look" in words and "1.200" in words and "None" not in words.split()
+    assert str(verdict_line(report.verification)).startswith("worth a look: perplexity 1.20")
+    stored["verification"] |= {"verdict": "not measured", "kl_mean": None, "source": None}
+    (tmp_path / REPORT_JSON).write_text(json.dumps(stored))
+    assert read_report(tmp_path).verification.texts == ()

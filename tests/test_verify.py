@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -21,10 +23,25 @@ from llmquant.hub import load_tokenizer
 from llmquant.models.walk import Walk
 from llmquant.pipeline import loop, solve
 from llmquant.pipeline import quantize as pipeline
+from llmquant.pipeline import verify as verify_module
 from llmquant.pipeline.calibration import MAX_HELD_OUT, MIN_HELD_OUT, calibration_tokens, num_held_out
+from llmquant.pipeline.held_out import (
+    FIXED_SOURCE,
+    MIN_TOKENS,
+    WINDOW_TOKENS,
+    HeldOut,
+    fixed_text,
+    held_out,
+    num_windows,
+    read_fixed_text,
+    spread,
+)
+from llmquant.pipeline.next_steps import next_steps
 from llmquant.pipeline.quantize import prepare, quantize
-from llmquant.pipeline.verify import BROKEN, GOOD, WORDS, HeldOut, held_out, judge, verify_text
-from llmquant.spec import Options, QuantSpec, Recipe
+from llmquant.pipeline.samples import Samples
+from llmquant.pipeline.verdict import BANDS, BROKEN, GOOD, SLIGHT, Measurement, band_of, judge
+from llmquant.pipeline.verify import affordable, verify_texts
+from llmquant.spec import EFFORTS, Options, QuantSpec, Recipe
 from llmquant.textdata import load_rows
 
 RTN = Recipe(method="rtn", spec=QuantSpec(bits=3, group_size=32))
@@ -41,7 +58,7 @@ def manual():
 @pytest.fixture(autouse=True)
 def no_samples(monkeypatch):
     """Continuing prompts is tested with the report."""
-    monkeypatch.setattr(pipeline, "samples", lambda folder, plan: ((), "not in this test"))
+    monkeypatch.setattr(pipeline, "samples", lambda folder, plan: Samples(note="not in this test"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -49,44 +66,121 @@ def test_what_is_measured_block_by_block_is_what_whole_models_say(architecture, 
     path, out = tiny_model(architecture), tmp_path / "out"
     quantize(path, out, RTN, Options(verify=False))
     windows = torch.randint(3, 500, (2, 20), generator=torch.Generator().manual_seed(0))
+    other = torch.randint(3, 500, (3, 9), generator=torch.Generator().manual_seed(1))
     plan = prepare(path, tmp_path / "other", RTN, Options())
-    ours = verify_text(out, plan, HeldOut(tokens_WL=windows, source="numbers"))
+    texts = [
+        HeldOut(tokens_WL=windows, source="numbers"),
+        HeldOut(tokens_WL=other, source="more", openings=tuple("abc")),
+    ]
+    found = verify_texts(out, plan, texts)
     original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    whole = divergence(dequantized(path, out), original, windows)
-    assert ours.kl_mean == pytest.approx(whole.kl_mean, rel=1e-3, abs=1e-6)
-    assert ours.kl_p99 == pytest.approx(whole.kl_p99, rel=1e-3, abs=1e-6)
-    assert ours.top1_agreement == pytest.approx(whole.top1_agreement)
-    assert ours.perplexity == pytest.approx(whole.model.perplexity, rel=1e-4)
-    assert ours.original_perplexity == pytest.approx(whole.reference.perplexity, rel=1e-4)
-    assert (ours.num_windows, ours.seq_len, ours.num_tokens) == (2, 20, 38)
-    assert len(ours.drift) == len(plan.block_names) and all(distance > 0 for distance in ours.drift)
+    quantized = dequantized(path, out)
+    for ours, text in zip(found.texts, texts, strict=True):
+        whole = divergence(quantized, original, text.tokens_WL)
+        assert ours.kl_mean == pytest.approx(whole.kl_mean, rel=1e-3, abs=1e-6)
+        assert ours.kl_p99 == pytest.approx(whole.kl_p99, rel=1e-3, abs=1e-6)
+        assert ours.changed_share == pytest.approx(1 - whole.top1_agreement)
+        assert ours.perplexity == pytest.approx(whole.model.perplexity, rel=1e-4)
+        assert ours.original_perplexity == pytest.approx(whole.reference.perplexity, rel=1e-4)
+        assert ours.ratio == pytest.approx(whole.model.perplexity / whole.reference.perplexity, rel=1e-4)
+        by_window = [divergence(quantized, original, window_L[None]) for window_L in text.tokens_WL]
+        growth = [each.model.perplexity / each.reference.perplexity for each in by_window]
+        assert ours.worst_ratio == pytest.approx(max(growth), rel=1e-4)
+        assert growth[ours.worst_window] == max(growth)
+    assert (found.texts[0].num_windows, found.texts[0].seq_len, found.texts[0].num_tokens) == (2, 20, 38)
+    assert (found.texts[0].worst_opening, found.texts[1].worst_opening) == ("", "abc"[found.texts[1].worst_window])
+    assert len(found.drift) == len(plan.block_names) and all(distance > 0 for distance in found.drift)
     assert all(parameter.is_meta for parameter in plan.skeleton.model.parameters()), "no weight is left behind"
 
 
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def measurement(ratio, kl=0.0, spread=0.0, source=FIXED_SOURCE):
+    """A text where perplexity grew by that factor, give or take `spread`, at that divergence."""
+    return Measurement(
+        source=source,
+        num_windows=9,
+        seq_len=512,
+        num_tokens=4599,
+        perplexity=10.0 * ratio,
+        original_perplexity=10.0,
+        ratio=ratio,
+        ratio_interval=(ratio - spread, ratio + spread),
+        kl_mean=kl,
+        kl_interval=(kl, kl),
+        kl_p99=kl,
+        changed_share=0.125,
+        worst_window=1,
+        worst_ratio=2 * ratio,
+        worst_opening="Der Bahnhof",
+    )
+
+
 @pytest.mark.parametrize(
-    ("kl", "growth", "verdict"),
+    ("ratio", "kl", "verdict"),
     [
-        (0.0, -0.1, "good"),
-        (0.13, 0.13, "good"),
-        (0.15, 0.0, "worth a look"),
-        (0.0, 0.15, "worth a look"),
-        (0.69, 0.5, "worth a look"),
-        (0.70, 0.0, "broken"),
-        (0.1, 0.70, "broken"),
-        (0.1, 1e6, "broken"),
+        (0.9, 0.0, "good"),
+        (GOOD, 0.0, "good"),
+        (1.0, math.log(GOOD) + 1e-6, "slight loss"),
+        (GOOD + 1e-6, 0.0, "slight loss"),
+        (SLIGHT, math.log(SLIGHT) - 1e-6, "slight loss"),
+        (SLIGHT + 1e-6, 0.0, "clear loss"),
+        (1.0, math.log(BROKEN) - 1e-6, "clear loss"),
+        (1.0, math.log(BROKEN) + 1e-6, "broken"),
+        (BROKEN, 0.0, "broken"),
+        (1e9, 1e6, "broken"),
     ],
 )
-def test_verdict_follows_the_worse_of_both_factors(kl, growth, verdict):
-    word, reason = judge(kl, growth)
-    assert word == verdict and word in WORDS
-    assert "times the original's" in reason
+def test_verdict_follows_the_worse_of_both_factors(ratio, kl, verdict):
+    found = judge([measurement(ratio, kl)])
+    assert found.verdict == verdict and found.verdict in BANDS and found.may_be == ""
+    assert "times the original's" in found.reason
+
+
+def test_verdict_says_which_worse_band_the_interval_reaches_into():
+    assert judge([measurement(GOOD - 0.01, spread=0.005)]).may_be == ""
+    assert judge([measurement(GOOD - 0.01, spread=0.02)]).may_be == "slight loss"
+    assert judge([measurement(GOOD - 0.01, spread=0.5)]).may_be == "clear loss"
+    assert judge([measurement(SLIGHT + 0.01, spread=0.1)]).may_be == "", "a better band is not promised"
+
+
+def test_calibration_text_makes_a_verdict_worse_only_where_it_is_certain():
+    fixed = measurement(1.02)
+    for other, verdict, decided_by in [
+        (measurement(1.5, spread=0.1, source="a.txt"), "clear loss", 1),
+        (measurement(1.5, spread=0.3, source="a.txt"), "clear loss", 1),
+        (measurement(1.5, spread=0.48, source="a.txt"), "good", 0),
+        (replace(measurement(9.0, source="a.txt"), ratio_interval=None, kl_interval=None), "good", 0),
+        (measurement(0.9, source="a.txt"), "good", 0),
+    ]:
+        found = judge([fixed, other])
+        assert (found.verdict, found.decided_by) == (verdict, decided_by)
+        assert f"tokens of {(fixed, other)[decided_by].source}" in found.reason
+    better = judge([measurement(3.0), measurement(1.0, source="a.txt")])
+    assert (better.verdict, better.decided_by) == ("broken", 0)
+
+
+def test_reason_has_every_number_in_plain_words():
+    assert judge([measurement(1.2, kl=0.1, spread=0.04)]).reason == (
+        "perplexity 1.200 times the original's (95 % interval 1.160 to 1.240), "
+        "KL divergence 0.1000 (a factor of 1.105), top choice changed at 12.5% of tokens, "
+        "worst of 9 windows 2.400 times (“Der Bahnhof …”); on 4,599 tokens of the fixed text"
+    )
 
 
 def test_thresholds_are_those_of_the_readme():
     from paths import ROOT
 
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"at most {GOOD} times" in text and f"{BROKEN:g} times or more" in text
+    for words in (
+        f"| good | at most {GOOD} |",
+        f"at most {SLIGHT} |",
+        f"less than {BROKEN:g} |",
+        f"{BROKEN:g} or more",
+    ):
+        assert words in text, words
+    assert [band_of(factor) for factor in (1, 1.2, 1.5, 5)] == list(BANDS)
 
 
 # --- the text --------------------------------------------------------------------------------------------------------
@@ -113,45 +207,91 @@ def text_of(tokenizer, num_tokens, path):
     return path
 
 
-def test_text_that_calibration_uses_up_is_told_and_another_is_taken(tiny_model, tmp_path):
+def test_without_windows_left_the_fixed_text_alone_is_measured(tiny_model, tmp_path):
     path = tiny_model("llama")
     text = text_of(load_tokenizer(path), 4 * 32 + 5, tmp_path / "text.txt")
     report = quantize(path, tmp_path / "out", Recipe(spec=RTN.spec), replace(FEW, calibration=str(text)))
-    assert report.verification.source == "python-docs"
-    assert report.verification.kl_mean > 0
-    assert [remark.what for remark in report.remarks if remark.where != "calibration"] == [
-        f"measured on python-docs: calibration leaves no window of {text} over"
-    ]
+    assert [measured.source for measured in report.verification.texts] == [FIXED_SOURCE]
+    assert report.verification.texts[0].kl_mean > 0
     assert not report.incidents
 
 
-def test_without_any_text_left_nothing_is_measured_and_that_is_an_incident(tiny_model, tmp_path, monkeypatch):
+def test_windows_that_calibration_left_are_measured_beside_the_fixed_text(tiny_model, tmp_path):
+    report = quantize(tiny_model("llama"), tmp_path / "out", Recipe(spec=RTN.spec), FEW)
+    fixed, own = report.verification.texts
+    assert (fixed.source, own.source) == (FIXED_SOURCE, "python-docs")
+    assert (own.num_windows, own.seq_len, own.num_tokens) == (MIN_HELD_OUT, 32, MIN_HELD_OUT * 31)
+    assert fixed.num_tokens >= MIN_TOKENS
+    assert fixed.worst_opening and not own.worst_opening, "the user's text is not quoted"
+
+
+def test_fixed_text_is_the_same_for_every_recipe_and_seed(tiny_model, tmp_path):
+    path = tiny_model("llama")
+    one = fixed_text(prepare(path, tmp_path / "out", RTN, Options()))
+    other = fixed_text(prepare(path, tmp_path / "out", Recipe(), replace(FEW, seed=7, seq_len=64)))
+    assert torch.equal(one.tokens_WL, other.tokens_WL) and one.openings == other.openings
+    num, seq_len = one.tokens_WL.shape
+    assert seq_len == MAX_POSITIONS and num == num_windows(seq_len) == len(set(one.openings))
+    assert num * (seq_len - 1) >= MIN_TOKENS > (num - 1) * (seq_len - 1)
+    tokenizer = load_tokenizer(path)
+    words = " ".join(read_fixed_text().split())
+    assert all(
+        " ".join(tokenizer.decode(window_L[2:-2]).strip("\ufffd").split())[:200] in words for window_L in one.tokens_WL
+    )
+
+
+def test_fixed_text_is_long_enough_for_a_tokenizer_with_a_large_vocabulary():
+    """A model of one: a token is a word with the space in front of it, up to three digits, a run of signs, or two
+    characters of Chinese or Japanese. Real ones make more."""
+    text = read_fixed_text()
+    pattern = r" ?[^\W\d_\u3000-\u9fff]+|\d{1,3}|[\u3000-\u9fff]{1,2}|[ \t]*[^\w\s]+\n*|\s+"
+    num_tokens = len(re.findall(pattern, text))
+    assert num_tokens >= num_windows(WINDOW_TOKENS) * WINDOW_TOKENS
+
+
+def test_windows_are_spread_evenly():
+    assert spread(9, 9) == spread(9, 20) == list(range(9))
+    assert spread(9, 3) == [0, 3, 6] and spread(15, 9)[-1] == 13 and spread(5, 1) == [0]
+
+
+def test_windows_are_left_out_only_where_all_would_take_long_and_that_is_said(tiny_model, tmp_path, monkeypatch):
     path = tiny_model("llama")
     plan = prepare(path, tmp_path / "out", Recipe(), FEW)
-    tokens = calibration_tokens(load_tokenizer(path), "python-docs", 4, 32)
-    used_up = replace(tokens, held_out_WL=tokens.held_out_WL[:0])
-    monkeypatch.setattr(pipeline, "draw_tokens", lambda plan: used_up)
-    report = quantize(path, tmp_path / "out", Recipe(spec=RTN.spec), FEW)
-    assert report.verification.verdict == "not measured"
-    assert [incident.where for incident in report.incidents] == ["verification"]
-    assert held_out(plan, tokens).source == "python-docs"
+    texts = held_out(plan, calibration_tokens(load_tokenizer(path), "python-docs", 128, 32))
+    num_tokens = sum(text.tokens_WL.numel() for text in texts)
+    for seconds, run_seconds, share in [(119, 0, 1), (400, 4000, 1), (480, 0, 0.25), (1000, 2500, 0.25), (1e9, 0, 0)]:
+        monkeypatch.setattr(verify_module, "_seconds_per_token", lambda *_, s=seconds: s / num_tokens)
+        kept = affordable(plan, texts, run_seconds)
+        for text, few in zip(texts, kept, strict=True):
+            available = len(text.tokens_WL)
+            assert len(few.tokens_WL) == (available if share == 1 else max(int(share * available), 2))
+            assert bool(few.note) == (len(few.tokens_WL) < available)
+            assert len(few.openings) in (0, len(few.tokens_WL))
+    monkeypatch.undo()
+    assert 0 < verify_module._seconds_per_token(plan, texts[0].tokens_WL[0]) < 1
+    assert all(parameter.is_meta for parameter in plan.skeleton.model.parameters()), "no weight is left behind"
+    monkeypatch.setattr(verify_module, "_seconds_per_token", lambda *_: 1e9)
+    monkeypatch.setattr(pipeline, "samples", lambda folder, plan: Samples())
+    report = quantize(path, tmp_path / "few", Recipe(spec=RTN.spec), FEW)
+    assert [text.num_windows for text in report.verification.texts] == [2, MIN_HELD_OUT]
+    assert "2 of 17 windows, because all would take about" in report.verification.reason
+    assert any(remark.where == "verification" for remark in report.remarks)
 
 
 def test_model_that_cannot_be_run_is_still_quantized_and_the_gap_is_told(tiny_model, tmp_path, monkeypatch):
     def fails(*arguments):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(pipeline, "verify_text", fails)
+    monkeypatch.setattr(pipeline, "verify_texts", fails)
     report = quantize(tiny_model("llama"), tmp_path / "out", RTN)
     assert (report.verification.verdict, report.verification.reason) == ("not measured", "out of memory")
     assert [incident.what for incident in report.incidents] == ["not measured on text: out of memory"]
 
 
-def test_rounding_without_data_is_measured_on_pythons_manual(tiny_model, tmp_path):
-    path = tiny_model("llama")
-    report = quantize(path, tmp_path / "out", RTN)
-    measured = report.verification
-    assert (measured.source, measured.num_windows, measured.seq_len) == ("python-docs", MIN_HELD_OUT, MAX_POSITIONS)
+def test_rounding_without_data_is_measured_on_the_fixed_text(tiny_model, tmp_path):
+    report = quantize(tiny_model("llama"), tmp_path / "out", RTN)
+    (measured,) = report.verification.texts
+    assert (measured.source, measured.seq_len) == (FIXED_SOURCE, MAX_POSITIONS)
     assert report.calibration is None
 
 
@@ -190,10 +330,74 @@ def test_last_line_is_the_verdict(tiny_model, tmp_path, monkeypatch, capsys):
     arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--method", "rtn", "--group-size", "32", "--quiet"]
     assert command(monkeypatch, *arguments) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    measured = json.loads((tmp_path / "out" / REPORT_JSON).read_text())["verification"]
-    assert last.startswith(f"{measured['verdict']}: perplexity {measured['perplexity']:.2f}, original ")
-    assert f"KL {measured['kl_mean']:.4f}" in last
-    assert last.endswith(f"on {measured['num_tokens']} held-out tokens of python-docs")
+    verification = json.loads((tmp_path / "out" / REPORT_JSON).read_text())["verification"]
+    (measured,) = verification["texts"]
+    assert last.startswith(
+        f"{verification['verdict']}: perplexity {measured['ratio']:.3f} times the original's (95 % inter"
+    )
+    assert f"KL divergence {measured['kl_mean']:.4f}" in last
+    assert f"top choice changed at {measured['changed_share']:.1%} of tokens, worst of 17 windows " in last
+    assert last.endswith(f"on {measured['num_tokens']:,} tokens of the fixed text")
+
+
+def test_verdict_that_is_not_good_comes_with_options_to_try(tiny_model, tmp_path, monkeypatch, capsys):
+    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--method", "rtn", "--seq-len", "32"]
+    assert command(monkeypatch, *arguments, "--bits", "2", "--quiet") == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert " try next --method gptq: " in text and " --bits 4: " in text
+    assert command(monkeypatch, *arguments[:2], tmp_path / "eight", *arguments[3:], "--bits", "8", "--quiet") == 0
+    last = capsys.readouterr().out
+    assert "try next" not in last and last.splitlines()[-1].startswith("good: ")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "expected"),
+    [
+        (Recipe(method="rtn"), Options(), ["--method gptq", "--asym", "--group-size 32"]),
+        (Recipe(method="awq"), FEW, ["--method awq+gptq", "--asym", "--samples 128"]),
+        (Recipe(spec=QuantSpec(bits=3), **EFFORTS["fast"]), FEW, ["--effort default", "--bits 4", "--asym"]),
+        # What the format, or an engine that was named, would refuse is not suggested.
+        (Recipe(), Options(format="gptq", num_samples=128), ["--asym", "--group-size 32", "--effort best"]),
+        (
+            Recipe(spec=QuantSpec(symmetric=False, group_size=32), **EFFORTS["best"]),
+            Options(format="awq", num_samples=128),
+            [],
+        ),
+        (
+            Recipe(spec=QuantSpec(symmetric=False, group_size=32), **EFFORTS["best"]),
+            Options(num_samples=128),
+            ["--target-bpw", "--override '*.down_proj:bits=8'", "--bits 8"],
+        ),
+    ],
+)
+def test_options_to_try_are_those_that_the_run_did_not_use_and_would_take(
+    recipe, options, expected, tiny_model, tmp_path
+):
+    plan = prepare(tiny_model("llama"), tmp_path / "out", recipe, replace(options, seq_len=32))
+    found = next_steps(plan, [("mlp.down_proj", 0.2), ("mlp.up_proj", 0.1), ("mlp.down_proj", 0.1)])
+    names = [name if not name.startswith("--target-bpw") else "--target-bpw" for name, _ in found]
+    assert names == expected
+    assert all(effect for _, effect in found)
+
+
+def test_model_that_does_not_run_is_an_incident_and_the_verdict_says_so(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "samples", lambda folder, plan: Samples(failure="no kernel", note="no samples"))
+    arguments = [
+        "quantize",
+        tiny_model("llama"),
+        tmp_path / "out",
+        "--method",
+        "rtn",
+        "--group-size",
+        "32",
+        "--bits",
+        "8",
+    ]
+    assert command(monkeypatch, *arguments, "--quiet") == 0
+    text = capsys.readouterr().out
+    assert text.splitlines()[-1].startswith("good, but the quantized model does not run here: no kernel: perplexity ")
+    assert " incidents    samples: the quantized model does not run here: no kernel" in text
+    assert command(monkeypatch, *arguments[:2], tmp_path / "strict", *arguments[3:], "--quiet", "--strict") == 1
 
 
 def test_run_that_died_while_it_was_verified_is_continued_and_verification_changes_no_byte(
@@ -205,7 +409,7 @@ def test_run_that_died_while_it_was_verified_is_continued_and_verification_chang
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "verify_text", die)
+        patch.setattr(pipeline, "verify_texts", die)
         with pytest.raises(KeyboardInterrupt):
             quantize(path, tmp_path / "out", recipe, FEW)
     assert not (tmp_path / "out").exists()
@@ -213,7 +417,7 @@ def test_run_that_died_while_it_was_verified_is_continued_and_verification_chang
     monkeypatch.setattr(loop, "quantize_block", lambda *arguments: solved.append(arguments))
     continued = quantize(path, tmp_path / "out", recipe, FEW)
     assert not solved, "no block is made again"
-    assert continued.verification.kl_mean > 0
+    assert continued.verification.texts[0].kl_mean > 0
     monkeypatch.undo()
 
     walks = []

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
 from llmquant.pipeline.names import block_of, kind_of
 from llmquant.spec import QuantSpec
@@ -49,24 +51,40 @@ def print_report(report: Report) -> None:
     if report.calibration:
         used = report.calibration
         facts.append(("calibration", f"{used['source']}, {used['num_samples']} x {used['seq_len']} tokens"))
+    facts += verification_facts(report.verification)
     facts.append(("report", str(report.out / REPORT_HTML)))
     out, original = shlex.quote(str(report.out)), shlex.quote(report.model)
     print_facts(facts)
     # Lines to copy, so never wrapped.
-    screen().print(f'\n  llmquant generate {out} --prompt "Once upon a time"', soft_wrap=True)
-    screen().print(f"  llmquant eval {out} --against {original}\n", soft_wrap=True)
+    screen().print(f'\n  llmquant generate {out} --prompt "Once upon a time"', soft_wrap=True, markup=False)
+    screen().print(f"  llmquant eval {out} --against {original}\n", soft_wrap=True, markup=False)
     screen().print(verdict_line(report.verification), soft_wrap=True)
 
 
-def verdict_line(verification: Verification) -> str:
-    """The verdict and its reasons in one line."""
+COLOURS = {"good": "green", "slight loss": "yellow", "clear loss": "dark_orange", "broken": "red"}
+"""Colour of each band; the words say the same."""
+
+
+def verdict_line(verification: Verification) -> Text:
+    """The verdict and its reasons in one line; the verdict in the colour of its band."""
     v = verification
-    if v.kl_mean is None:
-        return f"{v.verdict}: {v.reason}"
-    return (
-        f"{v.verdict}: perplexity {v.perplexity:.2f}, original {v.original_perplexity:.2f}; KL {v.kl_mean:.4f}; "
-        f"same first choice {v.top1_agreement:.1%}; on {v.num_tokens} held-out tokens of {v.source}"
-    )
+    line = Text(v.verdict, style=f"bold {COLOURS[v.verdict]}" if v.verdict in COLOURS else "bold")
+    line.append(f" (may be {v.may_be})" if v.may_be else "", style="")
+    line.append(f", but the quantized model does not run here: {v.failure}" if v.failure else "")
+    line.append(f": {v.reason}")
+    line.append(f"; {v.repetition}" if v.repetition else "")
+    return line
+
+
+def verification_facts(verification: Verification) -> list[tuple[str, str]]:
+    """The measurements that the verdict does not rest on, and what to try next."""
+    from llmquant.pipeline.verdict import band_of, describe
+
+    facts = []
+    for index, text in enumerate(verification.texts):
+        if index != verification.decided_by and text.factor is not None:
+            facts.append(("beside it", f"{band_of(text.factor)}: {describe(text)}"))
+    return facts + [("try next", f"{options}: {effect}") for options, effect in verification.next_steps]
 
 
 def coverage_facts(share: float, unquantized: Iterable[Unquantized]) -> list[tuple[str, str]]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from llmquant.checkpoints.reader import CheckpointReader
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SLOW_BFLOAT16 = ("DEFAULT", "NO AVX", "AVX2")
+"""Names that torch has for processors without vector instructions for bfloat16."""
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> Any:
@@ -88,6 +90,13 @@ def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute in: float16 products are emulated on processors; float32 gives the same numbers, faster."""
     return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
+
+
+def measuring_dtype(computed: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compare two models in: that of the computation, or float32 where the processor has no AVX-512, and
+    torch multiplies bfloat16 eight times as slowly."""
+    slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in SLOW_BFLOAT16
+    return torch.float32 if slow and computed == torch.bfloat16 else computed
 
 
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -84,14 +84,15 @@ class Arrival:
 class Walk:
     """A set of sequences in front of the network; call `enter`, then `stages`, block after block.
 
-    to_the_end: behind the last block, `outcome` lets a sequence go on through the head. spill: where activations go
-    that do not fit in memory. first_sample: the number of the first of the sequences.
+    tokens_SL: int64; a list may hold sequences of several lengths. to_the_end: behind the last block, `outcome` lets a
+    sequence go on through the head. spill: where activations go that do not fit in memory. first_sample: the number of
+    the first of the sequences.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
-        tokens_SL: Tensor,
+        tokens_SL: Tensor | list[Tensor],
         *,
         with_original: bool,
         to_the_end: bool = False,

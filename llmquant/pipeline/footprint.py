@@ -25,7 +25,10 @@ from llmquant.algorithms.feedback import row_slices
 from llmquant.errors import UserError
 from llmquant.memory import peak_resident_bytes, resident_bytes
 from llmquant.models.blocks import weight_of
+from llmquant.models.skeleton import measuring_dtype
 from llmquant.models.walk import SEQUENCES_AT_ONCE, SEQUENCES_BETWEEN_TRIMS
+from llmquant.pipeline.calibration import num_held_out
+from llmquant.pipeline.held_out import num_windows, window_length
 from llmquant.pipeline.plan import LinearPlan, Plan
 
 LIBRARY_BYTES = 45 * 2**20
@@ -225,10 +228,24 @@ def _block_bytes(plan: Plan, index: int) -> int:
 
 
 def _verifying_bytes(plan: Plan, outside: int) -> int:
-    """At the end, the original beside the result: both heads, the predictions for one window, and a few in float32."""
+    """At the end, the original beside the result: what all windows keep while they wait, and one block of either, or
+    both heads, the predictions for one window, and a few in float32."""
+    itemsize = measuring_dtype(plan.skeleton.dtype, plan.skeleton.device).itemsize
+    hidden = plan.config.get_text_config(decoder=True).hidden_size
     vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
-    predictions = plan.options.seq_len * vocabulary
-    return 2 * (outside + predictions) * plan.skeleton.dtype.itemsize + COMPARED_BYTES * COMPARED_POSITIONS * vocabulary
+    seq_len = window_length(plan.config)
+    num_tokens, longest = num_windows(seq_len) * seq_len, seq_len
+    if plan.recipe.needs_data:
+        num_tokens += num_held_out(plan.options.num_samples) * plan.options.seq_len
+        longest = max(longest, plan.options.seq_len)
+    # In front of a block: its input and the embeddings.
+    waiting = 2 * 2 * hidden * num_tokens * itemsize
+    block = max(
+        sum(math.prod(info.shape) for info in plan.tensors_of_block(index).values())
+        for index in range(len(plan.block_names))
+    )
+    heads = 2 * (outside + longest * vocabulary) * itemsize + COMPARED_BYTES * COMPARED_POSITIONS * vocabulary
+    return waiting + max(block * itemsize, heads)
 
 
 def _activation_bytes(plan: Plan) -> int:

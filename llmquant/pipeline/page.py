@@ -6,6 +6,7 @@ numbers, the drawings of `figures.py`, and what is put together here: the errors
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -22,8 +23,8 @@ from llmquant.paths import check_file
 from llmquant.pipeline.figures import bars, over_depth, trade_off
 from llmquant.pipeline.names import block_of, kind_of
 from llmquant.pipeline.report import Incident, LinearReport, Report
-from llmquant.pipeline.samples import Sample
-from llmquant.pipeline.verify import BROKEN, GOOD
+from llmquant.pipeline.samples import REPETITIVE, Sample
+from llmquant.pipeline.verdict import BANDS, BROKEN, GOOD, SLIGHT, Measurement, Verification, band_of, factor
 from llmquant.spec import QuantSpec
 
 TEMPLATE = "page.html"
@@ -77,6 +78,19 @@ class Panel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scale:
+    """The bands side by side, each as wide as the others, and what lies on them; places in per cent of the width."""
+
+    limits: tuple[tuple[float, str], ...]
+    """Places and labels of the limits between the bands."""
+    mark: float
+    """The factor that the verdict rests on."""
+    low: float
+    high: float
+    """The ends of its interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Told:
     """What happened in the same words to several modules."""
 
@@ -95,15 +109,24 @@ class Texts:
     """From there on."""
     original: str | None
     """The same; None where the original was left out."""
+    quantized_loops: bool
+    """Whether the quantized model repeats itself."""
+    original_loops: bool
+    """The same of the original."""
 
     @classmethod
     def of(cls, sample: Sample) -> Texts:
         ours = sample.quantized.removeprefix(" ").strip("\n")
-        if sample.original is None:
-            return cls(prompt=sample.prompt, shared="", quantized=ours, original=None)
-        theirs = sample.original.removeprefix(" ").strip("\n")
-        equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
-        return cls(prompt=sample.prompt, shared=ours[:equal], quantized=ours[equal:], original=theirs[equal:])
+        theirs = None if sample.original is None else sample.original.removeprefix(" ").strip("\n")
+        equal = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs or "", strict=False)))
+        return cls(
+            prompt=sample.prompt,
+            shared=ours[:equal],
+            quantized=ours[equal:],
+            original=None if theirs is None else theirs[equal:],
+            quantized_loops=sample.quantized_repeats >= REPETITIVE,
+            original_loops=(sample.original_repeats or 0.0) >= REPETITIVE,
+        )
 
 
 def write_page(report: Report, file: Path) -> None:
@@ -130,6 +153,7 @@ def page(report: Report) -> str:
         "seconds": lambda seconds: f"{seconds:,.1f} s".replace(",", "\u202f"),
         "percent": percent,
         "percentage": words.percentage,
+        "factor": factor,
         "whole_percent": lambda share: percent(share, 0 if share >= 0.01 else 1),
         "thousands": lambda number: f"{number:,}".replace(",", "\u202f"),
     }
@@ -138,17 +162,19 @@ def page(report: Report) -> str:
         r=report,
         v=report.verification,
         name=Path(report.model).name,
-        good=GOOD,
-        broken=f"{BROKEN:g}",
+        bands=BANDS,
+        scale=scale(report.verification),
+        rows=measurements(report.verification),
+        is_chat=any(sample.is_chat for sample in report.samples),
         breakable=breakable,
         command=words_together(report.command),
         day=datetime.fromisoformat(report.finished).strftime("%-d %B %Y, %H:%M"),
         grids=list(dict.fromkeys(linear.grid for linear in report.linears)),
-        kinds=(rows := kinds(report.linears)),
-        corrected=any(kind.correction is not None for kind in rows),
-        fed_back=any(kind.fed_back for kind in rows),
-        searched_rows=sum(kind.rows for kind in rows),
-        rtn_rows=sum(kind.rtn_rows for kind in rows),
+        kinds=(by_kind := kinds(report.linears)),
+        corrected=any(kind.correction is not None for kind in by_kind),
+        fed_back=any(kind.fed_back for kind in by_kind),
+        searched_rows=sum(kind.rows for kind in by_kind),
+        rtn_rows=sum(kind.rtn_rows for kind in by_kind),
         depths=(by_depth := depths(report.linears)),
         strongest=max((shade[0] for depth in by_depth for shade in depth.shades if shade), default=0.0),
         drift=drift(report),
@@ -165,6 +191,33 @@ def page(report: Report) -> str:
         quantized_weights=sum(linear.weights for linear in report.linears),
         measured_on="outputs on the calibration text" if report.calibration else "weights",
     )
+
+
+LIMITS = (1.0, GOOD, SLIGHT, BROKEN, BROKEN**2)
+"""Ends of the bands on the drawn scale."""
+
+
+def scale(verification: Verification) -> Scale | None:
+    """The verdict on the scale of the bands; None where nothing was measured, or by other bands."""
+    text = verification.measured
+    if text is None or text.factor is None or verification.verdict not in BANDS:
+        return None
+    low, high = text.factor_interval or (text.factor, text.factor)
+    limits = tuple((place(limit), f"{limit:g}") for limit in LIMITS[1:-1])
+    return Scale(limits=limits, mark=place(text.factor), low=place(low), high=place(high))
+
+
+def place(value: float) -> float:
+    """Where a factor lies on the scale, 0 … 100: logarithmic within its band."""
+    value = min(max(value, LIMITS[0]), LIMITS[-1])
+    band = next(index for index in range(len(BANDS)) if value <= LIMITS[index + 1])
+    low, high = LIMITS[band : band + 2]
+    return 100 * (band + math.log(value / low) / math.log(high / low)) / len(BANDS)
+
+
+def measurements(verification: Verification) -> list[tuple[Measurement, str]]:
+    """Every text that was measured, with its band."""
+    return [(text, band_of(text.factor)) for text in verification.texts if text.factor is not None]
 
 
 def percent(share: float, digits: int = 1) -> str:

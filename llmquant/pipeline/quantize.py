@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from llmquant.pipeline.calibration import AUTO, CalibrationTokens, calibration_t
 from llmquant.pipeline.disk import check_disk
 from llmquant.pipeline.feedback import feedback_part, network_feedback, packed
 from llmquant.pipeline.footprint import footprint_of
+from llmquant.pipeline.held_out import held_out
 from llmquant.pipeline.loop import OnStep, quantize_without_data, walk_and_quantize
+from llmquant.pipeline.next_steps import next_steps
 from llmquant.pipeline.page import write_page
 from llmquant.pipeline.parts import (
     OUTSIDE,
@@ -51,7 +53,8 @@ from llmquant.pipeline.ranks import Ranks
 from llmquant.pipeline.report import SCHEMA, Report, ReportBuilder, read_report
 from llmquant.pipeline.samples import samples
 from llmquant.pipeline.targets import check_targets
-from llmquant.pipeline.verify import Verification, held_out, verify_codes, verify_text
+from llmquant.pipeline.verdict import BANDS, NOT_MEASURED, Verification
+from llmquant.pipeline.verify import affordable, verify_codes, verify_texts
 from llmquant.spec import Options, Recipe
 
 SENSITIVITY = "sensitivity"
@@ -227,6 +230,11 @@ def check(
         on_step(total, total, "samples", None)
         with report.timed("samples"):
             report.samples = samples(folder, plan)
+        if report.samples.failure:
+            report.incident("samples", f"the quantized model does not run here: {report.samples.failure}")
+        if report.samples.original_failure:
+            report.remark("samples", f"the original does not run here: {report.samples.original_failure}")
+        report.verification = concluded(report.verification, plan, report)
     report.finish(folder, out).write(folder)
     write_page(read_report(folder), folder / REPORT_HTML)
 
@@ -234,15 +242,28 @@ def check(
 def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder) -> Verification:
     """The finished folder against the original, on held-out text; where that cannot be done, it is an incident."""
     try:
-        text = held_out(plan, tokens)
-        measured = verify_text(folder, plan, text)
+        texts = affordable(plan, held_out(plan, tokens), sum(report.seconds.values()))
+        measured = verify_texts(folder, plan, texts)
     # No text, no memory for the head, a model that cannot run here: the checkpoint is finished and its codes are right.
     except Exception as error:
         report.incident("verification", f"not measured on text: {first_words(error)}")
-        return Verification(verdict="not measured", reason=first_words(error))
-    if text.note:
-        report.remark("verification", text.note)
+        return Verification(verdict=NOT_MEASURED, reason=first_words(error))
+    for text in texts:
+        if text.note:
+            report.remark("verification", f"{text.source}: {text.note}")
     return measured
+
+
+def concluded(measured: Verification, plan: Plan, report: ReportBuilder) -> Verification:
+    """The verification with what the samples have shown, and with what to try next if the verdict is not good."""
+    falls_short = measured.verdict in BANDS[1:]
+    errors = [(linear.kind, linear.error) for linear in report.linears]
+    return replace(
+        measured,
+        failure=report.samples.failure,
+        repetition=report.samples.repetition,
+        next_steps=next_steps(plan, errors) if falls_short else (),
+    )
 
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:

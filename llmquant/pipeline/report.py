@@ -4,7 +4,9 @@ The file holds one JSON object: the fields of `Report` by name, nested as the cl
 
     schema   SCHEMA, the version of this description: raised when a field changes its meaning or goes. New fields may
              come without; a reader takes what it knows. 2: `rtn_error` is of the original weight also under AWQ,
-             and linears tell their `rows`, `rtn_rows` and `correction_share`.
+             and linears tell their `rows`, `rtn_rows` and `correction_share`. 3: `verification` has its numbers
+             text by text (`texts`), with intervals, and a verdict of four bands. Schema 2 is still read: its verdict
+             keeps its words, and its numbers become those of one text.
 
 Numbers are plain: bytes, seconds, shares from 0 to 1, errors squared and relative, divergences in nats per token. What
 was not measured is null; nothing is NaN or infinite. Times and memory differ from run to run, so this file and the page
@@ -19,7 +21,7 @@ import math
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -39,14 +41,16 @@ from llmquant.memory import peak_resident_bytes
 from llmquant.pipeline.coverage import Unquantized, coverage_of
 from llmquant.pipeline.histograms import NUM_LINEARS, Histogram, histograms
 from llmquant.pipeline.plan import LinearPlan, Plan
-from llmquant.pipeline.samples import Sample
-from llmquant.pipeline.verify import Verification
+from llmquant.pipeline.samples import Sample, Samples
+from llmquant.pipeline.verdict import NOT_MEASURED, Measurement, Verification
 
 if TYPE_CHECKING:
     from llmquant.pipeline.calibration import CalibrationTokens
     from llmquant.pipeline.solve import Solved
 
-SCHEMA = 2
+SCHEMA = 3
+READABLE = (2, SCHEMA)
+"""Schemas that are read."""
 LIBRARIES = ("torch", "transformers", "safetensors")
 """Whose versions a report names, beside Python's and ours."""
 
@@ -167,23 +171,27 @@ def read_report(folder: Path) -> Report:
     if not file.is_file():
         raise UserError(f"{folder}: no {REPORT_JSON}; only `llmquant quantize` writes one, run it again")
     content = parse_json(file.read_bytes(), str(file))
-    if content.get("schema") != SCHEMA:
+    schema = content.get("schema")
+    if schema not in READABLE:
+        known = " and ".join(map(str, READABLE))
         raise UserError(
-            f"{file}: schema {content.get('schema')!r:.20}, and this llmquant reads {SCHEMA}; use the version that "
-            "wrote it"
+            f"{file}: schema {schema!r:.20}, and this llmquant reads {known}; use the version that wrote it"
         )
     try:
         values = {field.name: content[field.name] for field in fields(Report) if field.name in content}
         for name, kind in LISTS.items():
             if name in values or name not in OPTIONAL_LISTS:
                 values[name] = tuple(_made(kind, entry) for entry in values[name])
-        values |= {"out": folder, "verification": _made(Verification, values["verification"])}
+        verification = values["verification"]
+        read = _verification(verification) if schema == SCHEMA else _verification_of_schema_2(verification)
+        values |= {"out": folder, "verification": read}
         return Report(**values)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{file}: damaged ({error!r:.80}); quantize again") from None
 
 
-NOT_VERIFIED = Verification(verdict="not measured", reason="the run was told not to verify")
+NOT_VERIFIED = Verification(verdict=NOT_MEASURED, reason="the run was told not to verify")
+NO_SAMPLES = Samples(note="no samples: the run was told not to verify")
 
 
 @dataclass
@@ -194,7 +202,7 @@ class ReportBuilder:
     model: str
     command: str = ""
     verification: Verification = NOT_VERIFIED
-    samples: tuple[tuple[Sample, ...], str] = ((), "no samples: the run was told not to verify")
+    samples: Samples = NO_SAMPLES
     linears: list[LinearReport] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
     remarks: list[Incident] = field(default_factory=list)
@@ -297,7 +305,6 @@ class ReportBuilder:
         device = self.plan.skeleton.device
         worst = sorted(self.linears, key=lambda linear: -linear.error)[:NUM_LINEARS]
         manifest = read_manifest(folder)
-        samples, samples_note = self.samples
         coverage = coverage_of(self.plan)
         return Report(
             model=self.model,
@@ -324,8 +331,8 @@ class ReportBuilder:
             peak_bytes=peak_resident_bytes(),
             peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
             histograms=histograms(folder, self.plan, [linear.name for linear in worst]),
-            samples=samples,
-            samples_note=samples_note,
+            samples=self.samples.samples,
+            samples_note=self.samples.note,
             original_hashes=manifest["request"]["model"],
             hashes={name: record["sha256"] for name, record in manifest["files"].items()},
             allocation=self._allocation,
@@ -351,11 +358,31 @@ def _made(kind: type, values: dict[str, Any]) -> Any:
     """An instance of a dataclass from JSON, the reverse of `_plain`; what it has no field for is left out."""
     made = {}
     for entry in fields(kind):
-        value = values[entry.name]
-        made[entry.name] = tuple(value) if isinstance(value, list) else value
-        if value is None and entry.type == "float":
-            made[entry.name] = math.nan
+        if entry.name in values:
+            value = values[entry.name]
+            made[entry.name] = _tuples(value)
+            if value is None and entry.type == "float":
+                made[entry.name] = math.nan
     return kind(**made)
+
+
+def _tuples(value: Any) -> Any:
+    """A value from JSON with tuples for its lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _verification(values: dict[str, Any]) -> Verification:
+    texts = tuple(_made(Measurement, text) for text in values["texts"])
+    return _made(Verification, values | {"texts": texts})
+
+
+def _verification_of_schema_2(values: dict[str, Any]) -> Verification:
+    """Its numbers were those of one text, without intervals."""
+    text = _made(Measurement, values)
+    if values["kl_mean"] is not None:
+        ratio = text.perplexity / text.original_perplexity
+        text = replace(text, ratio=ratio, changed_share=1 - values["top1_agreement"])
+    return _made(Verification, values | {"texts": () if text.source is None else (text,)})
 
 
 def _plain(value: Any) -> Any:

@@ -1,11 +1,17 @@
-"""A few words from the quantized model and from the original, side by side: greedy, short, and only where it is cheap.
+"""A few answers of the quantized model and of the original, side by side: greedy, short, and only where it is cheap.
 
-A model speaks only if it fits, whole, into what is left of the memory that the run was predicted to take anyway, or of
-SMALL_BYTES; so nothing here raises the peak of a large model. What it says is cut off after MAX_SECONDS.
+A model that has a chat template answers QUESTIONS through it; another one continues PROMPTS. Both are loaded as
+`llmquant generate` loads them, so this is also the test whether the result runs on this machine. A model is loaded only
+if it fits, whole, into what is left of the memory that the run was predicted to take anyway, or of SMALL_BYTES; so
+nothing here raises the peak of a large model. An answer is cut off after MAX_SECONDS.
+
+A model that loops is noticed by the tokens of its answers: the share of sequences of REPEATED_TOKENS tokens that came
+before in the same answer. It is near zero in prose, and goes to one in a loop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,56 +19,130 @@ from typing import Any
 import psutil
 
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.errors import first_words
+from llmquant.errors import UserError, first_words
 from llmquant.hub import load_tokenizer
 from llmquant.memory import give_back
 from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.plan import Plan
 
 PROMPTS = ("The capital of France is", "def is_prime(n):", "Once upon a time, in a village by the sea,")
-MAX_NEW_TOKENS, MAX_SECONDS = 32, 10.0
+QUESTIONS = (
+    "What is the capital of France?",
+    "Write a Python function that checks whether a number is prime.",
+    "Explain in two sentences why the sky is blue.",
+)
+MAX_NEW_TOKENS, MAX_SECONDS = 48, 10.0
 SMALL_BYTES = 2**30
 LOADED = 1.5
-"""Memory of a model that speaks, in sizes of its checkpoint: weights, copies while they are laid out, activations."""
+"""Memory of a model that generates, in sizes of its checkpoint: weights, copies while laid out, activations."""
+REPEATED_TOKENS, REPETITIVE = 4, 0.3
+"""Length of the sequences that are counted, and the share of repeated ones from which on an answer is repetitive: a
+phrase of eight tokens that comes three times in MAX_NEW_TOKENS has a third."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One prompt, continued."""
+    """One prompt, continued; or one question, answered."""
 
     prompt: str
     quantized: str
     original: str | None
     """None where the original was left out."""
+    is_chat: bool = False
+    """Whether the prompt went through the chat template."""
+    quantized_repeats: float = 0.0
+    """Share of the quantized model's sequences of REPEATED_TOKENS tokens that repeat an earlier one."""
+    original_repeats: float | None = None
+    """The same of the original's; None where it was left out."""
 
 
-def samples(folder: Path, plan: Plan) -> tuple[tuple[Sample, ...], str]:
-    """Continuations of PROMPTS by a finished folder and by its original; and what was left out, and why."""
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The samples of a run, and what happened while they were made."""
+
+    samples: tuple[Sample, ...] = ()
+    note: str = ""
+    """Which samples were left out, and why; empty where none were."""
+    failure: str = ""
+    """Why the quantized model does not run; empty where it does, or where that was not tried."""
+    original_failure: str = ""
+    """The same of the original."""
+
+    @property
+    def repetition(self) -> str:
+        """How often only the quantized model is repetitive, in words; empty where it never is."""
+        pairs = [(one.quantized_repeats, one.original_repeats) for one in self.samples]
+        looping = sum(ours >= REPETITIVE and theirs is not None and theirs < REPETITIVE for ours, theirs in pairs)
+        if not looping:
+            return ""
+        return f"it repeats itself in {looping} of {len(pairs)} sample texts where the original does not"
+
+
+def samples(folder: Path, plan: Plan) -> Samples:
+    """What a finished folder and its original make of a few prompts."""
     footprint = footprint_of(plan)
     most = footprint.limit_bytes or max(footprint.peak_bytes, SMALL_BYTES)
     left = most - psutil.Process().memory_info().rss
     if LOADED * CheckpointReader(folder).total_bytes > left:
-        return (), "no samples: the quantized model, whole, would take more memory than quantizing it"
+        return Samples(note="no samples: the quantized model, whole, would take more memory than quantizing it")
     try:
-        ours = _continuations(folder, plan)
-        if LOADED * plan.reader.total_bytes > left:
-            note = "without the original, which, whole, would take more memory than quantizing it"
-            return tuple(Sample(prompt=p, quantized=q, original=None) for p, q in zip(PROMPTS, ours, strict=True)), note
-        theirs = _continuations(plan.path, plan)
+        tokenizer = load_tokenizer(plan.path)
+    except UserError as error:
+        return Samples(note=f"no samples: {first_words(error)}")
+    is_chat = bool(getattr(tokenizer, "chat_template", None))
+    prompts = QUESTIONS if is_chat else PROMPTS
+    ours, failure = _attempt(folder, plan, tokenizer, prompts, is_chat)
+    theirs, original_failure = None, ""
+    note = "without the original, which, whole, would take more memory than quantizing it"
+    if LOADED * plan.reader.total_bytes <= left:
+        theirs, original_failure = _attempt(plan.path, plan, tokenizer, prompts, is_chat)
+        note = f"without the original, which does not run here: {original_failure}" if original_failure else ""
+    if ours is None:
+        failure += "; nor does the original" if original_failure else ""
+        note = f"no samples: the quantized model does not run here: {failure}"
+        return Samples(note=note, failure=failure, original_failure=original_failure)
+    made = tuple(
+        Sample(
+            prompt=prompt,
+            quantized=quantized,
+            original=original,
+            is_chat=is_chat,
+            quantized_repeats=repeated_share(_ids(tokenizer, quantized)),
+            original_repeats=None if original is None else repeated_share(_ids(tokenizer, original)),
+        )
+        for prompt, quantized, original in zip(prompts, ours, theirs or [None] * len(prompts), strict=True)
+    )
+    return Samples(samples=made, note=note, original_failure=original_failure)
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """Share of the sequences of REPEATED_TOKENS tokens that repeat an earlier one, 0 … 1."""
+    found = [tuple(tokens[start : start + REPEATED_TOKENS]) for start in range(len(tokens) - REPEATED_TOKENS + 1)]
+    return 1 - len(set(found)) / len(found) if found else 0.0
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _attempt(
+    path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_chat: bool
+) -> tuple[tuple[str, ...] | None, str]:
+    """The answers of a model, or the reason why it gives none."""
+    try:
+        return _answers(path, plan, tokenizer, prompts, is_chat), ""
     # Whatever a model, its tokenizer or a kernel has against three prompts, the checkpoint is finished and measured.
     except Exception as error:
-        return (), f"no samples: {first_words(error)}"
-    pairs = zip(PROMPTS, ours, theirs, strict=True)
-    return tuple(Sample(prompt=p, quantized=q, original=o) for p, q, o in pairs), ""
+        return None, first_words(error)
 
 
-def _continuations(path: Path, plan: Plan) -> tuple[str, ...]:
+def _answers(path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_chat: bool) -> tuple[str, ...]:
     from llmquant.runtime.generate import Sampling, generate
     from llmquant.runtime.load import load
 
     model: Any = load(path, device=str(plan.skeleton.device), trust_remote_code=plan.options.trust_remote_code)
     sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, greedy=True, max_seconds=MAX_SECONDS)
-    texts = generate(model, load_tokenizer(plan.path), PROMPTS, sampling).texts
+    texts = generate(model, tokenizer, prompts, sampling, chat=is_chat).texts
     del model
     give_back()
     return texts

@@ -1,28 +1,23 @@
-"""Is what lies on the disk what was meant, and how far is it from the original?
+"""Is the content of the disk what was solved, and how far is it from the original?
 
 Two questions, asked of the finished files before they become OUT. Every packed linear is read back and compared with
-what was solved, code for code. Then the reopened model and the original read the same held-out text side by side, one
-block of each in memory at a time, and their predictions are compared:
+what was solved, code for code. Then the reopened model and the original read the same held-out texts side by side
+(`held_out.py`), one block of each in memory at a time, and their predictions are compared:
 
     held-out windows -> block 0 of both, block 1 of both, … -> the head, window by window -> KL, losses, first choices
 
-The verdict rests on two factors, both of perplexity: by how much it grew on the held-out text, and exp(KL), by how much
-it grows on text that the original itself would write (KL is the expected difference of the two log-likelihoods there).
-Up to GOOD is what care can reach: SmolLM2-135M, a model as small and as easily hurt as they come, is at 1.09 in 4 bits
-by the default recipe, and beyond 1.3 by plain rounding. From BROKEN on it is, at every token, as unsure as if it had
-twice as many to choose from; so much is lost only where something went wrong, or where there are too few bits. In
-between it depends on what the model is for.
+`verdict.py` judges what comes out of it.
 
-Letters: W windows, L tokens of a window, T predicted positions (L - 1), V vocabulary.
+Letters: W windows, L tokens of a window, T predicted positions (L - 1), C positions of a chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from time import perf_counter, process_time
 
 import torch
 from torch import Tensor, nn
@@ -35,58 +30,32 @@ from llmquant.checkpoints.quantized import (
     read_quantized,
 )
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.errors import UserError
-from llmquant.eval.divergence import token_divergence
-from llmquant.hub import load_tokenizer
-from llmquant.models.blocks import first_tensor, weight_as_NK
-from llmquant.models.skeleton import Skeleton, compute_dtype, max_positions, read_config, stored_dtype
+from llmquant.eval.divergence import mean_interval, token_divergence
+from llmquant.models.blocks import first_tensor, weight_as_NK, weight_of
+from llmquant.models.skeleton import Skeleton, compute_dtype, measuring_dtype, read_config, stored_dtype
 from llmquant.models.walk import Walk
-from llmquant.pipeline.calibration import MIN_HELD_OUT, CalibrationTokens, calibration_tokens
 from llmquant.pipeline.footprint import COMPARED_POSITIONS
-from llmquant.pipeline.plan import Plan, check_tokens
-from llmquant.textdata import PYTHON_DOCS
+from llmquant.pipeline.held_out import MIN_WINDOWS, HeldOut
+from llmquant.pipeline.plan import Plan
+from llmquant.pipeline.verdict import BANDS, NOT_MEASURED, Measurement, Verification, exp, judge
+from llmquant.words import clock
 
-WORDS = ("good", "worth a look", "broken", "not measured")
-"""The verdicts."""
-GOOD, BROKEN = 1.15, 2.0
-"""Largest growth of perplexity that is called good, and the one from which on a model is called broken."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verification:
-    """The finished model against the original, on text that it was not fitted to."""
-
-    verdict: str
-    """One of WORDS."""
-    reason: str
-    """The verdict's reason, in words."""
-    source: str | None = None
-    """Preset or path of the text."""
-    num_windows: int = 0
-    seq_len: int = 0
-    num_tokens: int = 0
-    """Tokens predicted."""
-    kl_mean: float | None = None
-    """Mean of KL(original || quantized), nats per token."""
-    kl_p99: float | None = None
-    """99th percentile over the tokens."""
-    top1_agreement: float | None = None
-    """Share of tokens where both hold the same one most likely."""
-    perplexity: float | None = None
-    original_perplexity: float | None = None
-    drift: tuple[float, ...] = ()
-    """Behind each block: squared distance of the hidden states from the original's, relative to theirs."""
+SHARE_OF_RUN, ALWAYS_SECONDS = 0.1, 120.0
+"""Share of the run's time that comparing may take before windows are left out, and a time that it may always take."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Text to measure on."""
+@dataclass(frozen=True)
+class Compared:
+    """The tokens of one window, [T] each, on the CPU."""
 
-    tokens_WL: Tensor
-    """int64 [W, L]."""
-    source: str
-    note: str = ""
-    """Why it is another text than the calibration's; empty where that was to be expected."""
+    kl_T: Tensor
+    """float32, nats."""
+    changed_T: Tensor
+    """bool: the most likely token is another one than the original's."""
+    loss_T: Tensor
+    """Negative log likelihood by the quantized model, float32, nats."""
+    original_loss_T: Tensor
+    """The same by the original."""
 
 
 def verify_codes(folder: Path, plan: Plan, digests: dict[str, str]) -> None:
@@ -97,74 +66,118 @@ def verify_codes(folder: Path, plan: Plan, digests: dict[str, str]) -> None:
     check_digests(folder, {linear.source: digests[linear.name] for linear in plan.quantized})
 
 
-def held_out(plan: Plan, tokens: CalibrationTokens | None) -> HeldOut:
-    """Windows that calibration did not draw; where none are left, and without calibration, of Python's manual.
+@torch.no_grad()
+def affordable(plan: Plan, texts: Sequence[HeldOut], run_seconds: float) -> tuple[HeldOut, ...]:
+    """The texts, with fewer windows if all of them would take more than SHARE_OF_RUN of the run's time.
 
-    Raises UserError where there is no such text, or the tokenizer does not fit the model.
+    run_seconds: time of the run so far. MIN_WINDOWS of each text stay, and whatever ALWAYS_SECONDS suffice for.
     """
-    note, seq_len = "", plan.options.seq_len
-    if tokens is not None:
-        if len(tokens.held_out_WL) and seq_len > 1:
-            return HeldOut(tokens_WL=tokens.held_out_WL, source=tokens.source)
-        note = f"measured on {PYTHON_DOCS}: calibration leaves no window of {tokens.source} over"
-        if tokens.source == PYTHON_DOCS:
-            raise UserError(
-                f"calibration leaves no window of {PYTHON_DOCS} over; use fewer --samples, or a longer text"
-            )
-    context = max_positions(plan.config)
-    tokenizer = load_tokenizer(plan.path)
-    drawn = calibration_tokens(
-        tokenizer, PYTHON_DOCS, MIN_HELD_OUT, min(max(seq_len, 2), context or seq_len), plan.options.seed
-    )
-    check_tokens(plan, drawn.tokens_SL)
-    return HeldOut(tokens_WL=drawn.tokens_SL, source=PYTHON_DOCS, note=note)
+    num_tokens = sum(text.tokens_WL.numel() for text in texts)
+    seconds = _seconds_per_token(plan, texts[0].tokens_WL[0]) * num_tokens
+    share = max(run_seconds * SHARE_OF_RUN, ALWAYS_SECONDS) / max(seconds, 1e-9)
+    if share >= 1:
+        return tuple(texts)
+    thinned = []
+    for text in texts:
+        available = len(text.tokens_WL)
+        kept = min(max(int(share * available), MIN_WINDOWS), available)
+        note = f"{kept} of {available} windows, because all would take about {clock(seconds)} here"
+        thinned.append(text.thinned(kept, note if kept < available else ""))
+    return tuple(thinned)
+
+
+def _seconds_per_token(plan: Plan, tokens_L: Tensor) -> float:
+    """Time that a token takes in both networks, from the first block, which runs twice to be timed once."""
+    skeleton, device = _original(plan), plan.skeleton.device
+    block = skeleton.model.get_submodule(plan.block_names[0])
+    with Walk(skeleton, [tokens_L], with_original=False) as walk:
+        walk.enter(0)
+        ((args, kwargs),) = walk.calls(1)
+        block(*args, **kwargs)
+        start = _seconds(device)
+        block(*args, **kwargs)
+        seconds = _seconds(device) - start
+        walk.leave(0)
+    # The head takes as long as the blocks that have its number of weights.
+    block_weights = sum(parameter.numel() for parameter in block.parameters())
+    head = weight_of(plan.skeleton.model.get_input_embeddings()).numel() / max(block_weights, 1)
+    return 2 * seconds * (len(plan.block_names) + head) / len(tokens_L)
+
+
+def _seconds(device: torch.device) -> float:
+    """A clock: of the GPU's work; or of the processor's by thread, which other work on the machine does not change."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return perf_counter()
+    return process_time() / torch.get_num_threads()
 
 
 @torch.no_grad()
-def verify_text(folder: Path, plan: Plan, text: HeldOut) -> Verification:
-    """Compare the predictions of a finished folder with those of the original, block by block."""
-    windows_WL = text.tokens_WL
+def verify_texts(folder: Path, plan: Plan, texts: Sequence[HeldOut]) -> Verification:
+    """Compare the predictions of a finished folder with those of the original, block by block; the fixed text first."""
+    windows = [tokens_L for text in texts for tokens_L in text.tokens_WL]
     with (
-        Walk(plan.skeleton, windows_WL, with_original=False, to_the_end=True) as original,
-        Walk(reopen(folder, plan), windows_WL, with_original=False, to_the_end=True) as quantized,
+        Walk(_original(plan), windows, with_original=False, to_the_end=True) as original,
+        Walk(reopen(folder, plan), windows, with_original=False, to_the_end=True) as quantized,
     ):
         drift = tuple(_drift(original, quantized, len(plan.block_names)))
-        compared = [_compare(original, quantized, number, tokens_L) for number, tokens_L in enumerate(windows_WL)]
-    kl_T, agrees_T, loss_T, original_loss_T = (torch.cat(values).double() for values in zip(*compared, strict=True))
-    num_windows, seq_len = windows_WL.shape
-    measured = Verification(
-        verdict="not measured",
-        reason=f"the original's own predictions are not finite in {plan.skeleton.dtype}",
-        source=text.source,
-        num_windows=num_windows,
-        seq_len=seq_len,
-        num_tokens=len(kl_T),
+        compared = (_compare(original, quantized, number, tokens_L) for number, tokens_L in enumerate(windows))
+        by_text = [[next(compared) for _ in text.tokens_WL] for text in texts]
+    if not all(window.original_loss_T.isfinite().all() for compared_W in by_text for window in compared_W):
+        measured = tuple(_unmeasured(text) for text in texts)
+        reason = f"the original's own predictions are not finite in {plan.skeleton.dtype}"
+        return Verification(verdict=NOT_MEASURED, reason=reason, texts=measured)
+    if not all(_is_finite(window) for compared_W in by_text for window in compared_W):
+        measured = tuple(_unmeasured(text) for text in texts)
+        return Verification(verdict=BANDS[-1], reason="its predictions are not finite", texts=measured)
+    return judge([_measured(text, compared_W) for text, compared_W in zip(texts, by_text, strict=True)], drift)
+
+
+def _is_finite(window: Compared) -> bool:
+    return bool((window.kl_T.isfinite() & window.loss_T.isfinite()).all())
+
+
+def _unmeasured(text: HeldOut) -> Measurement:
+    num_windows, seq_len = text.tokens_WL.shape
+    num_tokens = num_windows * (seq_len - 1)
+    return Measurement(
+        source=text.source, num_windows=num_windows, seq_len=seq_len, num_tokens=num_tokens, note=text.note
     )
-    if not original_loss_T.isfinite().all():
-        return measured
-    if not (kl_T.isfinite() & loss_T.isfinite()).all():
-        return replace(measured, verdict="broken", reason="its predictions are not finite")
-    loss, original_loss = loss_T.mean().item(), original_loss_T.mean().item()
-    verdict, reason = judge(kl_T.mean().item(), loss - original_loss)
+
+
+def _measured(text: HeldOut, windows: Sequence[Compared]) -> Measurement:
+    """The numbers of a text from its windows, all finite."""
+    kl_T, changed_T, loss_T, original_loss_T = (
+        torch.cat([getattr(window, name) for window in windows]).double()
+        for name in ("kl_T", "changed_T", "loss_T", "original_loss_T")
+    )
+    growths = [window.loss_T.double() - window.original_loss_T.double() for window in windows]
+    ratio_W = [exp(growth_T.mean().item()) for growth_T in growths]
+    worst = max(range(len(windows)), key=lambda index: ratio_W[index])
+    nats = mean_interval(growths)
     return replace(
-        measured,
-        verdict=verdict,
-        reason=reason,
+        _unmeasured(text),
+        perplexity=exp(loss_T.mean().item()),
+        original_perplexity=exp(original_loss_T.mean().item()),
+        ratio=exp((loss_T - original_loss_T).mean().item()),
+        ratio_interval=None if nats is None else (exp(nats[0]), exp(nats[1])),
         kl_mean=kl_T.mean().item(),
+        kl_interval=mean_interval([window.kl_T for window in windows]),
         kl_p99=kl_T.kthvalue(max(1, round(0.99 * len(kl_T)))).values.item(),
-        top1_agreement=agrees_T.mean().item(),
-        perplexity=_exp(loss),
-        original_perplexity=_exp(original_loss),
-        drift=drift,
+        changed_share=changed_T.mean().item(),
+        worst_window=worst,
+        worst_ratio=ratio_W[worst],
+        worst_opening=text.openings[worst] if text.openings else "",
     )
 
 
-def judge(kl: float, loss_growth: float) -> tuple[str, str]:
-    """The verdict on a mean KL and a difference of mean losses, both finite, nats per token; and its reason."""
-    growth, own_growth = _exp(loss_growth), _exp(kl)
-    reason = f"perplexity {growth:.2f} times the original's on held-out text, {own_growth:.2f} times by the divergence"
-    worst = max(growth, own_growth)
-    return ("good" if worst <= GOOD else "worth a look" if worst < BROKEN else "broken"), reason
+def _original(plan: Plan) -> Skeleton:
+    """The original in the dtype that models are compared in."""
+    skeleton, trust = plan.skeleton, plan.options.trust_remote_code
+    dtype = measuring_dtype(skeleton.dtype, skeleton.device)
+    if dtype == skeleton.dtype:
+        return skeleton
+    return Skeleton.open(plan.reader, read_config(plan.path, trust), skeleton.device, dtype, trust)
 
 
 def reopen(folder: Path, plan: Plan) -> Skeleton:
@@ -175,7 +188,7 @@ def reopen(folder: Path, plan: Plan) -> Skeleton:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     device = plan.skeleton.device
-    dtype = compute_dtype(stored_dtype(config, reader), device)
+    dtype = measuring_dtype(compute_dtype(stored_dtype(config, reader), device), device)
     skeleton = Skeleton.open(reader, config, device, dtype, plan.options.trust_remote_code)
     packed = _packed(reader)
     for linear in plan.quantized:
@@ -211,25 +224,19 @@ def _drift(original: Walk, quantized: Walk, num_blocks: int) -> Iterator[float]:
         yield sum(distances) / max(len(distances), 1)
 
 
-def _compare(original: Walk, quantized: Walk, number: int, tokens_L: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL, same first choice, and both losses of one window's tokens, [T] each; its logits live no longer than this."""
+def _compare(original: Walk, quantized: Walk, number: int, tokens_L: Tensor) -> Compared:
+    """The predictions of both models for one window; its logits live no longer than this."""
     logits_TV, original_TV = quantized.outcome(number).logits[0, :-1], original.outcome(number).logits[0, :-1]
     targets_T = tokens_L[1:].to(logits_TV.device)
     chunks = zip(*(values.split(COMPARED_POSITIONS) for values in (logits_TV, original_TV, targets_T)), strict=True)
-    compared = [
-        (*token_divergence(theirs_CV, ours_CV), _losses(ours_CV, targets_C), _losses(theirs_CV, targets_C))
-        for ours_CV, theirs_CV, targets_C in chunks
-    ]
-    kl_T, agrees_T, loss_T, original_loss_T = (torch.cat(values) for values in zip(*compared, strict=True))
-    return kl_T, agrees_T, loss_T, original_loss_T
+    compared = []
+    for ours_CV, theirs_CV, targets_C in chunks:
+        kl_C, same_C = token_divergence(theirs_CV, ours_CV)
+        compared.append((kl_C, ~same_C, _losses(ours_CV, targets_C), _losses(theirs_CV, targets_C)))
+    return Compared(*(torch.cat(values) for values in zip(*compared, strict=True)))
 
 
 def _losses(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     """Negative log likelihood of some tokens, float32 [C] on the CPU."""
     logits_CV = logits_CV.float()
     return (logits_CV.logsumexp(-1) - logits_CV.gather(-1, targets_C[:, None])[:, 0]).cpu()
-
-
-def _exp(nats: float) -> float:
-    """exp, without an overflow: what is that large is told as it is."""
-    return math.exp(min(nats, 700.0))

@@ -1,0 +1,117 @@
+"""What to try next if a verdict is not good: options that this run did not use, by what they gain for what they cost.
+
+The order is that of the README's figures: a better rounding at the same size, then bits, then zero-points and smaller
+groups, which cost a few percent of the size, then more time. Only options are named that the same run would accept:
+each is planned, with the run's format, engines and memory, and left out if that is refused or changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from llmquant.errors import UserError
+from llmquant.pipeline.budget import provisional
+from llmquant.pipeline.footprint import footprint_of
+from llmquant.pipeline.parts import quantization_config
+from llmquant.pipeline.plan import STANDARD_GROUPS, Plan, make_plan
+from llmquant.pipeline.targets import check_targets
+from llmquant.spec import EFFORTS, Options, Override, Recipe
+
+MOST = 3
+"""Steps that are named at most."""
+ENOUGH_SAMPLES = Options().num_samples
+
+
+@dataclass(frozen=True)
+class Step:
+    """A change of the command line, and what it leads to."""
+
+    options: str
+    effect: str
+    recipe: Recipe
+    run: Options
+
+
+def next_steps(plan: Plan, errors: Sequence[tuple[str, float]]) -> tuple[tuple[str, str], ...]:
+    """Options that should help and that the run would accept, with their effects; at most MOST.
+
+    errors: the kind of each quantized linear, and its error.
+    """
+    steps = (step for step in _steps(plan, errors) if _accepted(plan, step))
+    return tuple((step.options, step.effect) for step in islice(steps, MOST))
+
+
+def _steps(plan: Plan, errors: Sequence[tuple[str, float]]) -> Iterator[Step]:
+    recipe, run, spec = plan.recipe, plan.options, plan.recipe.spec
+
+    def step(options: str, effect: str, run: Options = run, **changes: Any) -> Step:
+        return Step(options, effect, replace(recipe, **changes), run)
+
+    if not recipe.compensates:
+        method = "awq+gptq" if recipe.smooths else "gptq"
+        yield step(f"--method {method}", "rounds by calibration text; the same size, more time", method=method)
+    elif not recipe.needs_original:
+        yield step("--effort default", "makes up for earlier errors; the same size, more time", **_effort("default"))
+    if recipe.has_budget:
+        more = plan.bits_per_weight + 0.5
+        yield step(f"--target-bpw {more:.2f}", "half a bit more per weight", target_bpw=more, target_bytes=None)
+    elif spec.bits < 4:
+        yield step("--bits 4", "a finer grid; a larger result", spec=replace(spec, bits=4))
+    if spec.symmetric:
+        yield step("--asym", "a zero-point for each group; about 1 % larger", spec=replace(spec, symmetric=False))
+    if recipe.needs_data and run.num_samples < ENOUGH_SAMPLES:
+        more_samples = replace(run, num_samples=ENOUGH_SAMPLES)
+        yield step(f"--samples {ENOUGH_SAMPLES}", "more calibration text; the same size, more time", more_samples)
+    if not recipe.has_budget:
+        widest = max(linear.grid.effective_group_size(linear.in_features) for linear in plan.quantized)
+        smaller = next((size for size in STANDARD_GROUPS if size < widest), None)
+        if smaller:
+            grid = replace(spec, group_size=smaller)
+            yield step(f"--group-size {smaller}", "more scales; a few percent larger", spec=grid)
+    if recipe.compensates and recipe.descent_sweeps == 0:
+        yield step("--effort best", "searches longer; the same size, three times the time", **_effort("best"))
+    if recipe.needs_data and not recipe.has_budget and not recipe.overrides:
+        more = plan.bits_per_weight + 0.25
+        yield step(f"--target-bpw {more:.2f}", "a quarter bit more, spent on the linears that need it", target_bpw=more)
+    if not recipe.has_budget and spec.bits < 8:
+        for kind in _worst_kinds(errors):
+            override = Override(pattern=f"*.{kind.rpartition('.')[2]}", bits=8)
+            effect = "8 bits for the linears with the largest error"
+            yield step(str(override), effect, overrides=(*recipe.overrides, override))
+        yield step("--bits 8", "twice the size", spec=replace(spec, bits=8))
+
+
+def _effort(name: str) -> dict[str, Any]:
+    """All fields of a recipe that belong to an effort: those that it leaves at their defaults too."""
+    names = {key for values in EFFORTS.values() for key in values}
+    return {key: EFFORTS[name].get(key, getattr(Recipe(), key)) for key in names}
+
+
+def _worst_kinds(errors: Sequence[tuple[str, float]]) -> list[str]:
+    """The kind of linear with the largest mean error, if there are several kinds."""
+    by_kind: dict[str, list[float]] = {}
+    for kind, error in errors:
+        by_kind.setdefault(kind, []).append(error)
+    if len(by_kind) < 2:
+        return []
+    return [max(by_kind, key=lambda kind: sum(by_kind[kind]) / len(by_kind[kind]))]
+
+
+def _accepted(plan: Plan, step: Step) -> bool:
+    """Whether the same run with this change would be accepted and do something else."""
+    try:
+        changed = make_plan(plan.path, step.recipe, step.run)
+        if step.recipe.has_budget:
+            changed = provisional(changed)
+        check_targets(changed)
+        quantization_config(changed)
+        footprint_of(changed).check()
+    except UserError:
+        return False
+    if [(linear.name, linear.spec) for linear in changed.linears] != [(one.name, one.spec) for one in plan.linears]:
+        return True
+    grids = {name: getattr(plan.recipe, name) for name in ("spec", "overrides", "target_bpw", "target_bytes")}
+    return replace(step.recipe, **grids) != plan.recipe or step.run != plan.options
