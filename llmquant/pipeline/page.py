@@ -23,7 +23,7 @@ from llmquant.paths import check_file
 from llmquant.pipeline.figures import bars, over_depth, trade_off
 from llmquant.pipeline.names import block_of, kind_of
 from llmquant.pipeline.report import Incident, LinearReport, Report
-from llmquant.pipeline.samples import REPETITIVE, Sample
+from llmquant.pipeline.samples import MAX_NEW_TOKENS, MAX_SECONDS, REPETITIVE, Sample
 from llmquant.pipeline.verdict import BANDS, BROKEN, GOOD, SLIGHT, Measurement, Verification, band_of, factor
 from llmquant.spec import QuantSpec
 
@@ -165,6 +165,8 @@ def page(report: Report) -> str:
         bands=BANDS,
         scale=scale(report.verification),
         rows=measurements(report.verification),
+        most_tokens=MAX_NEW_TOKENS,
+        most_seconds=f"{MAX_SECONDS:g}",
         is_chat=any(sample.is_chat for sample in report.samples),
         breakable=breakable,
         command=words_together(report.command),

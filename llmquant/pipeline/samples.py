@@ -31,7 +31,7 @@ QUESTIONS = (
     "Write a Python function that checks whether a number is prime.",
     "Explain in two sentences why the sky is blue.",
 )
-MAX_NEW_TOKENS, MAX_SECONDS = 48, 10.0
+MAX_NEW_TOKENS, MAX_SECONDS = 48, 20.0
 SMALL_BYTES = 2**30
 LOADED = 1.5
 """Memory of a model that generates, in sizes of its checkpoint: weights, copies while laid out, activations."""
@@ -101,18 +101,33 @@ def samples(folder: Path, plan: Plan) -> Samples:
         failure += "; nor does the original" if original_failure else ""
         note = f"no samples: the quantized model does not run here: {failure}"
         return Samples(note=note, failure=failure, original_failure=original_failure)
-    made = tuple(
-        Sample(
-            prompt=prompt,
-            quantized=quantized,
-            original=original,
-            is_chat=is_chat,
-            quantized_repeats=repeated_share(_ids(tokenizer, quantized)),
-            original_repeats=None if original is None else repeated_share(_ids(tokenizer, original)),
-        )
-        for prompt, quantized, original in zip(prompts, ours, theirs or [None] * len(prompts), strict=True)
+    made = zip(prompts, ours.texts, theirs.texts if theirs else [None] * len(prompts), strict=True)
+    was_cut = ours.was_cut or (theirs is not None and theirs.was_cut)
+    pairs = tuple(_sample(tokenizer, *texts, is_chat=is_chat, was_cut=was_cut) for texts in made)
+    return Samples(samples=pairs, note=note, original_failure=original_failure)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The texts of one model."""
+
+    texts: tuple[str, ...]
+    was_cut: bool
+    """Whether MAX_SECONDS ended them."""
+
+
+def _sample(tokenizer: Any, prompt: str, ours: str, theirs: str | None, *, is_chat: bool, was_cut: bool) -> Sample:
+    """A pair of texts. Where time has cut them, repetition is looked for in the length that both have."""
+    quantized, original = (tokenizer(text or "", add_special_tokens=False)["input_ids"] for text in (ours, theirs))
+    length = min(len(quantized), len(original)) if was_cut and theirs is not None else None
+    return Sample(
+        prompt=prompt,
+        quantized=ours,
+        original=theirs,
+        is_chat=is_chat,
+        quantized_repeats=repeated_share(quantized[:length]),
+        original_repeats=None if theirs is None else repeated_share(original[:length]),
     )
-    return Samples(samples=made, note=note, original_failure=original_failure)
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
@@ -121,13 +136,9 @@ def repeated_share(tokens: Sequence[int]) -> float:
     return 1 - len(set(found)) / len(found) if found else 0.0
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 def _attempt(
     path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_chat: bool
-) -> tuple[tuple[str, ...] | None, str]:
+) -> tuple[Answers | None, str]:
     """The answers of a model, or the reason why it gives none."""
     try:
         return _answers(path, plan, tokenizer, prompts, is_chat), ""
@@ -136,13 +147,13 @@ def _attempt(
         return None, first_words(error)
 
 
-def _answers(path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_chat: bool) -> tuple[str, ...]:
+def _answers(path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_chat: bool) -> Answers:
     from llmquant.runtime.generate import Sampling, generate
     from llmquant.runtime.load import load
 
     model: Any = load(path, device=str(plan.skeleton.device), trust_remote_code=plan.options.trust_remote_code)
     sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, greedy=True, max_seconds=MAX_SECONDS)
-    texts = generate(model, tokenizer, prompts, sampling, chat=is_chat).texts
+    made = generate(model, tokenizer, prompts, sampling, chat=is_chat)
     del model
     give_back()
-    return texts
+    return Answers(made.texts, was_cut=made.prefill_seconds + made.decode_seconds >= MAX_SECONDS)
