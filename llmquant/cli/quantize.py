@@ -133,9 +133,13 @@ def quantize_command(
             plan = pipeline.dry_run(model, out, recipe, options)
             if as_json:
                 from llmquant.pipeline.coverage import coverage_of
+                from llmquant.pipeline.duration import estimate
                 from llmquant.pipeline.footprint import footprint_of
 
-                print(json.dumps(plan.to_dict() | coverage_of(plan).to_dict() | footprint_of(plan).to_dict()))
+                predictions = (coverage_of(plan), footprint_of(plan), estimate(plan))
+                print(
+                    json.dumps({key: value for part in (plan, *predictions) for key, value in part.to_dict().items()})
+                )
             else:
                 print_plan(plan, out)
             return

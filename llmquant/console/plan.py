@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmquant.console.report import coverage_facts
 from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
-from llmquant.words import size
+from llmquant.words import clock, size
 
 if TYPE_CHECKING:
     from llmquant.pipeline.plan import LinearPlan, Plan
@@ -18,6 +18,7 @@ def print_plan(plan: Plan, out: Path) -> None:
     from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
     from llmquant.pipeline.coverage import coverage_of
     from llmquant.pipeline.disk import disk_bytes, free_bytes
+    from llmquant.pipeline.duration import estimate
     from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
     from llmquant.textdata import PYTHON_DOCS
 
@@ -46,7 +47,9 @@ def print_plan(plan: Plan, out: Path) -> None:
         ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),
         ("size", f"{size(plan.reader.total_bytes)} -> {size(plan.output_bytes)}"),
+        # The memory first: it counts what this process holds, and the timings take some.
         ("peak memory", _predicted_memory(plan)),
+        ("time", f"about {clock(estimate(plan).seconds)}, estimated from timings of its shapes on this machine, now"),
         ("disk", f"{size(disk_bytes(plan, out))} needed while it runs, {size(free_bytes(out))} free"),
     ]
     if plan.recipe.has_budget:
