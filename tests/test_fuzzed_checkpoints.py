@@ -63,7 +63,7 @@ def mutate(data: st.DataObject, value: Any) -> Any:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_json_anywhere_ends_in_a_clear_line_or_is_read_as_it_is(
     tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
@@ -90,7 +90,7 @@ def test_any_json_anywhere_ends_in_a_clear_line_or_is_read_as_it_is(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck), deadline=None)
+@settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_tensor_in_the_place_of_another_ends_in_a_clear_line_or_is_read_as_it_is(
     tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
@@ -124,7 +124,7 @@ def fuzzed_folder(tmp_path_factory: pytest.TempPathFactory, format: str) -> Path
     return FUZZED[format]
 
 
-@settings(max_examples=max(FUZZ, 300), suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=max(FUZZ, 300), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_to_the_bytes_ends_in_a_clear_line_or_is_read_as_it_is(tmp_path: Path, data: st.DataObject) -> None:
     """Flips, cuts and inserts bytes anywhere in a shard, its index or the configuration."""
