@@ -1,32 +1,38 @@
 """Text to windows: what an evaluation runs on.
 
-The whole text is tokenized once, as one string, and cut into windows; what is left at the end is not used. In the GPTQ
-paper windows do not overlap. With a stride shorter than the window they do, and each window scores only the tokens that
-the one before has not: every token then has at least `seq_len - stride` tokens in front of it.
+The whole text is tokenized as one string (`tokens.token_ids`) and cut into windows; what is left at the end is not
+used. In the GPTQ paper windows do not overlap. With a stride shorter than the window they do, and each window scores
+only the tokens that the one before has not: every token then has at least `seq_len - stride` tokens in front of it.
 
 Letters: W windows, L tokens of a window.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llmquant.errors import UserError
+from llmquant.tokens import special_ids, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> Tensor:
-    """int64 [T]: the tokens of a text of any length, with what the tokenizer puts at the start of a text (a BOS).
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], special: bool = True) -> Tensor:
+    """int64 [T]: the tokens of a text of any length, with the special tokens that the tokenizer puts around it (a BOS).
 
+    text: whole, or in parts that follow each other.
     special: False for a text that holds its special tokens already, as a chat template writes them.
     """
-    # verbose=False: a text longer than the model's context is meant; the tokenizer would warn of it.
-    return torch.tensor(tokenizer(text, verbose=False, add_special_tokens=special)["input_ids"], dtype=torch.int64)
+    tokens_T = token_ids(tokenizer, text)
+    if not special:
+        return tokens_T
+    start, end = (torch.tensor(ids, dtype=torch.int64) for ids in special_ids(tokenizer))
+    return torch.cat([start, tokens_T, end])
 
 
 def token_windows(

@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
         "accelerate",
         "greenlet",
     },
-    "llmquant.eval": {"llmquant.errors", "torch", "transformers", "lm_eval"},
+    "llmquant.eval": {"llmquant.errors", "llmquant.tokens", "torch", "transformers", "lm_eval"},
     # The command line is on top of everything, and shows what the pipeline and the runtime have found.
     "llmquant.console": CORE
     | {"llmquant.words", "llmquant.checkpoints", "llmquant.pipeline", "llmquant.textdata"}
