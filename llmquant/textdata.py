@@ -2,23 +2,23 @@
 
 A data set is a list of rows. What perplexity it gives depends on how the rows are joined before tokenizing, so the rule
 travels with the rows: the GPTQ paper joins WikiText-2 with a blank line between rows and C4 with a space. A text file
-is taken as it stands, unless it is a dump of rows in the raw-WikiText form (see `_text_rows`).
+is taken as it stands, unless it is a dump of rows in the raw-WikiText form (see `_text_rows`). Which files are read is
+said in `textfiles.py`, which fields of their records in `records.py`.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
 
 from llmquant.errors import UserError, first_words
-from llmquant.paths import typed_path
+from llmquant.records import Conversation, record_conversation, record_text
+from llmquant.textfiles import RECORD_TYPES, TEXT_TYPES, file_type, records, text_lines
 
-Conversation = list[dict[str, Any]]
-"""Messages in their order, each with "role" and "content"."""
 BETWEEN_ROWS = "\n\n"
 JOINS = {"rows": BETWEEN_ROWS, "text": ""}
 """What `join` may say besides "auto": a blank line between rows (the GPTQ paper), or nothing (the text as it is)."""
@@ -34,11 +34,29 @@ class TextRows:
     """The rows, blank ones included."""
     joiner: str
     """What stands between two rows in `text`."""
+    remarks: tuple[str, ...] = ()
+    """What was changed while the text was read, in words."""
 
     @property
     def text(self) -> str:
         """All rows as one text."""
-        return self.joiner.join(self.rows)
+        return "".join(self.parts())
+
+    def parts(self) -> Iterator[str]:
+        """The text in parts: the rows, and what stands between them. Takes no memory of the text's size."""
+        for number, row in enumerate(self.rows):
+            if number and self.joiner:
+                yield self.joiner
+            yield row
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversations:
+    """Chats, and what was changed while they were read."""
+
+    chats: list[Conversation]
+    remarks: tuple[str, ...] = ()
+    """As `TextRows.remarks`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +110,9 @@ PRESETS: dict[str, Preset] = {
 }
 PYTHON_DOCS = "python-docs"
 """The language reference that comes with Python (`pydoc_data.topics`): always there, about 110,000 tokens."""
-FILE_TYPES = (".txt", ".jsonl", ".parquet")
+FILE_TYPES = ".txt, .jsonl or .parquet file"
+"""The usual files, for messages; `textfiles` reads a few more."""
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 
 
 def preset_names() -> list[str]:
@@ -101,7 +121,7 @@ def preset_names() -> list[str]:
 
 
 def load_rows(source: str, split: str = "test", join: str = "auto") -> TextRows:
-    """Rows of a preset (`preset_names()`) or of a local .txt, .jsonl or .parquet file.
+    """Rows of a preset (`preset_names()`) or of a local file of text or records.
 
     split: "train", "validation" or "test"; local files and "python-docs" have one split and do not look at it.
     join: "auto" for the rule that belongs to the source, "rows" or "text" (`JOINS`) to set it.
@@ -109,56 +129,59 @@ def load_rows(source: str, split: str = "test", join: str = "auto") -> TextRows:
     """
     if join != "auto" and join not in JOINS:
         raise UserError(f"join {join!r}: not one of auto, {', '.join(JOINS)}; use --join auto")
+    remarks: tuple[str, ...] = ()
     if source in PRESETS:
         rows, joiner = _hub_rows(source, split), PRESETS[source].joiner
     elif source == PYTHON_DOCS:
         rows, joiner = _python_docs_rows(), BETWEEN_ROWS
     else:
-        rows, joiner = _file_rows(source)
+        rows, joiner, remarks = _file_rows(source)
     if not any(row.strip() for row in rows):
         raise UserError(f"{source}: holds no text; give a file with text in it, or one of {', '.join(preset_names())}")
-    return TextRows(source=source, rows=rows, joiner=joiner if join == "auto" else JOINS[join])
+    return TextRows(source=source, rows=rows, joiner=joiner if join == "auto" else JOINS[join], remarks=remarks)
 
 
-def load_conversations(source: str) -> list[Conversation]:
-    """The chats of a local .jsonl or .parquet file whose rows hold "messages", each with a role and a content.
+def load_conversations(source: str) -> Conversations:
+    """The chats of a local .jsonl or .parquet file whose records hold "messages" or "conversations".
 
     Raises UserError for any other source.
     """
-    path = typed_path(source)
-    if path.suffix not in (".jsonl", ".parquet"):
+    if source in preset_names() or file_type(Path(source)) not in RECORD_TYPES:
         raise UserError(
             f'{source}: holds no conversations; with --chat give a .jsonl or .parquet file whose rows hold "messages"'
         )
-    conversations = []
-    for record, where in _records(path):
-        messages = record.get("messages") if isinstance(record, dict) else None
-        if not _are_messages(messages) or not all(isinstance(message.get("role"), str) for message in messages):
-            raise UserError(
-                f'{where}: holds no "messages" (a list with "role" and "content" strings); leave out --chat for text'
-            )
-        conversations.append(messages)
-    if not conversations:
+    chats, num_replaced = [], 0
+    for record in records(_existing_file(source)):
+        chats.append(record_conversation(record.value, record.where))
+        num_replaced += record.num_replaced
+    if not any(chats):
         raise UserError(f"{source}: holds no conversation; give a file with messages in it")
-    return conversations
+    return Conversations(chats=chats, remarks=_replaced(num_replaced))
 
 
-def _hub_rows(name: str, split: str) -> list[str]:
+def check_preset(name: str, split: str) -> None:
+    """Read the first row of a preset of the hub. Raises UserError as `load_rows` does where the hub is out of reach."""
+    _hub_rows(name, split, max_rows=1)
+
+
+def _hub_rows(name: str, split: str, max_rows: int | None = None) -> list[str]:
+    """The rows of a preset. max_rows: of these only the first, without fetching the others where that can be done."""
     preset = PRESETS[name]
+    max_rows = max_rows or preset.max_rows
     if split not in preset.files:
         raise UserError(f"{name}: has no split {split!r}; its splits are {', '.join(preset.files)}")
     import datasets
 
     try:
         data = datasets.load_dataset(
-            preset.loader, data_files=preset.files[split], split="train", streaming=preset.max_rows is not None
+            preset.loader, data_files=preset.files[split], split="train", streaming=max_rows is not None
         )
-        return [str(row[preset.column]) for row in itertools.islice(data, preset.max_rows)]
+        return [str(row[preset.column]) for row in itertools.islice(data, max_rows)]
     # The ways a download can fail come from four libraries without a common base; the cause is in the message.
     except Exception as error:
         raise UserError(
             f"{name}: cannot be read from the Hugging Face hub ({first_words(error)}); "
-            f"give a local .txt, .jsonl or .parquet file, or {PYTHON_DOCS}, which needs no network"
+            f"give a local {FILE_TYPES}, or {PYTHON_DOCS}, which needs no network"
         ) from error
 
 
@@ -168,91 +191,60 @@ def _python_docs_rows() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _file_rows(source: str) -> tuple[list[str], str]:
-    path = typed_path(source)
-    if path.suffix not in FILE_TYPES and not path.exists():
-        raise UserError(
-            f"{source}: not a known data set and no such file; known are {', '.join(preset_names())}, "
-            f"or give the path of a {', '.join(FILE_TYPES)} file"
-        )
-    if not path.is_file():
-        raise UserError(f"{source}: no such file; give a {', '.join(FILE_TYPES)} file or one of {', '.join(PRESETS)}")
-    if path.suffix in (".jsonl", ".parquet"):
-        return [_record_text(record, where) for record, where in _records(path)], BETWEEN_ROWS
-    if path.suffix == ".txt":
-        return _text_rows(_read_text(path))
-    raise UserError(f"{source}: type {path.suffix or 'without a suffix'} is not read; give {', '.join(FILE_TYPES)}")
+def _file_rows(source: str) -> tuple[list[str], str, tuple[str, ...]]:
+    """Rows, what stands between them, and remarks."""
+    path = _existing_file(source)
+    kind = file_type(path)
+    if kind in RECORD_TYPES:
+        rows, num_replaced = [], 0
+        for record in records(path):
+            rows.append(record_text(record.value, record.where))
+            num_replaced += record.num_replaced
+        return rows, BETWEEN_ROWS, _replaced(num_replaced)
+    if kind in TEXT_TYPES:
+        return *_text_rows(list(text_lines(path))), ()
+    raise UserError(
+        f"{source}: type {kind or 'without a suffix'} is not read; give a {FILE_TYPES}, or give a file of plain text "
+        f"the suffix .txt"
+    )
 
 
-def _read_text(path: Path) -> str:
+def _existing_file(source: str) -> Path:
+    """The path of a regular file. Raises UserError for anything else."""
+    instead = f"give a {FILE_TYPES}, or one of {', '.join(preset_names())}"
+    # Reports hold the name: it must be text, and stay on one line.
+    if not source or _UNPRINTABLE.search(source):
+        raise UserError(f"{source!r:.100}: not a usable name of a file; {instead}")
     try:
-        # newline="" leaves the line ends alone: a carriage return is part of the text that is measured.
-        with path.open(encoding="utf-8", newline="") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8"
-        ) from error
+        path = Path(source).expanduser()
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        unknown = "" if file_type(path) in (*TEXT_TYPES, *RECORD_TYPES) else "not a known data set and "
+        raise UserError(f"{source}: {unknown}no such file; {instead}") from None
+    # A name that is too long, holds a NUL character or begins with an unknown ~user; a folder that must not be read.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{source:.100}: no file can be read there ({first_words(error, 60)}); {instead}") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{source}: is a folder; {instead}")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{source}: is a pipe or a device; save the text as a file and give that")
+    return path
 
 
-def _text_rows(text: str) -> tuple[list[str], str]:
+def _text_rows(lines: list[str]) -> tuple[list[str], str]:
     """Lines with their line ends, which concatenate to the file itself.
 
     The raw WikiText files are dumps of rows: every row ends in a newline, and an empty row is a line of one space. They
     are known by their beginning, an empty row and a title between equal signs, and give the rows of the data set (an
     empty row is ""), joined as the GPTQ paper joins them.
     """
-    lines = text.split("\n")
-    rows = [line + "\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
-    if text.startswith(" \n = "):
-        return ["" if row == " \n" else row for row in rows], BETWEEN_ROWS
-    return rows, ""
+    if lines[:1] == [" \n"] and "".join(lines[1:2]).startswith(" = "):
+        return ["" if line == " \n" else line for line in lines], BETWEEN_ROWS
+    return lines, ""
 
 
-def _records(path: Path) -> Iterator[tuple[Any, str]]:
-    """What each line or row holds, and where that is."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a {', '.join(FILE_TYPES)} file")
-    if path.suffix == ".parquet":
-        yield from _parquet_records(path)
-        return
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            yield json.loads(line), where
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}); one object per line is needed") from error
-
-
-def _are_messages(value: Any) -> TypeGuard[Conversation]:
-    return isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) for message in value
-    )
-
-
-def _record_text(record: Any, where: str) -> str:
-    """The field "text", or the contents of a chat's "messages", one after the other."""
-    if isinstance(record, dict):
-        if isinstance(record.get("text"), str):
-            return record["text"]
-        if _are_messages(messages := record.get("messages")):
-            return "\n".join(message["content"] for message in messages)
-    raise UserError(
-        f'{where}: holds neither "text" (a string) nor "messages" (a list with "content" strings); rename the field'
-    )
-
-
-def _parquet_records(path: Path) -> Iterator[tuple[Any, str]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        columns = [name for name in ("text", "messages") if name in file.schema_arrow.names]
-        records = file.read(columns).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({first_words(error)}); write it anew") from error
-    for number, record in enumerate(records):
-        yield record, f"{path} row {number}"
+def _replaced(num_replaced: int) -> tuple[str, ...]:
+    """The remark about lone surrogates, if there were any."""
+    if not num_replaced:
+        return ()
+    return (f"{num_replaced} lone surrogates (halves of characters that were cut in two) read as U+FFFD",)

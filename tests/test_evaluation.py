@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, random_model, tiny_tokenizer
 from torch import nn
+from transformers import AutoConfig
 
 from llmquant.errors import UserError
 from llmquant.eval import perplexity as perplexity_module
@@ -14,6 +15,7 @@ from llmquant.eval.data import cut, first_target, token_windows
 from llmquant.eval.divergence import BLOCK_TOKENS, divergence, mean_interval, record, student_975, token_divergence
 from llmquant.eval.halves import Halves
 from llmquant.eval.perplexity import perplexity, summarize, token_losses
+from llmquant.models.skeleton import context_length
 
 
 class FixedLogits(nn.Module):
@@ -38,6 +40,14 @@ def plain_losses(logits_LV, tokens_L):
         row = logits_LV[position].double()
         losses.append((row.exp().sum().log() - row[tokens_L[position + 1]]).item())
     return losses
+
+
+@pytest.mark.parametrize(
+    ("model_type", "length"),
+    [("xlnet", math.inf), ("bloom", math.inf), ("gpt2", 1024), ("opt", 2048), ("llama", 2048), ("gemma3", 131_072)],
+)
+def test_context_length_is_the_bound_of_the_configuration_if_it_sets_one(model_type, length):
+    assert context_length(AutoConfig.for_model(model_type)) == length
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])

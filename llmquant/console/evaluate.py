@@ -21,6 +21,8 @@ def print_evaluation(result: Evaluation) -> None:
     rows = [*([result.against] if result.against else []), *result.models]
     if result.dataset is not None:
         _print_text(result, rows)
+    for remark in result.remarks:
+        screen().print(f"{result.dataset}: {remark}", style="dim")
     if any(row.tasks for row in rows):
         _print_tasks(rows)
 

@@ -7,6 +7,7 @@ Weights come and go module by module: `Skeleton.load` reads just what a module n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,14 +57,17 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def context_length(config: Any) -> float:
+    """Most tokens that the model's positions allow, an integer; infinite if its configuration sets no bound.
+
+    No bound is None for some models, 0 or -1 (XLNet) for others.
+    """
+    bound = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return bound if isinstance(bound, int) and bound > 0 else math.inf
+
+
 def _generates_text(architecture: str) -> bool:
     return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-
-
-def max_positions(config: Any) -> int | None:
-    """Most tokens that the positions of a text model allow; None without a bound, which some configs write as -1."""
-    bound = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return bound if bound and bound > 0 else None
 
 
 def check_size(config: Any, reader: CheckpointReader) -> None:

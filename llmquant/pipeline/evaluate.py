@@ -7,7 +7,7 @@ At any time the memory holds one model, and of the original to compare with only
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.errors import UserError
+from llmquant.errors import UserError, first_words
 from llmquant.eval.data import cut, text_tokens
 from llmquant.eval.divergence import Divergence, Recorded, divergence, record
 from llmquant.eval.perplexity import Perplexity, perplexity
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.models.skeleton import max_positions, read_config
+from llmquant.models.skeleton import context_length, read_config
 from llmquant.paths import typed_path
-from llmquant.textdata import Conversation, TextRows, load_conversations, load_rows
+from llmquant.textdata import Conversations, TextRows, load_conversations, load_rows
+from llmquant.tokens import pieces
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from llmquant.eval.tasks import TaskScore
 
 DEFAULT_SEQ_LEN = 2048
@@ -79,6 +82,8 @@ class Evaluation:
     against: ModelEvaluation | None
     """The original that the others are compared with."""
     models: tuple[ModelEvaluation, ...]
+    remarks: tuple[str, ...] = ()
+    """What was changed while the text was read, in words."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
@@ -86,6 +91,7 @@ class Evaluation:
             "dataset": self.dataset,
             "against": self.against.to_dict() if self.against else None,
             "models": [model.to_dict() for model in self.models],
+            "remarks": list(self.remarks),
         }
 
 
@@ -170,7 +176,8 @@ def evaluate(
         del model, parameter
         _release()
     original = results.pop(0) if against is not None else None
-    return Evaluation(dataset=dataset, against=original, models=tuple(results))
+    remarks = () if source is None else source.remarks
+    return Evaluation(dataset=dataset, against=original, models=tuple(results), remarks=remarks)
 
 
 @dataclass
@@ -192,7 +199,7 @@ class _Steps:
 
 def _windows(
     paths: Sequence[Path],
-    source: TextRows | list[Conversation],
+    source: TextRows | Conversations,
     name: str,
     seq_len: int | None,
     stride: int | None,
@@ -203,14 +210,9 @@ def _windows(
     if seq_len is not None and seq_len > context:
         raise UserError(f"seq_len {seq_len}: the model's context is {context} tokens; use --seq-len {context} or less")
     tokenizer = load_tokenizer(paths[0])
-    chat = isinstance(source, list)
-    if not isinstance(source, list):
-        text = source.text
-    elif tokenizer.chat_template:
-        text = "".join(str(tokenizer.apply_chat_template(talk, tokenize=False)) for talk in source)
-    else:
-        raise UserError("chat: the model has no chat template; leave out --chat")
-    sample = text[:SAMPLE_CHARACTERS]
+    chat = isinstance(source, Conversations)
+    parts = list(_templated(tokenizer, source, name) if isinstance(source, Conversations) else source.parts())
+    sample = next(pieces(parts), "")[:SAMPLE_CHARACTERS]
     for path in paths[1:]:
         if any(path.glob("tokenizer*")) and not torch.equal(
             text_tokens(load_tokenizer(path), sample), text_tokens(tokenizer, sample)
@@ -219,9 +221,26 @@ def _windows(
                 f"{path}: its tokenizer makes other tokens of the text than that of {paths[0]}, so that losses per "
                 f"token do not compare; evaluate the two in commands of their own"
             )
-    tokens_T = text_tokens(tokenizer, text, special=not chat)
+    tokens_T = text_tokens(tokenizer, parts, special=not chat)
     length = seq_len or int(min(DEFAULT_SEQ_LEN, context))
     return cut(tokens_T, length, stride, num_windows, source=name)
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, source: Conversations, name: str) -> Iterator[str]:
+    """Every conversation as the chat template writes it."""
+    if not tokenizer.chat_template:
+        raise UserError("chat: the model has no chat template; leave out --chat")
+    number = 0
+    try:
+        for chat in source.chats:
+            number += 1
+            yield str(tokenizer.apply_chat_template(chat, tokenize=False))
+    # A template is a program: it refuses roles and orders of messages by errors of its own and of jinja.
+    except Exception as error:
+        raise UserError(
+            f"{name}: the model's chat template does not take conversation {number} ({first_words(error)}); "
+            f"change or delete it, or leave out --chat"
+        ) from error
 
 
 def _load(path: Path, device: str, dtype: str, windows_WL: Tensor | None) -> Any:
@@ -245,8 +264,3 @@ def _release() -> None:
     give_back()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def context_length(config: Any) -> float:
-    """Most tokens that the model's positions allow; infinite where its configuration sets no bound."""
-    return max_positions(config) or float("inf")

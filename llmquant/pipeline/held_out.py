@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer
-from llmquant.models.skeleton import max_positions
+from llmquant.models.skeleton import context_length
 from llmquant.pipeline.calibration import CalibrationTokens, token_ids
 from llmquant.pipeline.plan import Plan, check_tokens
 
@@ -103,7 +103,7 @@ def read_fixed_text() -> str:
 
 def window_length(config: Any) -> int:
     """Tokens of a window of the fixed text: WINDOW_TOKENS, or the model's context if that is shorter."""
-    return max(min(WINDOW_TOKENS, max_positions(config) or WINDOW_TOKENS), 2)
+    return int(max(min(WINDOW_TOKENS, context_length(config)), 2))
 
 
 def num_windows(seq_len: int) -> int:

@@ -34,8 +34,8 @@ from llmquant.models.skeleton import (
     DTYPES,
     Skeleton,
     compute_dtype,
+    context_length,
     converted_names,
-    max_positions,
     read_config,
     stored_dtype,
 )
@@ -209,8 +209,8 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     _, block_names = find_blocks(skeleton.model)
     _check_blocks_apart(skeleton, block_names)
     _check_complete(skeleton)
-    max_length = max_positions(config)
-    if recipe.needs_data and max_length and seq_len > max_length:
+    max_length = context_length(config)
+    if recipe.needs_data and seq_len > max_length:
         raise UserError(f"seq_len {seq_len}: the model takes {max_length} tokens at most; use --seq-len {max_length}")
     format = FORMATS[format_name]
     scale_dtype = format.scale_dtype(model_dtype)

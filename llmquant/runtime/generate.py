@@ -18,7 +18,7 @@ from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from llmquant.errors import UserError
-from llmquant.models.skeleton import max_positions
+from llmquant.models.skeleton import context_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,10 +213,10 @@ def _check_compiles(model: Any) -> None:
 
 def check_length(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:
     """UserError where prompt and text together are longer than the model's context."""
-    context = max_positions(model.config)
-    if context and num_prompt_tokens >= context:
+    context = context_length(model.config)
+    if num_prompt_tokens >= context:
         raise UserError(f"prompt: {num_prompt_tokens} tokens, and the model's context is {context}; shorten it")
-    if context and num_prompt_tokens + max_new_tokens > context:
+    if num_prompt_tokens + max_new_tokens > context:
         raise UserError(
             f"max_new_tokens {max_new_tokens}: with {num_prompt_tokens} tokens of prompt more than the model's context "
             f"of {context}; use --max-new-tokens {context - num_prompt_tokens} or less"
