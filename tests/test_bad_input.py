@@ -122,7 +122,16 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "text too short": (nothing, ("--samples", "1000000"), "and 1000000 are asked for; give a longer text"),
     "no samples": (nothing, ("--samples", "0"), "samples 0: at least 1 is needed"),
     "seq-len above the model's": (nothing, ("--seq-len", "257"), "seq_len 257: the model takes 256 tokens at most"),
-    "no seq-len": (nothing, ("--seq-len", "0"), "seq_len 0"),
+    "no seq-len": (nothing, ("--seq-len", "0"), "seq_len 0: at least 1 token is needed; use --seq-len 256"),
+    "negative seq-len": (nothing, ("--seq-len", "-1"), "seq_len -1: at least 1 token is needed; use --seq-len 256"),
+    "seed of too many bits": (nothing, ("--seed", str(2**64)), "seed 18446744073709551616: has more than 64 bits"),
+    "hub out of reach": (nothing, ("--calibration", "ptb"), "ptb: cannot be read from the Hugging Face hub"),
+    "text is null": (nothing, ("--calibration", "/dev/null"), "/dev/null: is a pipe or a device"),
+    "fallback too short": (
+        nothing,
+        ("--calibration", "auto", "--samples", "1000000"),
+        "python-docs (in place of c4, which cannot be read): ",
+    ),
     "group size that fits nothing": (nothing, ("--group-size", "7"), "is not a multiple of group_size 7"),
     "group size 0": (nothing, ("--group-size", "0"), "group_size 0: must be positive, or -1"),
     "unknown method": (nothing, ("--method", "magic"), "method 'magic': not one of rtn, gptq, awq, awq+gptq"),
@@ -149,7 +158,8 @@ def folder(tiny_model, tmp_path) -> Path:
 
 def refused(code: int, streams: tuple[str, str], message: str) -> None:
     out, error = streams
-    lines = [line for line in error.splitlines() if line not in PHASES and not line.startswith("block ")]
+    progress = ("block ", "calibration text: ")
+    lines = [line for line in error.splitlines() if line not in PHASES and not line.startswith(progress)]
     assert code == 2, error
     assert out == ""
     assert len(lines) == 1, error

@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 import llmquant.pipeline.calibration as calibration
 from llmquant.errors import UserError
-from llmquant.pipeline.calibration import calibration_tokens
+from llmquant.pipeline.calibration import calibration_tokens, preview
 from llmquant.textdata import PYTHON_DOCS, TextRows
 
 
@@ -29,31 +29,6 @@ def test_samples_are_distinct_windows_of_the_text(text_file):
     places = [windows.index(sample) for sample in drawn.tokens_SL.tolist()]
     assert len(set(places)) == 10
     assert drawn.tokens_SL.dtype == torch.int64
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "".join(f" = Title {word} = \n \n It was a dark and stormy night . \n" for word in range(60)),
-        "\n\n".join(["A row.", "", "  indented words here", "", "", "x = 1\n\ny = 2", "one two\tthree"] * 30),
-        "no line ever ends in this text of many words " * 40,
-    ],
-    ids=["raw WikiText", "blank rows", "one line"],
-)
-def test_text_tokenized_in_pieces_has_the_tokens_of_the_whole(text, monkeypatch):
-    tokenizer, calls = tiny_tokenizer(), []
-
-    def counting(*arguments, **options):
-        calls.append(arguments)
-        return tokenizer(*arguments, **options)
-
-    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    for characters in (1, 7, 1000, 10**6):
-        calls.clear()
-        monkeypatch.setattr(calibration, "PIECE_CHARACTERS", characters)
-        assert calibration.token_ids(counting, text).tolist() == whole
-        assert (len(calls) > 1) == (characters < len(text))
-        assert max(len(piece) for (piece,) in calls) < characters + 60
 
 
 def test_seed_decides_the_draw(text_file):
@@ -83,6 +58,7 @@ def test_audit_accounts_for_every_token_and_row(text_file):
         "num_windows_available": num_tokens // 32,
         "num_tokens_left_over": num_tokens % 32,
         "incidents": [],
+        "remarks": [],
     }
 
 
@@ -121,6 +97,34 @@ def test_auto_reads_the_broad_preset_where_there_is_a_hub(monkeypatch):
     drawn = calibration_tokens(tiny_tokenizer(), num_samples=2, seq_len=16)
     assert asked == [("c4", "train")]
     assert (drawn.source, drawn.incidents) == ("c4", ())
+
+
+def remarks_on(tmp_path, text, tokenizer=None, name="text.txt"):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    return calibration_tokens(tokenizer or tiny_tokenizer(), str(tmp_path / name), num_samples=2, seq_len=16).remarks
+
+
+def test_text_that_is_unlike_language_is_remarked_on(tmp_path):
+    assert remarks_on(tmp_path, "".join(f"x{number} = {number} ** 2\n" for number in range(100))) == ()
+    assert remarks_on(tmp_path, "the same words again\n" * 50) == (
+        "98% of the text are rows that repeat an earlier one; a more varied text calibrates better",
+    )
+    (tokens_per_character,) = remarks_on(tmp_path, "従来の言葉" * 50)
+    assert tokens_per_character.startswith("3.0 tokens per character: the tokenizer hardly knows this script")
+    tokenizer = tiny_tokenizer()
+    tokenizer.unk_token = tokenizer.convert_ids_to_tokens(tokenizer("q")["input_ids"][0])
+    (unknown,) = remarks_on(tmp_path, "qqqx" * 50, tokenizer)
+    assert unknown == "75% of the tokens are q: the tokenizer does not know this script"
+    lines = "".join(json.dumps({"text": f"row {number}, cut \ud83d"}) + "\n" for number in range(50))
+    (replaced,) = remarks_on(tmp_path, lines, name="rows.jsonl")
+    assert replaced.startswith("50 lone surrogates")
+
+
+def test_preview_is_the_account_of_the_draw(text_file):
+    account, tokens_SL = preview(tiny_tokenizer(), text_file, 10, 32, 3)
+    drawn = calibration_tokens(tiny_tokenizer(), text_file, 10, 32, 3)
+    assert account == drawn.audit()
+    assert torch.equal(tokens_SL, drawn.tokens_SL)
 
 
 def test_auto_without_a_hub_falls_back_and_says_so():

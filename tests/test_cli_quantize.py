@@ -8,12 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from commands import command
+from manual import short_manual
 from paths import ROOT
 
 import llmquant
@@ -190,30 +192,76 @@ def test_dry_run_writes_nothing_reads_no_weight_and_predicts_the_size(tiny_model
         assert command(monkeypatch, *arguments, "--dry-run") == 0
         text = " ".join(capsys.readouterr().out.split())
     assert list(tmp_path.iterdir()) == []
-    assert "calibration python-docs, 4 x 32 tokens" in text
+    assert "calibration python-docs, 4 x 32 tokens rows: 79, of which 0 without text, 1 repeated; tokens: " in text
+    account = planned["calibration"]
+    assert f"tokens: {account['num_tokens_available']:,}, windows: {account['num_windows_available']:,}, " in text
     assert "in 16 bit --skip '*.o_proj': 2 x self_attn.o_proj" in text
     assert "group size 128 -> 32, the largest that divides the in_features of all linears (64, 96)" in text
     assert command(monkeypatch, *arguments, "--json", "--quiet") == 0
     done = json.loads(capsys.readouterr().out)
     assert planned["bits_per_weight"] == done["bits_per_weight"]
+    assert account == done["calibration"]
     # The file has a header, too.
     assert 0 <= done["output_bytes"] - planned["output_bytes"] < 10_000
     assert {linear["name"] for linear in planned["linears"] if linear["spec"]} == {x["name"] for x in done["linears"]}
 
 
-def test_dry_run_fetches_no_calibration_text_but_tells_the_source(tiny_model, tmp_path, monkeypatch, capsys):
+def hub_of(rows: list[str], asked: list[int | None]) -> Callable[..., list[str]]:
+    """A stand-in for the hub, which notes how many rows were asked for."""
+
+    def hub_rows(name: str, split: str, max_rows: int | None = None) -> list[str]:
+        asked.append(max_rows)
+        return rows[:max_rows]
+
+    return hub_rows
+
+
+@pytest.mark.parametrize(("given", "source"), [((), "c4"), (("--calibration", "ptb"), "ptb")])
+def test_dry_run_fetches_one_row_of_a_text_of_the_hub(given, source, tiny_model, tmp_path, monkeypatch, capsys):
     from llmquant import textdata
 
-    def fetch(*arguments):
-        raise AssertionError("text was fetched")
+    asked: list[int | None] = []
+    monkeypatch.setattr(textdata, "_hub_rows", hub_of(["some words"] * 50, asked))
+    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--dry-run", "--seq-len", "64", *given]
+    assert command(monkeypatch, *arguments) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"calibration {source}, 128 x 64 tokens the Hugging Face hub gives its first row; the run fetches" in text
+    assert asked == [1]
+    assert command(monkeypatch, *arguments, "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["calibration"] == {"source": source, "num_samples": 128, "seq_len": 64}
 
-    monkeypatch.setattr(textdata, "_hub_rows", fetch)
-    model = tiny_model("llama")
-    short = ("--dry-run", "--seq-len", "64")
-    assert command(monkeypatch, "quantize", model, tmp_path / "out", *short) == 0
-    assert "c4 from the hub, or python-docs offline, 128 x 64 tokens" in capsys.readouterr().out
-    assert command(monkeypatch, "quantize", model, tmp_path / "out", *short, "--calibration", "ptb") == 0
-    assert "ptb, 128 x 64 tokens" in capsys.readouterr().out
+
+def test_the_text_that_stands_in_for_another_is_said_by_the_dry_run_and_at_the_start(
+    tiny_model, tmp_path, monkeypatch, capsys
+):
+    few = ("--samples", "4", "--seq-len", "32", "--group-size", "32", "--effort", "fast", "--no-verify")
+    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", *few]
+    reason = "calibrated on python-docs, because c4 cannot be read from the Hugging Face hub ("
+    with short_manual():
+        assert command(monkeypatch, *arguments, "--dry-run") == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert "calibration python-docs, 4 x 32 tokens rows: " in text
+        assert reason in text
+        assert command(monkeypatch, *arguments) == 0
+        lines = capsys.readouterr().err.splitlines()
+        start = lines.index("calibration text: python-docs, 4 x 32 tokens")
+        assert lines[start + 2].startswith(f"calibration text: {reason}")
+        assert lines[start + 3] == "hashing the checkpoint"
+        assert command(monkeypatch, *arguments, "--overwrite", "--quiet", "--strict") == 1
+        assert capsys.readouterr().err == "llmquant: --strict: 1 incidents\n"
+
+
+def test_rows_of_the_hub_are_said_at_the_start(tiny_model, tmp_path, monkeypatch, capsys):
+    from llmquant import textdata
+
+    monkeypatch.setattr(textdata, "_hub_rows", hub_of([*(f"some words, row {n}" for n in range(200)), " "], []))
+    few = ("--samples", "4", "--seq-len", "32", "--group-size", "32", "--effort", "fast", "--no-verify")
+    assert command(monkeypatch, "quantize", tiny_model("llama"), tmp_path / "out", *few) == 0
+    lines = capsys.readouterr().err.splitlines()
+    start = lines.index("calibration text: c4, 4 x 32 tokens")
+    assert lines[start + 1].startswith("calibration text: rows: 201, of which 1 without text, 0 repeated; tokens: ")
+    assert lines[start + 2] == "hashing the checkpoint"
 
 
 # --- generate --------------------------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def quantize_command(
         target_bytes=None if target_size is None else parse_size(target_size, "target_size"),
         **EFFORTS[effort],
     )
+    from llmquant.console.calibration import print_calibration
     from llmquant.console.plan import print_plan
     from llmquant.console.progress import block_progress, quiet_libraries
     from llmquant.console.report import print_report
@@ -143,9 +144,13 @@ def quantize_command(
             else:
                 print_plan(plan, out)
             return
-        with block_progress(quiet=quiet or not speaks()) as on_step:
+        is_quiet = quiet or not speaks()
+        with block_progress(quiet=is_quiet) as on_step:
             command = shlex.join(["llmquant", *sys.argv[1:]])
-            report = pipeline.quantize(model, out, recipe, options, on_step, command=command)
+            on_calibration = None if is_quiet else print_calibration
+            report = pipeline.quantize(
+                model, out, recipe, options, on_step, on_calibration=on_calibration, command=command
+            )
     except KeyboardInterrupt:
         if not partial_folder(out).exists():
             raise

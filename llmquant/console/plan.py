@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmquant.console.calibration import calibration_lines
 from llmquant.console.report import coverage_facts
 from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
 from llmquant.words import clock, size
@@ -15,12 +16,10 @@ if TYPE_CHECKING:
 
 def print_plan(plan: Plan, out: Path) -> None:
     """What `llmquant quantize --dry-run` says."""
-    from llmquant.pipeline.calibration import AUTO, AUTO_PRESET
     from llmquant.pipeline.coverage import coverage_of
     from llmquant.pipeline.disk import disk_bytes, free_bytes
     from llmquant.pipeline.duration import estimate
     from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
-    from llmquant.textdata import PYTHON_DOCS
 
     def row(linear: LinearPlan) -> tuple[str, str, str]:
         assert linear.spec is not None
@@ -56,12 +55,8 @@ def print_plan(plan: Plan, out: Path) -> None:
         facts.append(
             ("budget", "grids above keep it as if all weights were equally sensitive; the run measures, then chooses")
         )
-    if plan.recipe.needs_data:
-        options = plan.options
-        source = options.calibration
-        if source == AUTO:
-            source = f"{AUTO_PRESET} from the hub, or {PYTHON_DOCS} offline"
-        facts.append(("calibration", f"{source}, {options.num_samples} x {options.seq_len} tokens"))
+    if plan.calibration is not None:
+        facts += [("calibration", line) for line in calibration_lines(plan.calibration)]
     for name in plan.options.targets:
         facts.append(("target", f"{TARGETS[name].name} loads it, by its rules of {RULES_DATE}"))
     facts += [("target", needed) for needed in needs_of(plan)]

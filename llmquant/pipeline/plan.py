@@ -99,6 +99,8 @@ class Plan:
     linears: tuple[LinearPlan, ...]
     """Every linear of the model in order."""
     options: Options
+    calibration: dict[str, Any] | None = None
+    """Account of the calibration text (`calibration.preview`); None before a dry run has looked at it."""
 
     @property
     def num_tokens(self) -> int:
@@ -185,12 +187,13 @@ class Plan:
             "bits_per_weight": self.bits_per_weight,
             "original_bytes": self.reader.total_bytes,
             "output_bytes": self.output_bytes,
+            "calibration": self.calibration,
         }
 
 
 def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     """Open a checkpoint and settle everything; UserError when the run cannot be done as asked."""
-    format_name, dtype, seq_len = options.format, options.dtype, options.seq_len
+    format_name, dtype = options.format, options.dtype
     if format_name == AUTO:
         format_name = "gptq" if recipe.is_symmetric else "compressed-tensors"
     if format_name not in FORMATS:
@@ -209,9 +212,8 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     _, block_names = find_blocks(skeleton.model)
     _check_blocks_apart(skeleton, block_names)
     _check_complete(skeleton)
-    max_length = context_length(config)
-    if recipe.needs_data and seq_len > max_length:
-        raise UserError(f"seq_len {seq_len}: the model takes {max_length} tokens at most; use --seq-len {max_length}")
+    if recipe.needs_data:
+        _check_windows(options, context_length(config))
     format = FORMATS[format_name]
     scale_dtype = format.scale_dtype(model_dtype)
     linears = tuple(_plan_linears(skeleton, block_names, recipe, format, scale_dtype))
@@ -270,6 +272,18 @@ def _check_complete(skeleton: Skeleton) -> None:
         f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such); the checkpoint is incomplete, "
         "or its names are not those of transformers' model"
     )
+
+
+def _check_windows(options: Options, context: float) -> None:
+    """UserError for windows of calibration text that cannot be drawn. context: most tokens that the model takes."""
+    if options.num_samples < 1:
+        raise UserError(f"samples {options.num_samples}: at least 1 is needed; use --samples 128")
+    if options.seq_len < 1:
+        raise UserError(f"seq_len {options.seq_len}: at least 1 token is needed; use --seq-len {min(512, context)}")
+    if options.seq_len > context:
+        raise UserError(f"seq_len {options.seq_len}: the model takes {context} tokens at most; use --seq-len {context}")
+    if not -(2**63) <= options.seed < 2**64:
+        raise UserError(f"seed {options.seed}: has more than 64 bits; use --seed 0")
 
 
 def _plan_linears(

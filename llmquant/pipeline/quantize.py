@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from llmquant import __version__
 from llmquant.checkpoints.manifest import REPORT_HTML
@@ -26,7 +28,7 @@ from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
 from llmquant.paths import typed_path
 from llmquant.pipeline.budget import ALLOCATION, choose, grids_in, provisional, with_grids
-from llmquant.pipeline.calibration import AUTO, CalibrationTokens, calibration_tokens, is_local
+from llmquant.pipeline.calibration import AUTO, CalibrationTokens, calibration_tokens, is_local, preview
 from llmquant.pipeline.disk import check_disk
 from llmquant.pipeline.feedback import feedback_part, network_feedback, packed
 from llmquant.pipeline.footprint import footprint_of
@@ -61,6 +63,8 @@ SENSITIVITY = "sensitivity"
 """The step that comes before the blocks where grids are chosen."""
 GRADIENTS = "gradients"
 """The step that comes before the blocks where the network runs backward."""
+OnCalibration = Callable[[dict[str, Any]], None]
+"""Called with the account of the calibration text (`CalibrationTokens.audit`)."""
 
 
 def quantize(
@@ -70,10 +74,12 @@ def quantize(
     options: Options | None = None,
     on_step: OnStep | None = None,
     *,
+    on_calibration: OnCalibration | None = None,
     command: str = "",
 ) -> Report:
     """Quantize a checkpoint (a local folder or hub id) into the folder OUT, which does not exist until it is complete.
 
+    on_calibration: called with the account of the calibration text before any work is done on the model.
     command: what was typed, for the report.
     Raises UserError for whatever the user can mend; a run that was begun is then continued by the same call.
     """
@@ -85,13 +91,21 @@ def quantize(
             recipe or Recipe(),
             ranks.options(options or Options()),
             (ranks.is_first and on_step) or (lambda *_: None),
+            (ranks.is_first and on_calibration) or (lambda _: None),
             command,
             ranks,
         )
 
 
 def _quantize(
-    model: str, out: Path, recipe: Recipe, options: Options, step: OnStep, command: str, ranks: Ranks
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    options: Options,
+    step: OnStep,
+    on_calibration: OnCalibration,
+    command: str,
+    ranks: Ranks,
 ) -> Report:
     with ranks.together():
         plan = (
@@ -107,6 +121,7 @@ def _quantize(
             tokens = ranks.share(lambda: draw_tokens(plan))
             give_back()
         builder.calibration(tokens)
+        on_calibration(tokens.audit())
         with ranks.together():
             check_tokens(plan, tokens.tokens_SL)
     if not ranks.is_first:
@@ -119,7 +134,7 @@ def _quantize(
         return ranks.share(lambda: read_report(out))
     step(0, total, "hashing the checkpoint", None)
     with builder.timed("hashing"):
-        request = describe_request(plan, tokens)
+        request = describe_request(plan, tokens and tokens.audit(), tokens and tokens.tokens_SL)
     with PartialCheckpoint.open(out, request, restart=options.restart, overwrite=options.overwrite) as partial:
         plan = settle(plan, tokens, partial, builder, step)
         measure_feedback(plan, tokens, partial, builder, step)
@@ -283,21 +298,25 @@ def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> P
 
 
 def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, options: Options | None = None) -> Plan:
-    """What `quantize` would do; refuses what it would refuse. Writes nothing, reads no weight, and no text that would
-    be fetched. Only if an unfinished run could be continued, the weights are hashed: its journal holds their hashes."""
+    """What `quantize` would do, with the calibration text that it would use; refuses what it would refuse.
+
+    Writes nothing, reads no weight, and of a text that would be fetched only the first row. Only if an unfinished run
+    could be continued, the weights are hashed: its journal holds their hashes.
+    """
     out = typed_path(out)
     plan = prepare(model, out, recipe or Recipe(), options or Options())
-    tokens = None
-    if plan.recipe.needs_data and is_local(plan.options.calibration):
-        tokens = draw_tokens(plan)
-        check_tokens(plan, tokens.tokens_SL)
+    account, tokens_SL = None, None
+    if plan.recipe.needs_data:
+        account, tokens_SL = preview(load_tokenizer(plan.path), *_draw(plan))
+        if tokens_SL is not None:
+            check_tokens(plan, tokens_SL)
     begun = None if plan.options.restart else begun_request(out)
     if begun is not None:
-        request = describe_request(plan, tokens)
-        if plan.recipe.needs_data and tokens is None:
+        request = describe_request(plan, account, tokens_SL)
+        if plan.recipe.needs_data and tokens_SL is None:
             request["calibration"] = (begun.get("calibration") or {}) | asked_calibration(plan.options)
         check_out(out, overwrite=plan.options.overwrite, request=request)
-    return plan
+    return replace(plan, calibration=account)
 
 
 def typed_inputs(model: str | Path, calibration: str = AUTO) -> list[Path]:
@@ -308,13 +327,20 @@ def typed_inputs(model: str | Path, calibration: str = AUTO) -> list[Path]:
 
 def draw_tokens(plan: Plan) -> CalibrationTokens:
     """The calibration tokens of a run."""
+    return calibration_tokens(load_tokenizer(plan.path), *_draw(plan))
+
+
+def _draw(plan: Plan) -> tuple[str, int, int, int]:
+    """Source, samples, tokens of a sample, and seed."""
     options = plan.options
-    tokenizer = load_tokenizer(plan.path)
-    return calibration_tokens(tokenizer, options.calibration, options.num_samples, options.seq_len, options.seed)
+    return options.calibration, options.num_samples, options.seq_len, options.seed
 
 
-def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, Any]:
-    """Everything the result depends on: it identifies a run that is continued, and is kept in OUT's manifest."""
+def describe_request(plan: Plan, account: dict[str, Any] | None, tokens_SL: Tensor | None) -> dict[str, Any]:
+    """Everything the result depends on: it identifies a run that is continued, and is kept in OUT's manifest.
+
+    account: that of the calibration text (`CalibrationTokens.audit`). tokens_SL: its samples, int64 [S, L], if known.
+    """
     request: dict[str, Any] = {
         "llmquant": __version__,
         "report_schema": SCHEMA,
@@ -327,11 +353,11 @@ def describe_request(plan: Plan, tokens: CalibrationTokens | None) -> dict[str, 
         "max_shard_bytes": plan.options.max_shard_bytes,
         "model": plan.reader.file_hashes(),
     }
-    if tokens is not None:
-        digest = hashlib.sha256(tokens.tokens_SL.contiguous().numpy().tobytes()).hexdigest()
-        audit = tokens.audit()
-        del audit["incidents"]  # a network error reads differently every time
-        request["calibration"] = audit | {"sha256": digest}
+    if account is not None and tokens_SL is not None:
+        digest = hashlib.sha256(tokens_SL.contiguous().numpy().tobytes()).hexdigest()
+        # The words of a network error are different every time.
+        counts = {name: value for name, value in account.items() if name not in ("incidents", "remarks")}
+        request["calibration"] = counts | {"sha256": digest}
     return request
 
 

@@ -244,6 +244,8 @@ class ReportBuilder:
         self._calibration = tokens
         for incident in tokens.incidents:
             self.incident("calibration", incident)
+        for remark in tokens.remarks:
+            self.remark("calibration", remark)
 
     def settle(self, plan: Plan, allocation: dict[str, Any]) -> None:
         """Take over the plan whose grids were chosen to a budget, and how."""
