@@ -203,11 +203,39 @@ def test_eval_of_conversations_puts_them_into_the_chat_template(
     assert command(monkeypatch, *options) == 0
     assert json.loads(capsys.readouterr().out)["models"][0]["perplexity"]["mean_loss"] != expected.mean_loss
 
+    parts = [{"role": "user", "content": [{"type": "text", "text": "for x in"}, {"type": "image"}]}, talk[1]]
+    shared = [{"from": "human", "value": "for x in"}, {"from": "gpt", "value": "range(10)"}]
+    by_other_names = json.dumps({"messages": parts}) + "\n" + json.dumps({"conversations": shared}) + "\n"
+    lone = r'{"messages": [{"role": "user", "content": "\ud83d"}]}'
+    file.write_text(by_other_names * 20 + lone)
+    assert command(monkeypatch, *options, "--chat") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["models"][0]["perplexity"]["mean_loss"] == expected.mean_loss
+    assert printed["remarks"] == ["1 lone surrogates (halves of characters that were cut in two) read as U+FFFD"]
+    assert command(monkeypatch, *options[:-1], "--chat") == 0
+    assert "1 lone surrogates" in " ".join(capsys.readouterr().out.split())
+
     file.write_text('{"text": "for x in"}\n')
     assert command(monkeypatch, *options, "--chat") == 2
     assert 'talks.jsonl line 1: holds no "messages"' in capsys.readouterr().err
     assert command(monkeypatch, "eval", two_models[0], "--dataset", "python-docs", "--chat") == 2
     assert "python-docs: holds no conversations" in capsys.readouterr().err
+
+
+def test_eval_of_conversations_that_the_template_refuses(two_models, tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(two_models[0], model)
+    (model / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('Begin with the user.') }}{% endif %}x"
+    )
+    file = tmp_path / "talks.jsonl"
+    roles = [json.dumps({"messages": [{"role": role, "content": "Hi"}]}) for role in ("user", "system")]
+    file.write_text("\n".join(roles))
+    assert command(monkeypatch, "eval", str(model), "--dataset", str(file), "--chat") == 2
+    assert capsys.readouterr().err == (
+        f"llmquant: {file}: the model's chat template does not take conversation 2 (Begin with the user.); "
+        "change or delete it, or leave out --chat\n"
+    )
 
 
 def test_eval_of_models_with_different_tokenizers_is_refused(two_models, tmp_path, text_file, monkeypatch, capsys):

@@ -28,7 +28,7 @@ from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
 from llmquant.paths import typed_path
 from llmquant.pipeline.budget import ALLOCATION, choose, grids_in, provisional, with_grids
-from llmquant.pipeline.calibration import AUTO, CalibrationTokens, calibration_tokens, is_local, preview
+from llmquant.pipeline.calibration import AUTO, CalibrationTokens, calibration_tokens, preview
 from llmquant.pipeline.disk import check_disk
 from llmquant.pipeline.feedback import feedback_part, network_feedback, packed
 from llmquant.pipeline.footprint import footprint_of
@@ -58,6 +58,7 @@ from llmquant.pipeline.targets import check_targets
 from llmquant.pipeline.verdict import BANDS, NOT_MEASURED, Verification
 from llmquant.pipeline.verify import affordable, verify_codes, verify_texts
 from llmquant.spec import Options, Recipe
+from llmquant.textdata import preset_names
 
 SENSITIVITY = "sensitivity"
 """The step that comes before the blocks where grids are chosen."""
@@ -134,7 +135,8 @@ def _quantize(
         return ranks.share(lambda: read_report(out))
     step(0, total, "hashing the checkpoint", None)
     with builder.timed("hashing"):
-        request = describe_request(plan, tokens and tokens.audit(), tokens and tokens.tokens_SL)
+        account, tokens_SL = (None, None) if tokens is None else (tokens.audit(), tokens.tokens_SL)
+        request = describe_request(plan, account, tokens_SL)
     with PartialCheckpoint.open(out, request, restart=options.restart, overwrite=options.overwrite) as partial:
         plan = settle(plan, tokens, partial, builder, step)
         measure_feedback(plan, tokens, partial, builder, step)
@@ -321,7 +323,7 @@ def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, op
 
 def typed_inputs(model: str | Path, calibration: str = AUTO) -> list[Path]:
     """The files and folders on this machine that a run is to read, as they were typed."""
-    names = [model, calibration] if is_local(calibration) else [model]
+    names = [model] if calibration in (AUTO, *preset_names()) else [model, calibration]
     return [path for path in map(typed_path, names) if os.path.lexists(path)]
 
 
