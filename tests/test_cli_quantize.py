@@ -104,7 +104,7 @@ def test_quantize_prints_errors_incidents_and_what_to_type_next(tiny_model, tmp_
     streams = capsys.readouterr()
     text = " ".join(streams.out.split())
     assert "self_attn.q_proj 4-bit g32 sym 2" in text
-    assert "o_proj: --skip '*.o_proj'" in text
+    assert "in 16 bit --skip '*.o_proj': 2 x self_attn.o_proj (13.3 %)" in text
     assert "corrections share taken, mean: self_attn " in text and "; mlp gate_proj " in text
     # One line for what happened to all linears.
     one_size = "group size 128 -> 32, the largest that divides the in_features of all linears (64, 96)"

@@ -158,9 +158,8 @@ def is_linear(module: nn.Module) -> bool:
     """
     if not is_linear_like(module) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    held = {leaf for leaf, parameter in module._parameters.items() if parameter is not None}
-    weight = module._parameters.get("weight")
-    if weight is None or weight.ndim != 2 or held - {"weight", "bias"}:
+    held = {leaf: parameter for leaf, parameter in module._parameters.items() if parameter is not None}
+    if "weight" not in held or held.keys() - {"weight", "bias"} or held["weight"].ndim != 2:
         return False
     has_own_forward = "forward" in vars(module) or type(module).forward not in (nn.Linear.forward, Conv1D.forward)
     return not has_own_forward or _computes_a_linear(module)
