@@ -21,7 +21,8 @@ code = 16 * high + low, in twice the slots.
 Prepared tensors, in order; S slots and B = S/block blocks along K (`layout.arrange_slots`), P planes (2 for 8 bits,
 else 1), N16 = N rounded up to 16; those that are not needed are empty:
 packed uint8 [N16, P*S/2]; scale_offset bfloat16 [P*B, N16, 2]; rows uint8 [N*B, row bytes]; scale float32 [N*B, 1],
-empty where the rows hold it; column int64 [S], empty where columns keep their place.
+empty where the rows hold it; column int64 [S], empty where columns keep their place; zero uint8 [N, B], for `restore`,
+only where 2- and 3-bit codes were moved by zero-points that differ.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmquant.kernels.layout import LinearShape, Slots, arrange_slots, gather_columns, ungather_columns
+from llmquant.kernels.layout import (
+    LinearShape,
+    Slots,
+    arrange_slots,
+    gather_columns,
+    gather_groups,
+    ungather_columns,
+)
 from llmquant.weight import QuantizedWeight
 
 BLOCKS = (256, 128, 64, 32)
@@ -71,10 +79,12 @@ def refuses(layer: LinearShape, device: torch.device, dtype: torch.dtype) -> str
 def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """`packed` and `rows`; only `rows` where x will not be bfloat16."""
     slots, codes_NS, scale_NB, zero_NB = _arranged(weight)
+    moved = weight.spec.bits < 4 and not weight.spec.symmetric
+    kept = _column(slots), weight.zero_NG.cpu()[:, slots.group_B] if moved else _NO_TENSOR.byte()
     rows, scale = _rows(codes_NS, scale_NB, zero_NB, weight.spec.bits)
     if dtype != torch.bfloat16:
-        return _NO_TENSOR, _NO_TENSOR, rows, scale, _column(slots)
-    return *_packed(codes_NS, scale_NB, zero_NB, weight.spec.bits), rows, scale, _column(slots)
+        return _NO_TENSOR, _NO_TENSOR, rows, scale, *kept
+    return *_packed(codes_NS, scale_NB, zero_NB, weight.spec.bits), rows, scale, *kept
 
 
 def multiplies_bfloat16() -> bool:
@@ -99,7 +109,7 @@ def multiply_dense(x: Tensor, packed: Tensor, bias_N: Tensor | None, out_feature
 
 def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
     """x [..., K] of any floating dtype -> y [..., N] in the same dtype."""
-    packed, scale_offset, rows, scale, column_S = prepared
+    packed, scale_offset, rows, scale, column_S, _ = prepared
     num_planes = 2 if layer.bits == 8 else 1
     x_MS = gather_columns(x.reshape(-1, layer.in_features), column_S, _slots_of_rows(rows, layer))
     limit = PACKED_BELOW_ROWS // num_planes
@@ -112,9 +122,31 @@ def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer
 
 def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dtype) -> Tensor:
     """The dense weight [N, K]: computed in float32 and rounded once to dtype."""
-    _, _, rows, scale, column_S = prepared
+    _, _, rows, scale, column_S, _ = prepared
     weight_NS = _unpack(rows, scale, layer, dtype)
     return ungather_columns(weight_NS, column_S, layer.in_features)
+
+
+def restore(prepared: tuple[Tensor, ...], layer: LinearShape, group_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """codes_NK, scale_NG float32 and zero_NG as they were before `prepare`, from the exact layout `rows`."""
+    _, _, rows, scale, column_S, zero_NB = prepared
+    if layer.bits == 8:
+        codes, pair = rows[:, :-8], rows[:, -8:].contiguous().view(torch.float32)
+    else:
+        halves, pair = rows[:, :-4], rows[:, -4:].contiguous().view(torch.float16).float()
+        codes = torch.stack([halves & 15, halves >> 4], dim=-1).flatten(1)
+    block = codes.shape[1]
+    codes_NS = codes.reshape(layer.out_features, -1)
+    scale_NB = (scale if scale.numel() else pair[:, :1]).view(layer.out_features, -1)
+    stored_zero_NB = (-pair[:, 1] / pair[:, 0]).round().to(torch.uint8).view(layer.out_features, -1)
+    if layer.bits < 4:
+        if not zero_NB.numel():
+            zero_NB = torch.full_like(stored_zero_NB, 2 ** (layer.bits - 1))
+        codes_NS = codes_NS - (stored_zero_NB - zero_NB).repeat_interleave(block, dim=1)
+    else:
+        zero_NB = stored_zero_NB
+    codes_NK = ungather_columns(codes_NS, column_S, layer.in_features)
+    return codes_NK, *gather_groups(scale_NB, zero_NB, group_K, layer, block)
 
 
 def _arranged(weight: QuantizedWeight) -> tuple[Slots, Tensor, Tensor, Tensor]:

@@ -40,13 +40,21 @@ class Backend:
     """(x [..., K], prepared, bias [N] or None, layer) -> y [..., N] in the dtype of x."""
     dequantize: Callable[[Prepared, LinearShape, torch.dtype], Tensor]
     """The dense weight [N, K], back from the prepared tensors."""
+    restore: Callable[[Prepared, LinearShape, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """(prepared, layer, group of each column int64 [K]) -> codes_NK uint8, scale_NG and zero_NG uint8, exactly those
+    given to `prepare`; the scales in any dtype that holds them."""
     inline_rows: int = 0
     """Below so many rows of x, matmul is plain torch operators: a compiler does better to see them than to call it."""
 
 
 BACKENDS: dict[str, Backend] = {
     "triton": Backend(
-        name="triton", refuses=gpu.refuses, prepare=gpu.prepare, matmul=gpu.matmul, dequantize=gpu.dequantize
+        name="triton",
+        refuses=gpu.refuses,
+        prepare=gpu.prepare,
+        matmul=gpu.matmul,
+        dequantize=gpu.dequantize,
+        restore=gpu.restore,
     ),
     "triton-invariant": Backend(
         name="triton-invariant",
@@ -54,9 +62,15 @@ BACKENDS: dict[str, Backend] = {
         prepare=gpu.prepare,
         matmul=gpu.matmul_invariant,
         dequantize=gpu.dequantize,
+        restore=gpu.restore,
     ),
     "llvm": Backend(
-        name="llvm", refuses=llvm.refuses, prepare=llvm.prepare, matmul=llvm.matmul, dequantize=llvm.dequantize
+        name="llvm",
+        refuses=llvm.refuses,
+        prepare=llvm.prepare,
+        matmul=llvm.matmul,
+        dequantize=llvm.dequantize,
+        restore=llvm.restore,
     ),
     "cpu": Backend(
         name="cpu",
@@ -64,6 +78,7 @@ BACKENDS: dict[str, Backend] = {
         prepare=cpu.prepare,
         matmul=cpu.matmul,
         dequantize=cpu.dequantize,
+        restore=cpu.restore,
         inline_rows=cpu.PACKED_BELOW_ROWS // 2,
     ),
     "torch": Backend(
@@ -72,6 +87,7 @@ BACKENDS: dict[str, Backend] = {
         prepare=reference.prepare,
         matmul=reference.matmul,
         dequantize=reference.dequantize,
+        restore=reference.restore,
     ),
 }
 

@@ -10,7 +10,8 @@ number of rows beside it.
 
 Prepared tensors, in order (letters as in `triton_w4a16.py`): words int32 [NP/64, P*T, 64, 16]; meta int32 [P*T, NP, B];
 done int32 [tiles], the counters of split-K, zero between calls, so that one layer must not run on two streams at
-once; column int64 [128 T], empty where the columns keep their place; an empty tensor of the dtype of x.
+once; column int64 [128 T], empty where the columns keep their place; an empty tensor of the dtype of x; scale [N, G] as
+stored, for `restore`, only where the dtype of x rounds it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmquant.kernels.layout import LinearShape, arrange_slots, gather_columns
+from llmquant.kernels.layout import LinearShape, arrange_slots, gather_columns, gather_groups, ungather_columns
 from llmquant.kernels.tiles import Gpu, Problem, Tiles, batch_invariant_tiles, choose_tiles, dense_from_rows
 from llmquant.weight import QuantizedWeight
 
@@ -79,7 +80,9 @@ def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -
     words, meta = pack_words(codes_NS), pack_meta(scale_NB, zero_NB, dtype, TILE // block)
     done = torch.zeros(len(words) * MAX_SPLIT_ROW_TILES, dtype=torch.int32, device=device)
     column_S = column_S.new_empty(0) if slots.is_prefix else column_S
-    return words, meta, done, column_S, torch.empty(0, dtype=dtype, device=device)
+    rounded = not torch.equal(weight.scale_NG.to(dtype).float(), weight.scale_NG.float())
+    scale_NG = weight.scale_NG if rounded else weight.scale_NG.new_empty(0)
+    return words, meta, done, column_S, torch.empty(0, dtype=dtype, device=device), scale_NG
 
 
 def pack_words(codes_NS: Tensor) -> Tensor:
@@ -98,6 +101,35 @@ def pack_meta(scale_NB: Tensor, zero_NB: Tensor, dtype: torch.dtype, blocks_per_
     halves = torch.stack([scale_NB.to(dtype), -(zero_NB.float() + bias).to(dtype)], dim=-1)
     meta_NB = halves.view(torch.int32).squeeze(-1)
     return meta_NB.view(len(meta_NB), -1, blocks_per_tile).transpose(0, 1).contiguous()
+
+
+def restore(prepared: tuple[Tensor, ...], layer: LinearShape, group_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """codes_NK, scale_NG and zero_NG as they were before `prepare`."""
+    words, meta, _, column_S, like, kept_scale_NG = prepared
+    codes_NS, (scale_NB, zero_NB) = unpack_words(words), unpack_meta(meta, like.dtype)
+    if layer.bits == 8:
+        (high_NS, codes_NS), (_, scale_NB) = codes_NS.chunk(2, dim=1), scale_NB.chunk(2, dim=1)
+        codes_NS = (high_NS << 4) | codes_NS
+        high_NB, zero_NB = zero_NB.chunk(2, dim=1)
+        zero_NB = (high_NB << 4) | zero_NB
+    codes_NS, scale_NB, zero_NB = (values[: layer.out_features] for values in (codes_NS, scale_NB, zero_NB))
+    scale_NG, zero_NG = gather_groups(scale_NB, zero_NB, group_K, layer, _block_width(layer))
+    codes_NK = ungather_columns(codes_NS, column_S, layer.in_features)
+    return codes_NK, kept_scale_NG if kept_scale_NG.numel() else scale_NG, zero_NG
+
+
+def unpack_words(words: Tensor) -> Tensor:
+    """int32 [NP/64, S/128, 64, 16] -> codes uint8 [NP, S], the inverse of `pack_words`."""
+    nibbles = torch.stack([(words >> shift & 15).to(torch.uint8) for shift in range(0, 32, 4)], dim=-1)
+    codes = nibbles.unflatten(-1, (2, 4)).unflatten(3, (4, 4))  # n64, tile, n, l, i, e, p
+    return codes.permute(0, 2, 1, 4, 6, 3, 5).reshape(words.shape[0] * 64, -1)
+
+
+def unpack_meta(meta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """int32 [tiles, NP, blocks_per_tile] -> scale_NB in dtype and zero_NB uint8, the inverse of `pack_meta`."""
+    bias = 128 if dtype == torch.bfloat16 else 1024
+    halves = meta.transpose(0, 1).flatten(1).contiguous().unsqueeze(-1).view(dtype)
+    return halves[..., 0], (-halves[..., 1].float() - bias).to(torch.uint8)
 
 
 def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
@@ -139,7 +171,7 @@ def launch(
     x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape, tiles: Tiles
 ) -> Tensor:
     """Run the fused kernel with these tiles: x_MK (columns in their place, or slots) -> y_MN."""
-    words, meta, done, _, like = prepared
+    words, meta, done, _, like, _ = prepared
     num_rows, num_columns = x_MK.shape
     num_row_tiles = -(-num_rows // tiles.rows)
     parts = tiles.parts if num_row_tiles <= MAX_SPLIT_ROW_TILES else 1
@@ -202,14 +234,14 @@ def _kernels():
 
 def problem_of(prepared: tuple[Tensor, ...]) -> Problem:
     """The key to the tables."""
-    words, meta, _, _, like = prepared
+    words, meta, _, _, like, _ = prepared
     dtype = "bfloat16" if like.dtype == torch.bfloat16 else "float16"
     return Problem(words.shape[0] * 64, words.shape[1] * TILE, meta.shape[2], dtype)
 
 
 def _enter(x: Tensor, prepared: tuple[Tensor, ...], layer: LinearShape) -> tuple[Tensor, Problem, Gpu]:
     """x as the kernel reads it, and what its tiles depend on."""
-    column_S, like = prepared[3:]
+    column_S, like = prepared[3:5]
     if x.dtype != like.dtype:
         raise TypeError(f"x is {x.dtype}, but the weight was prepared for {like.dtype}")
     x_MK = x.reshape(-1, layer.in_features)
@@ -221,7 +253,7 @@ def _enter(x: Tensor, prepared: tuple[Tensor, ...], layer: LinearShape) -> tuple
 
 def _dense(prepared: tuple[Tensor, ...], layer: LinearShape, num_columns: int) -> Tensor:
     """The dense weight [N, num_columns], columns in slot order, in the prepared dtype."""
-    words, meta, _, _, like = prepared
+    words, meta, _, _, like, _ = prepared
     planes = 2 if layer.bits == 8 else 1
     weight = torch.empty(layer.out_features, num_columns, dtype=like.dtype, device=words.device)
     kernels = _kernels()

@@ -109,7 +109,7 @@ def arrange_slots(weight: QuantizedWeight, block: int, multiple: int) -> Slots:
     group_K = weight.group_of_column_K.cpu()
     num_groups = weight.scale_NG.shape[1]
     order_K = torch.argsort(group_K, stable=True)
-    blocks_G = -(-torch.bincount(group_K, minlength=num_groups) // block)
+    blocks_G = _blocks_of_groups(group_K, num_groups, block)
     first_slot_G = (blocks_G.cumsum(0) - blocks_G) * block
     first_column_G = torch.searchsorted(group_K[order_K], torch.arange(num_groups))
     sorted_group_K = group_K[order_K]
@@ -117,8 +117,33 @@ def arrange_slots(weight: QuantizedWeight, block: int, multiple: int) -> Slots:
     num_blocks = -(-int(blocks_G.sum()) * block // multiple) * multiple // block
     column_S = torch.full((num_blocks * block,), weight.in_features)
     column_S[slot_K] = order_K
-    group_B = F.pad(torch.repeat_interleave(torch.arange(num_groups), blocks_G), (0, num_blocks - int(blocks_G.sum())))
-    return Slots(column_S, group_B, weight.in_features)
+    return Slots(column_S, _group_of_block(blocks_G, num_blocks), weight.in_features)
+
+
+def _blocks_of_groups(group_K: Tensor, num_groups: int, block: int) -> Tensor:
+    """int64 [G]: blocks that the columns of each group fill."""
+    return -(-torch.bincount(group_K, minlength=num_groups) // block)
+
+
+def _group_of_block(blocks_G: Tensor, num_blocks: int) -> Tensor:
+    """int64 [B]: the group of each block; 0 for blocks that are padding."""
+    group_B = torch.repeat_interleave(torch.arange(len(blocks_G)), blocks_G)
+    return F.pad(group_B, (0, num_blocks - len(group_B)))
+
+
+def gather_groups(
+    scale_NB: Tensor, zero_NB: Tensor, group_K: Tensor, layer: LinearShape, block: int
+) -> tuple[Tensor, Tensor]:
+    """Scales and zero-points of the blocks of `arrange_slots` -> scale_NG and zero_NG, the inverse of `[:, group_B]`.
+
+    group_K: int64 [K], the group of each column. A group without columns gets scale 1 and the middle zero-point.
+    """
+    blocks_G = _blocks_of_groups(group_K.cpu(), layer.num_groups, block)
+    group_B = _group_of_block(blocks_G, scale_NB.shape[1]).to(scale_NB.device)
+    scale_NG = scale_NB.new_ones(layer.out_features, layer.num_groups)
+    zero_NG = zero_NB.new_full((layer.out_features, layer.num_groups), 2 ** (layer.bits - 1))
+    scale_NG[:, group_B], zero_NG[:, group_B] = scale_NB, zero_NB
+    return scale_NG, zero_NG
 
 
 def gather_columns(x_MK: Tensor, column_S: Tensor, num_slots: int) -> Tensor:

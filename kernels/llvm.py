@@ -22,7 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmquant.kernels import jit
-from llmquant.kernels.layout import LinearShape, arrange_slots, check_width, gather_columns, ungather_columns
+from llmquant.kernels.layout import (
+    LinearShape,
+    arrange_slots,
+    check_width,
+    gather_columns,
+    gather_groups,
+    ungather_columns,
+)
 from llmquant.kernels.llvm_w4a16 import (
     ARGUMENTS,
     ENTRY_POINTS,
@@ -121,6 +128,21 @@ def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dt
     return ungather_columns(weight_SN.T.to(dtype), column_S, layer.in_features)
 
 
+def restore(prepared: tuple[Tensor, ...], layer: LinearShape, group_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """codes_NK, scale_NG and zero_NG as they were before `prepare`; scales in the narrowest dtype that is exact."""
+    words, scale, zero, column_S = prepared
+    codes_NS, scale_NB, zero_NB = _codes(words), _untiled(scale), _untiled(zero)
+    if layer.bits == 8:
+        (high_NS, codes_NS), (_, scale_NB) = codes_NS.chunk(2, dim=1), scale_NB.chunk(2, dim=1)
+        codes_NS = (high_NS << 4) | codes_NS
+        high_NB, zero_NB = zero_NB.chunk(2, dim=1)
+        zero_NB = (high_NB << 4) | zero_NB
+    codes_NS, scale_NB, zero_NB = (values[: layer.out_features] for values in (codes_NS, scale_NB, zero_NB))
+    block = codes_NS.shape[1] // scale_NB.shape[1]
+    codes_NK = ungather_columns(codes_NS, column_S, layer.in_features)
+    return codes_NK, *gather_groups(scale_NB, zero_NB, group_K, layer, block)
+
+
 def multiplies_dense() -> bool:
     """Whether `multiply_dense` is the fastest there is here for a head in bfloat16."""
     return jit.why_not() is None and jit.multiplies_bfloat16() and not jit.has_matrix_units()
@@ -190,6 +212,18 @@ def _narrowest(scale: Tensor) -> Tensor:
 def _tiles(value_NB: Tensor) -> Tensor:
     """[N, B] -> [T, B, 64]; features beyond the last get zeros."""
     return F.pad(value_NB, (0, 0, 0, -value_NB.shape[0] % TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+
+
+def _untiled(value_TB: Tensor) -> Tensor:
+    """[T, B, 64] -> [64 T, B], the inverse of `_tiles`."""
+    return value_TB.transpose(1, 2).flatten(0, 1)
+
+
+def _codes(words: Tensor) -> Tensor:
+    """words uint8 [T, S/8, 64, 4] -> uint8 [64 T, S], the inverse of `_words`."""
+    codes = words.new_empty(*words.shape[:3], STEP)
+    codes[..., _COLUMN_OF_NIBBLE[0::2]], codes[..., _COLUMN_OF_NIBBLE[1::2]] = words & 15, words >> 4
+    return codes.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _words(codes_NS: Tensor) -> Tensor:

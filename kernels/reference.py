@@ -35,6 +35,12 @@ def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dt
     return (scale_NG.float()[:, group_of_column_K] * step_NK).to(dtype)
 
 
+def restore(prepared: tuple[Tensor, ...], layer: LinearShape, group_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """codes_NK, scale_NG and zero_NG as they were before `prepare`."""
+    codes_NK, scale_NG, zero_NG, _ = prepared
+    return codes_NK, scale_NG, zero_NG
+
+
 def matmul(x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
     """x_MK of any floating dtype -> y_MN in the same dtype; leading dimensions of x are kept."""
     return F.linear(x_MK, dequantize(prepared, layer, x_MK.dtype), bias_N)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -256,6 +258,35 @@ def test_slots_hold_every_column_once_and_one_group_per_block() -> None:
     for block, columns in enumerate(slots.column_S.view(-1, 32)):
         groups = weight.group_of_column_K[columns[columns < 200]].unique().tolist()
         assert groups in ([], [slots.group_B[block]])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_restore_gives_back_what_prepare_was_given(name: str) -> None:
+    """Also backends that do not run here: neither direction launches a kernel."""
+    grids = itertools.product((2, 3, 4, 8), (48, 64), (True, False), (True, False))
+    for bits, group_size, symmetric, moving in grids:
+        weight = random_weight(
+            100, 200, bits=bits, group_size=group_size, symmetric=symmetric, moving=moving, fine=moving
+        )
+        layer = LinearShape.of(weight)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            if name.startswith("triton") and dtype == torch.float32:
+                continue
+            if name in HERE or name.startswith("triton"):
+                prepared = BACKENDS[name].prepare(weight, dtype, CPU)
+                codes_NK, scale_NG, zero_NG = BACKENDS[name].restore(prepared, layer, weight.group_of_column_K)
+                assert torch.equal(codes_NK, weight.codes_NK) and torch.equal(zero_NG, weight.zero_NG)
+                assert torch.equal(scale_NG.to(weight.scale_NG.dtype), weight.scale_NG)
+
+
+def test_a_group_without_columns_is_restored_as_one_that_changes_nothing() -> None:
+    weight = replace(random_weight(16, 96, group_size=32, moving=True), group_index_K=torch.tensor([0, 2]).repeat(48))
+    for name in HERE:
+        prepared = BACKENDS[name].prepare(weight, torch.bfloat16, CPU)
+        restored = BACKENDS[name].restore(prepared, LinearShape.of(weight), weight.group_of_column_K)
+        for values, expected in zip(restored[1:], (weight.scale_NG, weight.zero_NG), strict=True):
+            assert torch.equal(values[:, [0, 2]].float(), expected[:, [0, 2]].float())
+        assert torch.isfinite(restored[1]).all() and (restored[1] > 0).all()
 
 
 @pytest.mark.parametrize("name", HERE)
