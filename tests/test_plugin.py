@@ -165,8 +165,3 @@ def test_offloading_moves_what_is_not_packed_and_is_refused_where_it_would_move_
         assert torch.equal(model(TOKENS).logits, opened(small())(TOKENS).logits)
     with pytest.raises(llmquant.UserError, match="leaves it on the disk"):
         opened(small(), device_map=device_map, offload_folder=tmp_path / "b", offload_buffers=True)
-
-
-def test_a_model_that_runs_is_not_saved_by_transformers(small, tmp_path):
-    with pytest.raises(ValueError, match="llmquant"):
-        opened(small()).save_pretrained(tmp_path / "again")

@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmquant.errors import UserError, first_words
@@ -134,6 +134,17 @@ def name_translator(model: PreTrainedModel) -> Callable[[str], str | None]:
         return next((candidate for candidate in candidates if candidate in known), None)
 
     return translate
+
+
+def saved_names(model: PreTrainedModel) -> Callable[[str], str]:
+    """A function from the name of a model's tensor to its name in what `save_pretrained` writes, the way back from
+    `name_translator`: transformers undoes its renamings, and writes the base model's prefix always."""
+    transforms = getattr(model, "_weight_conversions", None)
+    if transforms is None:
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        transforms = [transform for transform in known if not isinstance(transform, PrefixChange)]
+    renamings = [each.reverse_transform() for each in reversed(transforms) if isinstance(each, WeightRenaming)]
+    return lambda name: rename_source_key(name, renamings, [])[0]  # type: ignore[arg-type]
 
 
 def checkpoint_names(model: PreTrainedModel, available: Iterable[str]) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 They hold the weight in the layout of the backend that was chosen for it, made once at load. The layout is neither saved
 (its buffers are not persistent: it depends on the processor) nor cast by `.to(dtype)` (its bits have a meaning).
+
+A state dict holds the tensors of the checkpoint instead, made when it is asked for: packed codes, scales and
+zero-points in the format that the linear was read from, or the 16-bit weight. `load_state_dict` takes the same tensors.
 """
 
 from __future__ import annotations
@@ -14,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmquant.errors import UserError
+from llmquant.formats.bitpack import pack_bits, unpack_bits
+from llmquant.formats.format import Format
+from llmquant.formats.registry import FORMATS
 from llmquant.kernels.dispatch import (
     BACKENDS,
     DENSE_KERNELS,
@@ -25,7 +31,7 @@ from llmquant.kernels.dispatch import (
 from llmquant.kernels.jit import is_plain
 from llmquant.kernels.layout import LinearShape, check_width
 from llmquant.runtime.attention import register
-from llmquant.weight import QuantizedWeight
+from llmquant.weight import QuantizedWeight, group_of_column
 
 
 class QuantizedLinear(nn.Module):
@@ -43,19 +49,30 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str,
         backend: str = "auto",
+        format: str = "compressed-tensors",
     ) -> None:
-        """Raises UserError where `backend` is unknown or cannot run this weight on `device` in `dtype`."""
+        """format: the key of `FORMATS` in which a state dict holds the weight.
+
+        Raises UserError where `backend` is unknown or cannot run this weight on `device` in `dtype`.
+        """
         super().__init__()
         device = torch.device(device)
-        self.layer = LinearShape.of(weight)
         self.in_features = weight.in_features
         self.out_features = weight.out_features
         self.spec = weight.spec
         self.dtype = dtype
-        chosen, self.backend_reason = choose_backend(self.layer, device, dtype, backend)
+        self.format_name = format
+        chosen, self.backend_reason = choose_backend(LinearShape.of(weight), device, dtype, backend)
         self.backend_name = chosen.name
-        self._hold(chosen.prepare(weight, dtype, device))
+        self._prepare(weight, device)
         self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
+
+    def _prepare(self, weight: QuantizedWeight, device: torch.device) -> None:
+        """Bring a weight into the layout of the backend, and note what the layout does not tell about it."""
+        self.layer = LinearShape.of(weight)
+        self.scale_dtype = weight.scale_NG.dtype
+        self.group_index_K = weight.group_index_K
+        self._hold(BACKENDS[self.backend_name].prepare(weight, self.dtype, device))
 
     def _hold(self, prepared: tuple[Tensor, ...]) -> None:
         """Keep the tensors twice: as buffers, for whoever lists them, and as the tuple that every call needs."""
@@ -64,17 +81,87 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(f"prepared_{i}", tensor, persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_buffers": {}}
+        """For copies and pickles: the layout is this processor's, so codes, scales and zero-points travel."""
+        weight = self.quantized_weight()
+        words = pack_bits(weight.codes_NK, self.spec.bits, dim=1)
+        return self.__dict__ | {"_buffers": {}, "prepared": (words, weight.scale_NG, weight.zero_NG)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hold(self.prepared)
+        words, scale_NG, zero_NG = self.prepared
+        weight = QuantizedWeight(
+            codes_NK=unpack_bits(words, self.spec.bits, 1, self.in_features),
+            scale_NG=scale_NG,
+            zero_NG=zero_NG,
+            spec=self.spec,
+            group_index_K=self.group_index_K,
+        )
+        if BACKENDS[self.backend_name].refuses(self.layer, words.device, self.dtype) is not None:
+            chosen, self.backend_reason = choose_backend(self.layer, words.device, self.dtype)
+            self.backend_name = chosen.name
+        self._prepare(weight, words.device)
         # The model around it names an attention that a new process does not know.
         register()
 
     @property
     def device(self) -> torch.device:
         return self.prepared[0].device
+
+    @property
+    def format(self) -> Format:
+        """The format of its tensors in a state dict."""
+        return FORMATS[self.format_name]
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The codes, scales and zero-points that it was made of, on its device."""
+        group_K = self.group_index_K
+        if group_K is None:
+            group_K = group_of_column(self.in_features, self.spec.group_size)
+        codes_NK, scale_NG, zero_NG = BACKENDS[self.backend_name].restore(self.prepared, self.layer, group_K)
+        return QuantizedWeight(
+            codes_NK=codes_NK,
+            scale_NG=scale_NG.to(self.scale_dtype),
+            zero_NG=zero_NG,
+            spec=self.spec,
+            group_index_K=self.group_index_K,
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The bias, and on the CPU what the format stores; UserError if the format cannot hold the weight exactly."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        try:
+            tensors = self.format.pack(self.quantized_weight().to("cpu"))
+        except UserError as error:
+            raise UserError(
+                f"{prefix.removesuffix('.')}: cannot be saved as {self.format_name} ({error}); "
+                "run `llmquant convert` on the checkpoint that the model was loaded from"
+            ) from None
+        destination.update({f"{prefix}{suffix}": tensor for suffix, tensor in tensors.items()})
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take what `_save_to_state_dict` gives; one that lacks a tensor changes nothing."""
+        names = {suffix: f"{prefix}{suffix}" for suffix in self.format.suffixes}
+        tensors = {suffix: state_dict[name].cpu() for suffix, name in names.items() if name in state_dict}
+        stored = self.format.tensor_shapes(self.spec, self.out_features, self.in_features, self.scale_dtype)
+        missing = [names[suffix] for suffix in stored if suffix not in tensors and suffix != self.format.group_index]
+        missing_keys.extend(missing)
+        if not missing:
+            try:
+                weight = self.format.unpack(tensors, self.spec, self.out_features, self.in_features)
+                self._prepare(weight, self.device)
+            except UserError as error:
+                error_msgs.append(f"{prefix}{error}")
+        rest = {name: value for name, value in state_dict.items() if name not in names.values()}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     @property
     def weight(self) -> DenseWeight:
@@ -140,9 +227,12 @@ class PackedLinear(nn.Module):
 
     packed: Tensor
 
-    def __init__(self, linear: nn.Linear) -> None:
-        """There must be a kernel: `choose_dense_kernel`."""
+    def __init__(self, linear: nn.Linear, *, tied: bool = False) -> None:
+        """There must be a kernel: `choose_dense_kernel`. tied: the weight belongs to the embedding too, and a state
+        dict holds that very tensor, as it does for a plain linear."""
         super().__init__()
+        # In a tuple, because a parameter that is an attribute would become one of this module.
+        self._tied_weight = (linear.weight,) if tied else ()
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
         self.register_buffer("packed", torch.empty(0), persistent=False)
         self.bias = linear.bias
@@ -172,6 +262,34 @@ class PackedLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """The weight [N, K] as a plain tensor."""
         return DENSE_KERNELS[self.kernel_name].unpack(self.packed, self.out_features, self.in_features)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """The bias and the weight [N, K]."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight_NK = next((weight if keep_vars else weight.detach() for weight in self._tied_weight), None)
+        destination[f"{prefix}weight"] = self.dequantize() if weight_NK is None else weight_NK
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take the weight [N, K] and the bias."""
+        name = f"{prefix}weight"
+        weight_NK = state_dict.get(name)
+        if weight_NK is None:
+            missing_keys.append(name)
+        elif tuple(weight_NK.shape) != (self.out_features, self.in_features):
+            error_msgs.append(f"{name}: {list(weight_NK.shape)}; must be {[self.out_features, self.in_features]}")
+        else:
+            self._hold(weight_NK.detach().to("cpu", self.dtype))
+        rest = {other: value for other, value in state_dict.items() if other != name}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises TypeError where x has another dtype, RuntimeError where it has another width."""

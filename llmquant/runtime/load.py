@@ -29,6 +29,7 @@ from llmquant.models.blocks import device_of, is_linear, linear_shape
 from llmquant.models.skeleton import DTYPES, Skeleton, name_translator, read_config, stored_dtype
 from llmquant.runtime.attention import use_attention
 from llmquant.runtime.linear import PackedLinear, QuantizedLinear
+from llmquant.runtime.save import let_save
 
 LINEARS_BETWEEN_TRIMS = 8
 """What unpacking leaves behind goes back to the system this often; a trim takes about a millisecond."""
@@ -67,6 +68,7 @@ def load(
     if quantization is not None:
         pack_head(model)
         use_attention(model)
+        let_save(model, reader.quantization_config or {})
         give_back()
     add_generation_config(model, reader.path)
     return model
@@ -85,7 +87,12 @@ def replace_linears(skeleton: Skeleton, quantization: ParsedQuantization, backen
         if linear.bias is not None:
             bias = reader.read(f"{source}.bias")
         replacement = QuantizedLinear(
-            read_quantized(reader, packed), bias, dtype=skeleton.dtype, device=skeleton.device, backend=backend
+            read_quantized(reader, packed),
+            bias,
+            dtype=skeleton.dtype,
+            device=skeleton.device,
+            backend=backend,
+            format=packed.format.name,
         )
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, replacement.eval())
@@ -149,7 +156,8 @@ def pack_head(model: Any) -> None:
     head = model.get_output_embeddings()
     fits = type(head) is nn.Linear and head.weight.device.type == "cpu" and head.weight.dtype == torch.bfloat16
     if fits and choose_dense_kernel() is not None:
-        model.set_output_embeddings(PackedLinear(head))
+        tied = head.weight is model.get_input_embeddings().weight
+        model.set_output_embeddings(PackedLinear(head, tied=tied))
 
 
 def add_generation_config(model: Any, path: Path) -> None:

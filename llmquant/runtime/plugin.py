@@ -32,6 +32,7 @@ from llmquant.hub import resolve_model
 from llmquant.models.skeleton import check_size, name_translator, read_config
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import linear_for
+from llmquant.runtime.save import let_save
 
 METHOD = "llmquant"
 """Our name in transformers' registry."""
@@ -98,7 +99,9 @@ class PackedLinear(nn.Module):
             )
         except UserError as error:
             raise UserError(f"{self.packed.name}.{error}") from None
-        return QuantizedLinear(weight, self.bias, dtype=dtype, device=device, backend=backend)
+        return QuantizedLinear(
+            weight, self.bias, dtype=dtype, device=device, backend=backend, format=self.packed.format.name
+        )
 
 
 class LLMQuantizer(HfQuantizer):
@@ -110,6 +113,8 @@ class LLMQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.dtype = torch.float32
         """That of the computation, known once the model is built."""
+        self.stored_config: dict[str, Any] = {}
+        """The `quantization_config` of the checkpoint, known once it is opened."""
 
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Sequence[str] = (), **kwargs: Any
@@ -118,6 +123,7 @@ class LLMQuantizer(HfQuantizer):
         reader = CheckpointReader(Path(checkpoint_files[0]).parent)
         parsed = parsed_quantization(reader)
         assert parsed is not None
+        self.stored_config = reader.quantization_config or {}
         self.dtype = dtype or model.dtype
         translate = name_translator(model)
         with torch.device("cpu"):  # transformers makes new tensors on meta here; those that are read are real
@@ -140,11 +146,12 @@ class LLMQuantizer(HfQuantizer):
                     add_hook_to_module(linear, hook)  # type: ignore[arg-type]
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, linear)
+        let_save(model, self.stored_config)
         return model
 
     def is_serializable(self) -> bool:
-        """No: the layout of a kernel is that of one processor. The folder itself can be copied."""
-        return False
+        """Yes: the state dict of the model holds the tensors of the checkpoint."""
+        return True
 
     @property
     def is_trainable(self) -> bool:
