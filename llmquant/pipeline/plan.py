@@ -265,7 +265,7 @@ def _check_complete(skeleton: Skeleton) -> None:
         tensors = sorted(converted[made[0]])
         raise UserError(
             f"{path}: parameter '{made[0]}' ({len(made)} such) is not stored as it is: transformers makes it of "
-            f"{len(tensors)} tensors ('{tensors[0]}' …), and this version of llmquant cannot; models of type "
+            f"'{tensors[0]}' ({len(tensors)} such), and this version of llmquant cannot; models of type "
             f"'{skeleton.model.config.model_type}' cannot be quantized yet"
         )
     raise UserError(
