@@ -247,4 +247,4 @@ def _replaced(num_replaced: int) -> tuple[str, ...]:
     """The remark about lone surrogates, if there were any."""
     if not num_replaced:
         return ()
-    return (f"{num_replaced} lone surrogates (halves of characters that were cut in two) read as U+FFFD",)
+    return (f"lone surrogates (halves of characters that were cut in two) read as U+FFFD: {num_replaced}",)

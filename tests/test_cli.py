@@ -211,9 +211,9 @@ def test_eval_of_conversations_puts_them_into_the_chat_template(
     assert command(monkeypatch, *options, "--chat") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["models"][0]["perplexity"]["mean_loss"] == expected.mean_loss
-    assert printed["remarks"] == ["1 lone surrogates (halves of characters that were cut in two) read as U+FFFD"]
+    assert printed["remarks"] == ["lone surrogates (halves of characters that were cut in two) read as U+FFFD: 1"]
     assert command(monkeypatch, *options[:-1], "--chat") == 0
-    assert "1 lone surrogates" in " ".join(capsys.readouterr().out.split())
+    assert "read as U+FFFD: 1" in " ".join(capsys.readouterr().out.split())
 
     file.write_text('{"text": "for x in"}\n')
     assert command(monkeypatch, *options, "--chat") == 2

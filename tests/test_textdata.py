@@ -148,7 +148,7 @@ def test_lone_surrogates_are_replaced_and_counted(tmp_path):
     lines = r'{"text": "cut \ud83d off \ud83d\ude00 \udc00 \\ud83d"}' + "\n"
     loaded = load_rows(write(tmp_path, "a.jsonl", lines))
     assert loaded.rows == ["cut \ufffd off 😀 \ufffd \\ud83d"]
-    assert loaded.remarks == ("2 lone surrogates (halves of characters that were cut in two) read as U+FFFD",)
+    assert loaded.remarks == ("lone surrogates (halves of characters that were cut in two) read as U+FFFD: 2",)
     chats = load_conversations(write(tmp_path, "b.jsonl", r'{"messages": [{"role": "user", "content": "\ud83d"}]}'))
     assert chats.chats == [[{"role": "user", "content": "\ufffd"}]]
     assert len(chats.remarks) == 1
