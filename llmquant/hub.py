@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmquant.checkpoints.side_files import CODE_FILES, KEPT_FILES, NOT_THE_MODEL
 from llmquant.errors import UserError, first_words
+from llmquant.paths import typed_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ def resolve_model(model: str) -> Path:
 
     Raises UserError when it is neither.
     """
-    path = Path(model).expanduser()
+    path = typed_path(model)
     if path.is_dir():
         return path
     if path.exists():

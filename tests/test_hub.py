@@ -61,6 +61,20 @@ def test_file_is_not_a_folder(tmp_path):
         resolve_model(str(file))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("~no-such-user/m", "no such user"),
+        ("n" * 300, "longer than a name may be"),
+        ("", "not a path"),
+        ("\udcff", "UTF-8"),
+    ],
+)
+def test_a_path_that_no_file_can_have_is_one_line(name, message):
+    with pytest.raises(UserError, match=message):
+        resolve_model(name)
+
+
 def test_unreachable_hub_is_one_line_that_says_what_to_check():
     with pytest.raises(UserError) as error:
         resolve_model("org/name")
