@@ -187,6 +187,14 @@ def test_a_mount_point_and_the_current_folder_are_refused(place, monkeypatch):
         check_out(".")
 
 
+def test_out_is_not_replaced_under_a_user_who_is_in_it(place, monkeypatch, capsys):
+    assert command(monkeypatch, "quantize", "model", "out", *RTN) == 0
+    monkeypatch.chdir(place / "out")
+    for dry in ((), ("--dry-run",)):
+        assert command(monkeypatch, "quantize", "../model", "../out", *RTN, "--overwrite", *dry) == 2
+        assert "out: the current folder is in it" in capsys.readouterr().err
+
+
 def test_out_that_is_empty_and_out_in_folders_to_be_made_are_accepted(place, monkeypatch):
     (place / "empty").mkdir()
     for out in ("empty", "deep/er/out", "link/../other"):

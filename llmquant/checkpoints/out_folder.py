@@ -51,11 +51,11 @@ def check_apart(out: Path, reads: Iterable[Path]) -> None:
     if OUT lies in the Hugging Face cache of a model that is read."""
     out = real_path(out)
     for read in reads:
-        real, typed = Path(os.path.realpath(read)), read.absolute()
+        real, typed_in = Path(os.path.realpath(read)), Path(os.path.realpath(read.parent))
         for folder in (out, partial_folder(out)):
             if _same(read, folder):
                 raise UserError(f"{folder}: this command reads it (as {read}); choose another OUT")
-            if any(_same(place, folder) for place in dict.fromkeys([*real.parents, *typed.parents])):
+            if any(_same(place, folder) for place in dict.fromkeys([*real.parents, typed_in, *typed_in.parents])):
                 raise UserError(f"{folder}: holds {read}, which this command reads; choose another OUT")
         if real.parent.name == "snapshots" and out.is_relative_to(real.parent.parent):
             raise UserError(f"{out}: lies in the Hugging Face cache of the model that is read; choose another OUT")
