@@ -117,11 +117,6 @@ def swap_shards(folder: Path) -> None:
     (folder / "x").rename(folder / SHARDS[1])
 
 
-def duplicate(folder: Path) -> None:
-    tensors = load_file(folder / SHARDS[1]) | {"layers.0.norm.weight": torch.zeros(32)}
-    save_file(tensors, folder / SHARDS[1])
-
-
 def only_pickles(folder: Path) -> None:
     for name in (*SHARDS, INDEX):
         (folder / name).unlink()

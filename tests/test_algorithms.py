@@ -10,10 +10,12 @@ from llmquant.algorithms import refine
 from llmquant.algorithms.affine import (
     SHRINK_TO,
     Grid,
+    count_unfit_groups,
     find_grid,
     grid_of_range,
     round_to_grid,
     round_to_nearest,
+    scale_limits,
     search_range,
     values_on_grid,
 )
@@ -397,6 +399,80 @@ def test_values_are_scale_times_steps():
     grid = Grid(torch.tensor([[2.0], [3.0]]), torch.tensor([[8.0], [8.0]]))
     steps = torch.tensor([[1.0], [-1.0], [2.0]])
     assert values_on_grid(steps, grid, QuantSpec(group_size=2)).flatten().tolist() == [2.0, -2.0, 6.0]
+
+
+# --- small and large weights ------------------------------------------------------------------------------------------
+
+
+def statistics_of(x: Tensor) -> InputStatistics:
+    statistics = InputStatistics(x.shape[1], x.device)
+    statistics.add(x)
+    return statistics
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("power", [-20, -45, 40])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_weight_times_a_power_of_two_gets_the_same_codes(method, power, dtype, symmetric):
+    spec = QuantSpec(bits=4, group_size=16, symmetric=symmetric)
+    weight, statistics = random(24, 64), statistics_of(correlated_inputs(200, 64))
+    recipe = Recipe(method=method, spec=spec, descent_sweeps=2, refit_scales=True)
+
+    def solved(weight: Tensor) -> solve_module.Solved:
+        if method == "rtn":
+            return solve_without_data(weight, spec, Stored(dtype))
+        return solve_stage({"w": weight}, {"w": spec}, statistics, recipe, Stored(dtype))["w"]
+
+    plain, scaled = solved(weight), solved(weight * 2.0**power)
+    assert torch.equal(plain.weight.codes_NK, scaled.weight.codes_NK)
+    assert torch.equal(plain.weight.zero_NG, scaled.weight.zero_NG)
+    assert torch.equal(plain.weight.scale_NG * 2.0**power, scaled.weight.scale_NG)
+    assert scaled.error == pytest.approx(plain.error, rel=1e-5) and not scaled.incidents
+
+
+def test_scales_stay_within_their_dtype():
+    assert scale_limits(torch.float16) == (2.0**-24, 65504.0)
+    assert scale_limits(torch.bfloat16)[0] == scale_limits(torch.float32)[0] == 2.0**-126
+    spec = QuantSpec(bits=4, group_size=16)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for factor in (1e-38, 1e-30, 1e-7, 1e5, 1e30, 3e38 / 4):
+            rounded = round_to_nearest(random(4, 64).clamp(-4, 4) * factor, spec, dtype)
+            assert torch.isfinite(rounded.scale_NG).all() and (rounded.scale_NG > 0).all()
+            assert torch.isfinite(rounded.dequantize()).all() and torch.isfinite(1 / rounded.scale_NG.float()).all()
+
+
+def test_subnormal_float16_scales_are_used():
+    """Weights of 1e-4 have float16 scales below 2^-14, which are subnormal, and still 16 levels."""
+    spec, weight = QuantSpec(bits=4, group_size=16), random(16, 64) * 1e-4
+    rounded = round_to_nearest(weight, spec, torch.float16)
+    assert (rounded.scale_NG < 2.0**-14).all() and len(rounded.codes_NK.unique()) == 16
+    error = (rounded.dequantize() - weight).square().mean() / weight.square().mean()
+    in_float32 = round_to_nearest(weight, spec, torch.float32).dequantize() - weight
+    assert error < 1.05 * in_float32.square().mean() / weight.square().mean()
+
+
+def test_groups_beyond_the_range_of_their_scales_are_counted():
+    spec, weight = QuantSpec(bits=4, group_size=16), random(4, 64).sign()
+    weight[0] *= 1e-6
+    weight[1, :16] *= 1e6
+    weight[2, 16:32] = 0
+    weight[3, :16] *= 1e-40
+    assert count_unfit_groups(weight.T, spec, torch.float16) == (4, 1)
+    assert count_unfit_groups(weight.T, spec, torch.bfloat16) == (0, 0)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_weights_that_float16_scales_do_not_reach_are_an_incident(method):
+    spec, weight = QuantSpec(bits=4, group_size=16), random(8, 64) * 1e-9
+    recipe = Recipe(method=method, spec=spec)
+    if method == "rtn":
+        solved = solve_without_data(weight, spec, Stored(torch.float16))
+    else:
+        statistics = statistics_of(correlated_inputs(200, 64))
+        solved = solve_stage({"w": weight}, {"w": spec}, statistics, recipe, Stored(torch.float16))["w"]
+    (told,) = solved.incidents
+    assert told.startswith("32 of 32 groups hold weights too small for float16 scales: ") and "--dtype bfloat16" in told
 
 
 # --- refinement ------------------------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ SHRINK_STEPS = 31
 SHRINK_TO = 0.4
 # A symmetric grid has one code less on the positive side; a slightly larger scale is sometimes the better one.
 SYMMETRIC_START = 1.08
-# Below this a scale is not a normal number in float16, the narrowest storage dtype.
-SMALLEST_SCALE = 2.0**-14
+# Below float32's normal numbers a reciprocal overflows. Only float16 ends sooner.
+SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+# Subnormal float16 numbers lose precision step by step. With 8 significant bits they are still as fine as bfloat16.
+FINE_STEPS = 2**7
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,34 @@ def group_slices(in_features: int, group_size: int) -> Iterator[slice]:
         yield slice(start, min(start + step, in_features))
 
 
+def scale_limits(scale_dtype: torch.dtype) -> tuple[float, float]:
+    """Smallest and largest scale that is stored in a dtype: 2^-24 and 65504 in float16, 2^-126 and about 2^128 in
+    bfloat16 and float32."""
+    return max(_smallest_subnormal(scale_dtype), SMALLEST_SCALE), min(torch.finfo(scale_dtype).max, LARGEST_SCALE)
+
+
+def _smallest_subnormal(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+
+
 def store(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """The scale as it will be read back: rounded to scale_dtype, in float32, at least SMALLEST_SCALE."""
-    return scale.clamp(min=SMALLEST_SCALE).to(scale_dtype).float()
+    """The scale as it will be read back: within `scale_limits`, rounded to scale_dtype, in float32."""
+    smallest, largest = scale_limits(scale_dtype)
+    return scale.clamp(min=smallest, max=largest).to(scale_dtype).float()
+
+
+def count_unfit_groups(weight_KN: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[int, int]:
+    """Groups whose weights are too small, and too large, for scales in scale_dtype. What is no normal number in float32
+    counts as zero, and groups of zeros do not count."""
+    smallest, largest = scale_limits(scale_dtype)
+    finest = max(FINE_STEPS * _smallest_subnormal(scale_dtype), smallest)
+    too_small = too_large = 0
+    for columns in group_slices(weight_KN.shape[0], spec.group_size):
+        low_N, high_N = extremes(weight_KN[columns], spec.symmetric)
+        scale_N = (high_N - low_N) / spec.max_code
+        too_small += int(((scale_N < finest) & (high_N - low_N >= SMALLEST_SCALE)).sum())
+        too_large += int((scale_N > largest).sum())
+    return too_small, too_large
 
 
 def extremes(weight_SN: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def refit_scales(
             entry_N = (steps_KN[columns[other]] * reach_KN[columns[other]]).sum(0)
             normal_NGG[:, group, other] = normal_NGG[:, other, group] = entry_N
         right_NG[:, group] = (steps_KN[own] * missing_KN[own]).sum(0)
-    normal_NGG.diagonal(dim1=1, dim2=2).mul_(1 + RIDGE).add_(1e-12)
+    normal_NGG.diagonal(dim1=1, dim2=2).mul_(1 + RIDGE).add_(torch.finfo(target_KN.dtype).tiny)
     change_GN = torch.linalg.solve(normal_NGG.double(), right_NG.double()).to(target_KN.dtype).T
     limit_GN = LARGEST_CHANGE * grid.scale_GN
     return Grid(store(grid.scale_GN + change_GN.clamp(min=-limit_GN, max=limit_GN), scale_dtype), grid.zero_GN)

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.reader import OLD_CONFIG_FILES, CheckpointReader
+from llmquant.checkpoints.storage import packed_tensor, refuse_other_storage
 from llmquant.errors import UserError
 from llmquant.formats.format import Format, ParsedQuantization
 from llmquant.formats.registry import FORMATS, parse_quantization_config
@@ -38,14 +39,49 @@ class QuantizedModule:
 
 
 def parsed_quantization(reader: CheckpointReader) -> ParsedQuantization | None:
-    """What the checkpoint's configuration says, or None if it is not quantized; UserError names the file."""
+    """What the checkpoint's configuration says about its packed linears, or None if none is packed.
+
+    UserError if its weights are stored in a way that is not decoded here, if nothing says how they are packed, or if
+    the configuration cannot be understood.
+    """
+    refuse_other_storage(reader.path, reader.tensors)
+    packed = packed_tensor(reader.tensors)
+    if packed is None:
+        return None
     config = reader.quantization_config
     if config is None:
-        return None
+        raise UserError(
+            f"{reader.path}: '{packed}' is packed, but config.json has no quantization_config that says how, nor is "
+            f"there {' or '.join(OLD_CONFIG_FILES)}; restore the one that its tool wrote"
+        )
     try:
         return parse_quantization_config(config)
     except UserError as error:
-        raise UserError(f"{reader.path / 'config.json'}: {error}") from None
+        raise UserError(f"{reader.path / reader.quantization_file}: {error}") from None
+
+
+def refuse_quantized(reader: CheckpointReader) -> None:
+    """UserError if the weights of a checkpoint are not plain floating-point numbers of 16 bits or more."""
+    refuse_other_storage(reader.path, reader.tensors)
+    if (packed := packed_tensor(reader.tensors)) is not None:
+        method = (reader.quantization_config or {}).get("quant_method", "unknown")
+        raise UserError(
+            f"{reader.path}: already quantized (quant_method '{method}'): '{packed}' is packed; give the original "
+            "checkpoint"
+        )
+
+
+def storage_notes(reader: CheckpointReader) -> tuple[str, ...]:
+    """The notes of a reader, and one about a `quantization_config` that its plain weights contradict."""
+    config = reader.quantization_config
+    if config is None or packed_tensor(reader.tensors) is not None:
+        return reader.notes
+    method = config.get("quant_method", "unknown")
+    return (
+        *reader.notes,
+        f"{reader.quantization_file} describes a quantization (quant_method '{method}'), but the weights are not "
+        "packed: it is ignored, and the checkpoint is read as not quantized",
+    )
 
 
 def find_quantized_modules(reader: CheckpointReader, parsed: ParsedQuantization) -> dict[str, QuantizedModule]:
@@ -62,11 +98,6 @@ def find_quantized_modules(reader: CheckpointReader, parsed: ParsedQuantization)
                 f"{reader.path}: {name} belongs to {foreign[suffix]}, but config.json says {format.name}; "
                 "correct quantization_config"
             )
-    if not found:
-        raise UserError(
-            f"{reader.path}: config.json says {format.name}, but no {format.suffixes[0]} tensor is there; "
-            "remove quantization_config, or restore the quantized weights"
-        )
     return {module: _check_module(reader, parsed, module, tensors) for module, tensors in found.items()}
 
 
@@ -83,7 +114,7 @@ def validate_quantized(reader: CheckpointReader) -> dict[str, QuantizedModule]:
     """Checks everything about a quantized checkpoint, values too (reads all of it, one linear at a time)."""
     parsed = parsed_quantization(reader)
     if parsed is None:
-        raise UserError(f"{reader.path}: config.json has no quantization_config; this is not a quantized checkpoint")
+        raise UserError(f"{reader.path}: no tensor is packed; this is not a quantized checkpoint")
     modules = find_quantized_modules(reader, parsed)
     for module in modules.values():
         read_quantized(reader, module)

@@ -4,6 +4,9 @@ Opening reads `config.json` and the shards' headers and checks all of them again
 read when it is asked for, into memory of its own. Files are never memory-mapped: mapped pages count as the process's
 memory for as long as the map lives, and a file that shrinks under a map kills the process.
 
+An index decides which tensors there are, and in which file. Where the shards hold more or less than it lists, the
+difference is a note: it matters only to a model that needs one of those tensors.
+
 Nothing is ever unpickled, and no file outside the folder is opened (a Hugging Face cache, whose files are links to
 its own `blobs` folder, is let through).
 """
@@ -12,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -21,12 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.checkpoints.files import adapter_note, adapter_refusal, find_weights
 from llmquant.checkpoints.header import TensorInfo, parse_json, read_header
+from llmquant.checkpoints.storage import CONFIG_KEYS
+from llmquant.checkpoints.wrappers import unwrapped_names
 from llmquant.errors import UserError
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+OLD_CONFIG_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files in which old tools wrote a `quantization_config`, and the method that they leave out."""
 
 MAX_JSON_BYTES = 256 * 2**20
 CHUNK_BYTES = 8 * 2**20
@@ -42,10 +48,14 @@ class CheckpointReader:
         if not self.path.is_dir():
             raise UserError(f"{self.path}: a file; give the folder that holds config.json and the safetensors files")
         if not (self.path / "config.json").exists():
-            raise UserError(f"{self.path}: no config.json; give the folder of a Hugging Face checkpoint")
+            why = adapter_refusal(self.path)
+            raise UserError(why or f"{self.path}: no config.json; give the folder of a Hugging Face checkpoint")
         self.config: dict[str, Any] = self._read_json("config.json")
         self._stamps: dict[Path, tuple[int, int, int]] = {}
-        self.tensors: dict[str, TensorInfo] = self._open_shards()
+        self._notes: list[str] = []
+        self.unread: dict[str, str] = {}
+        """Tensors that only the index or only a shard knows, and that are not read: name -> why."""
+        self.tensors: dict[str, TensorInfo] = self._unwrapped(self._open_shards())
 
     @property
     def total_bytes(self) -> int:
@@ -57,21 +67,40 @@ class CheckpointReader:
         """The safetensors files, sorted by name."""
         return sorted(self._stamps)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is unusual about the folder and does not stand in the way of reading it, a sentence each."""
+        return tuple(self._notes)
+
     @cached_property
     def quantization_config(self) -> dict[str, Any] | None:
-        """What the checkpoint says about its quantization, or None if it is not quantized.
+        """What the folder says about its quantization, or None; `checkpoints/storage.py` sees if its tensors agree.
 
-        It is part of config.json; llm-compressor once called it `compression_config`, AutoGPTQ once wrote only
-        `quantize_config.json`.
+        It is part of config.json. Before that, AutoGPTQ wrote `quantize_config.json`, and AutoAWQ `quant_config.json`.
         """
-        for key in ("quantization_config", "compression_config"):
-            if self.config.get(key) is not None:
-                if not isinstance(self.config[key], dict):
-                    raise UserError(f"{self.path / 'config.json'}: {key} {self.config[key]!r:.40}; must be an object")
-                return self.config[key]
-        if (self.path / "quantize_config.json").exists():
-            return {"quant_method": "gptq", **self._read_json("quantize_config.json")}
+        return self._read_json_of_old_tools(self.quantization_file) if self._key is None else self.config[self._key]
+
+    @cached_property
+    def quantization_file(self) -> str:
+        """Name of the file in which `quantization_config` stands, or would stand."""
+        names = [name for name in OLD_CONFIG_FILES if (self.path / name).exists()]
+        return names[0] if names and self._key is None else "config.json"
+
+    @cached_property
+    def _key(self) -> str | None:
+        """The key of config.json that holds a `quantization_config`; an empty one says nothing."""
+        for key in CONFIG_KEYS:
+            value = self.config.get(key)
+            if value is not None and not isinstance(value, dict):
+                raise UserError(f"{self.path / 'config.json'}: {key} {value!r:.40}; must be an object")
+            if value:
+                return key
         return None
+
+    def _read_json_of_old_tools(self, file_name: str) -> dict[str, Any] | None:
+        if file_name not in OLD_CONFIG_FILES:
+            return None
+        return {"quant_method": OLD_CONFIG_FILES[file_name], **self._read_json(file_name)}
 
     def info(self, name: str) -> TensorInfo:
         """Where a tensor lies; UserError if there is none of that name."""
@@ -108,21 +137,16 @@ class CheckpointReader:
     # --- opening -----------------------------------------------------------------------------------------------------
 
     def _open_shards(self) -> dict[str, TensorInfo]:
-        if (self.path / SINGLE_FILE).exists() or (self.path / SINGLE_FILE).is_symlink():
-            return self._read_shard(SINGLE_FILE)
-        if (self.path / INDEX_FILE).exists():
-            return self._read_indexed_shards()
-        pickles = sorted(file.name for file in self.path.iterdir() if file.suffix in PICKLE_SUFFIXES)
-        if pickles:
-            raise UserError(
-                f"{self.path}: no {SINGLE_FILE}, only {pickles[0]}, whose pickle could run code when loaded; "
-                "convert it with safetensors (save_pretrained writes them)"
-            )
-        raise UserError(f"{self.path}: no {SINGLE_FILE} and no {INDEX_FILE}; download the model's weights")
+        files = find_weights(self.path)
+        self._notes += [note for note in (files.note, adapter_note(self.path)) if note]
+        if files.single is not None:
+            return self._read_shard(files.single)
+        assert files.index is not None
+        return self._read_indexed_shards(files.index)
 
-    def _read_indexed_shards(self) -> dict[str, TensorInfo]:
-        index = self.path / INDEX_FILE
-        weight_map = self._read_json(INDEX_FILE).get("weight_map")
+    def _read_indexed_shards(self, index_name: str) -> dict[str, TensorInfo]:
+        index = self.path / index_name
+        weight_map = self._read_json(index_name).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{index}: weight_map {weight_map!r:.40}; must map tensor names to files")
         for name, file_name in weight_map.items():
@@ -132,24 +156,56 @@ class CheckpointReader:
                     "in the same folder"
                 )
         tensors: dict[str, TensorInfo] = {}
+        unlisted: dict[str, str] = {}
         for file_name in sorted(set(weight_map.values())):
             if not (self.path / file_name).exists() and not (self.path / file_name).is_symlink():
-                raise UserError(f"{self.path / file_name}: missing, though {INDEX_FILE} names it; download it again")
+                raise UserError(f"{self.path / file_name}: missing, though {index_name} names it; download it again")
             for name, info in self._read_shard(file_name).items():
-                if weight_map.get(name) != file_name:
-                    said = f"says {weight_map[name]}" if name in weight_map else "does not list it"
-                    raise UserError(
-                        f"{info.file}: holds {name!r:.200}, but {INDEX_FILE} {said}; index and shards disagree, "
-                        "download them again"
-                    )
-                tensors[name] = info
-        for name, file_name in weight_map.items():
-            if name not in tensors:
+                if weight_map.get(name) == file_name:
+                    tensors[name] = info
+                else:
+                    unlisted[name] = file_name
+        for name, file_name in unlisted.items():
+            if name in weight_map and name not in tensors:
                 raise UserError(
-                    f"{self.path / file_name}: does not hold {name!r:.200}, though {INDEX_FILE} says so; "
+                    f"{self.path / file_name}: holds {name!r:.200}, but {index_name} says {weight_map[name]}; "
                     "index and shards disagree, download them again"
                 )
+        extra = {name: file_name for name, file_name in unlisted.items() if name not in weight_map}
+        absent = {name: file_name for name, file_name in weight_map.items() if name not in tensors}
+        self.unread |= {
+            name: f"{file_name} holds it, but {index_name} does not list it" for name, file_name in extra.items()
+        }
+        self.unread |= {
+            name: f"{index_name} says that it lies in {file_name}, which does not hold it"
+            for name, file_name in absent.items()
+        }
+        for names, what in (
+            (list(extra), f"stored, but not listed in {index_name}: not read"),
+            ([name for name in unlisted if name in tensors], f"stored twice: read from where {index_name} says"),
+            (list(absent), f"listed in {index_name}, but stored nowhere"),
+        ):
+            if names:
+                self._notes.append(f"{count_tensors(names)} {what}")
         return tensors
+
+    def _unwrapped(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """The same tensors by their names in the model, if a wrapper's names were saved with them."""
+        plain, removed = unwrapped_names(tensors)
+        if not removed:
+            return tensors
+        unwrapped: dict[str, TensorInfo] = {}
+        for stored, name in plain.items():
+            if name in unwrapped:
+                raise UserError(
+                    f"{self.path}: two tensors would be called {name!r:.200} without {' and '.join(removed)}; save the "
+                    "model again from outside its wrapper"
+                )
+            unwrapped[name] = replace(tensors[stored], name=name)
+        self._notes.append(
+            f"names of tensors are read without {' and '.join(removed)}, which a training wrapper added to them"
+        )
+        return unwrapped
 
     def _read_shard(self, file_name: str) -> dict[str, TensorInfo]:
         file = self.path / file_name
@@ -247,6 +303,11 @@ def file_sha256(file: Path) -> str:
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check the file and its permissions") from None
     return digest.hexdigest()
+
+
+def count_tensors(names: Sequence[str]) -> str:
+    """How many tensors, and the first of them, as the subject of a note."""
+    return f"1 tensor ('{names[0]}')" if len(names) == 1 else f"{len(names)} tensors ('{names[0]}', …)"
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoints.durable import TEMPORARY_SUFFIX, disk_errors, make_folder, sync_folder, write_atomically
+from llmquant.checkpoints.files import INDEX_FILE, SINGLE_FILE
 from llmquant.checkpoints.header import TensorInfo, build_header, layout_order, read_header
 from llmquant.checkpoints.journal import JOURNAL_FILE, FileRecord, Journal, Plan, as_json, differences
 from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES, build_manifest
 from llmquant.checkpoints.out_folder import check_apart, check_place, check_replaceable
-from llmquant.checkpoints.reader import INDEX_FILE, SINGLE_FILE, file_sha256, read_tensor, tensor_chunks
+from llmquant.checkpoints.reader import file_sha256, read_tensor, tensor_chunks
 from llmquant.errors import UserError
 from llmquant.paths import listed, partial_folder, real_path
 from llmquant.spec import Options

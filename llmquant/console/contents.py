@@ -31,6 +31,7 @@ def print_contents(contents: Contents) -> None:
         share = contents.total_bytes / contents.dense_bytes
         facts[-1] = ("total", f"{facts[-1][1]}, {share:.0%} of {size(contents.dense_bytes)} with 16-bit linears")
         facts.append(("bits", f"{contents.bits_per_weight:.3f} per quantized weight"))
+    facts += [("note", note) for note in contents.notes]
     print_facts(facts)
 
 

@@ -42,6 +42,7 @@ def print_plan(plan: Plan, out: Path) -> None:
             facts.append((title, f"{reason}: {len(same)} x {kinds_of(linear.name for linear in same)}"))
     if missed := coverage.incident():
         facts.append(("incident", f"block weights: {missed}"))
+    facts += [("remarks", f"checkpoint: {note}") for note in plan.notes]
     facts += [
         ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),

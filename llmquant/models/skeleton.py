@@ -8,6 +8,7 @@ Weights come and go module by module: `Skeleton.load` reads just what a module n
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llmquant.checkpoints.storage import packed_tensor
+from llmquant.checkpoints.wrappers import adapter_tensor
 from llmquant.errors import UserError, first_words
 
 if TYPE_CHECKING:
@@ -54,6 +57,9 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
             f"{path}: architecture {architectures[0]} is not a causal language model; "
             "give the checkpoint of its …ForCausalLM form"
         )
+    # transformers must not look for a quantizer of its own: packed linears are replaced by ours.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     return config
 
 
@@ -81,11 +87,17 @@ def check_size(config: Any, reader: CheckpointReader) -> None:
 
 
 def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
-    """The dtype most bytes of the checkpoint are stored in: the one to keep. The config's where it has none."""
+    """The dtype most bytes of the checkpoint are stored in: the one to keep. The config's where it has none.
+
+    In a packed checkpoint, most of the bytes that counted for the original are gone. There it is the config's, if
+    tensors are stored in it.
+    """
     bytes_of: dict[torch.dtype, int] = {}
     for info in reader.tensors.values():
         if info.dtype in DTYPES.values():
             bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.nbytes
+    if config.dtype in bytes_of and packed_tensor(reader.tensors) is not None:
+        return config.dtype
     if bytes_of:
         return max(bytes_of, key=lambda dtype: bytes_of[dtype])
     return config.dtype or torch.float32
@@ -176,6 +188,22 @@ def converted_names(model: PreTrainedModel, available: Iterable[str]) -> dict[st
     return found
 
 
+def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of every parameter and persistent buffer as transformers' `from_pretrained(dtype=dtype)` loads it.
+
+    model: built in that dtype, which most of its tensors have. Some classes make single tensors in another one, or list
+    tensors to be kept in float32 beside 16-bit ones (routing biases of mixture-of-experts models).
+    """
+    kept = model._get_dtype_plan(dtype)
+    patterns = {re.compile(pattern.replace("*", ".*")): dtype for pattern, dtype in kept.items()}
+
+    def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
+        listed = (dtype for pattern, dtype in patterns.items() if pattern.search(name))
+        return next(listed, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+
+    return {name: dtype_of(name, tensor) for name, tensor in model.state_dict().items()}
+
+
 @dataclass
 class Skeleton:
     """A causal language model whose weights are read from its checkpoint only while they are needed."""
@@ -188,6 +216,8 @@ class Skeleton:
     device: torch.device
     dtype: torch.dtype
     """The dtype the network computes in."""
+    dtypes: dict[str, torch.dtype]
+    """The dtype of every parameter and persistent buffer when it is loaded, by name in the model (`loaded_dtypes`)."""
     computed: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     """Values, by parameter name, that are no tensor of the checkpoint and are computed whenever they are loaded."""
     _empty: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -204,6 +234,11 @@ class Skeleton:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[key] = buffer.to(device)
         names = checkpoint_names(model, reader.tensors)
+        if (adapter := adapter_tensor(name for name in reader.tensors if name not in set(names.values()))) is not None:
+            raise UserError(
+                f"{reader.path}: tensor '{adapter}' belongs to an adapter that is not merged; merge it into the model "
+                "first (peft: merge_and_unload, then save_pretrained) and give the merged checkpoint"
+            )
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for name, source in names.items():
             if reader.tensors[source].shape != tuple(shapes[name]):
@@ -211,7 +246,17 @@ class Skeleton:
                     f"{reader.path}: tensor '{source}' has shape {list(reader.tensors[source].shape)}, "
                     f"config.json makes it {list(shapes[name])}; the checkpoint and its config do not belong together"
                 )
-        return cls(model=model, reader=reader, names=names, device=device, dtype=dtype)
+        return cls(
+            model=model, reader=reader, names=names, device=device, dtype=dtype, dtypes=loaded_dtypes(model, dtype)
+        )
+
+    def why_missing(self, name: str) -> str:
+        """Why no tensor fills a parameter, as the end of a UserError's sentence, with the remedy."""
+        translate = name_translator(self.model)
+        for stored, why in self.reader.unread.items():
+            if translate(stored) == name:
+                return f"{why}; index and shards disagree, download them again"
+        return "the checkpoint is incomplete, or its names are not those of transformers' model"
 
     def missing(self) -> list[str]:
         """Parameters that no tensor of the checkpoint fills."""
@@ -232,15 +277,14 @@ class Skeleton:
             elif name in self.names:
                 value = self.reader.read(self.names[name])
             elif isinstance(tensor, nn.Parameter):
-                raise UserError(f"{self.reader.path}: no tensor holds parameter '{name}'; the checkpoint is incomplete")
+                raise UserError(f"{self.reader.path}: no tensor holds parameter '{name}': {self.why_missing(name)}")
             else:
                 continue
             self.put(name, owner, leaf, value)
 
     def put(self, name: str, owner: nn.Module, leaf: str, value: Tensor) -> None:
-        """Give one parameter or buffer its value, on the device; floating values in the network's dtype."""
-        dtype = self.dtype if value.is_floating_point() and leaf in owner._parameters else value.dtype
-        value = value.to(device=self.device, dtype=dtype)
+        """Give one parameter or buffer its value, on the device, in the dtype that transformers loads it in."""
+        value = value.to(device=self.device, dtype=self.dtypes.get(name, value.dtype))
         if leaf in owner._parameters:
             parameter = owner._parameters[leaf]
             if parameter is not None and parameter.is_meta:

@@ -9,10 +9,9 @@ Letters: N out_features, K in_features, G groups.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llmquant import __version__
+from llmquant.checkpoints.copies import check_copies, tensor_digest
 from llmquant.checkpoints.manifest import MANIFEST_FILE, read_manifest
 from llmquant.checkpoints.out_folder import check_apart
 from llmquant.checkpoints.quantized import (
@@ -31,6 +31,7 @@ from llmquant.checkpoints.quantized import (
     read_quantized,
 )
 from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.storage import without_storage_keys
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream, check_out
 from llmquant.errors import UserError
 from llmquant.formats.format import Format
@@ -89,6 +90,12 @@ class _Conversion:
     linears: dict[str, str]
     """Name of a packed linear in the checkpoint -> its name in the model, where the model has it as a linear."""
 
+    @property
+    def kept(self) -> list[str]:
+        """The tensors that are not packed, in the order of the checkpoint."""
+        packed = {tensor for module in self.modules.values() for tensor in module.tensors.values()}
+        return [name for name in self.reader.tensors if name not in packed]
+
     def read(self, name: str) -> QuantizedWeight:
         return read_quantized(self.reader, self.modules[name])
 
@@ -142,9 +149,10 @@ def convert(
         order = [] if partial.is_finishing else _write_parts(plan, specs, partial, step)
         folder = partial.assemble(order, _files(plan, config), manifest=_manifest(plan, request))
         if plan.format is None:
-            _check_dense(folder, digests)
+            check_copies(folder, {f"{name}.weight": digest for name, digest in digests.items()})
         else:
             check_digests(folder, digests)
+        check_copies(folder, {name: _kept(plan, name) for name in plan.kept})
         partial.publish()
     return Converted(
         out=out,
@@ -154,7 +162,7 @@ def convert(
         grids=dict(Counter(spec.describe() for spec in specs.values())),
         original_bytes=plan.reader.total_bytes,
         output_bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        remarks=tuple(remarks),
+        remarks=(*plan.reader.notes, *remarks),
     )
 
 
@@ -170,8 +178,6 @@ def _settle(source: str | Path, format: str, dtype: str, trust_remote_code: bool
         raise UserError(f"{reader.path}: not quantized, so there is nothing to convert; use llmquant quantize")
     modules = find_quantized_modules(reader, parsed)
     config = read_config(reader.path, trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     stored = config.dtype if config.dtype in DTYPES.values() else torch.float16
     check_size(config, reader)
     model = build_empty(config, stored, trust_remote_code)
@@ -203,7 +209,7 @@ def _check(plan: _Conversion, step: OnStep) -> tuple[dict[str, QuantSpec], dict[
         rounded += not torch.equal(weight.scale_NG.to(plan.dtype).float(), weight.scale_NG.float())
         specs[name] = module.spec
         if plan.format is None:
-            digests[name] = _bytes_digest(plan.dense(name, weight))
+            digests[name] = tensor_digest(plan.dense(name, weight))
         else:
             _pack(plan.format, name, weight)
             digests[name] = weight.digest()
@@ -233,12 +239,10 @@ def _write_parts(
     plan: _Conversion, specs: Mapping[str, QuantSpec], partial: PartialCheckpoint, step: OnStep
 ) -> list[str]:
     """Write the parts that are not there yet; their names in order."""
-    packed = {tensor for module in plan.modules.values() for tensor in module.tensors.values()}
     kept: dict[str, list[str]] = {OUTSIDE: []}
     linears: dict[str, list[str]] = {OUTSIDE: []}
-    for name in plan.reader.tensors:
-        if name not in packed:
-            kept.setdefault(plan.part_of(name), []).append(name)
+    for name in plan.kept:
+        kept.setdefault(plan.part_of(name), []).append(name)
     for name in plan.modules:
         linears.setdefault(plan.part_of(name), []).append(name)
     order = [OUTSIDE, *sorted((kept.keys() | linears.keys()) - {OUTSIDE})]
@@ -262,12 +266,17 @@ def _write_parts(
     return order
 
 
-def _kept(plan: _Conversion, name: str) -> Tensor | TensorStream:
+def _kept(plan: _Conversion, name: str) -> TensorStream:
     """A tensor that is not packed: copied piece by piece, or cast."""
     info = plan.reader.info(name)
-    if plan.casts and info.dtype in DTYPES.values():
-        return plan.reader.read(name).to(plan.dtype)
-    return TensorStream(dtype=info.dtype, shape=tuple(info.shape), chunks=lambda: plan.reader.chunks(name))
+    if not plan.casts or info.dtype not in DTYPES.values():
+        return TensorStream(dtype=info.dtype, shape=info.shape, chunks=lambda: plan.reader.chunks(name))
+
+    def cast() -> Iterator[memoryview]:
+        for piece in plan.reader.chunks(name):
+            yield torch.frombuffer(piece, dtype=info.dtype).to(plan.dtype).view(torch.uint8).numpy().data
+
+    return TensorStream(dtype=plan.dtype, shape=info.shape, chunks=cast)
 
 
 def _config(plan: _Conversion, specs: Mapping[str, QuantSpec], moving: bool) -> dict[str, Any] | None:
@@ -292,7 +301,7 @@ def _config(plan: _Conversion, specs: Mapping[str, QuantSpec], moving: bool) -> 
 
 def _files(plan: _Conversion, quantization: dict[str, Any] | None) -> dict[str, bytes]:
     """Everything of OUT that is not weights."""
-    config = {k: v for k, v in plan.reader.config.items() if k not in ("quantization_config", "compression_config")}
+    config = without_storage_keys(plan.reader.config)
     if plan.casts:
         for key in {"dtype", "torch_dtype"} & config.keys():
             config[key] = str(plan.dtype).removeprefix("torch.")
@@ -312,18 +321,3 @@ def _manifest(plan: _Conversion, request: dict[str, Any]) -> dict[str, Any]:
     source = read_manifest(plan.reader.path)
     del source["files"]
     return {"request": request, "source": source}
-
-
-def _check_dense(out: Path, digests: Mapping[str, str]) -> None:
-    """Reopen the folder and compare every expanded weight with what it was made of; UserError if one differs."""
-    reader = CheckpointReader(out)
-    for name, digest in digests.items():
-        if _bytes_digest(reader.read(f"{name}.weight")) != digest:
-            raise UserError(
-                f"{out}: '{name}.weight' does not come back from the disk as it was made; "
-                "do not use this folder, check the disk, and begin anew with --restart"
-            )
-
-
-def _bytes_digest(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmquant.checkpoints.quantized import parsed_quantization
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError, first_words
 from llmquant.eval.data import cut, text_tokens
@@ -125,6 +126,9 @@ def evaluate(
     task_folder = None if task_folder is None else typed_path(task_folder)
     names = [*([against] if against is not None else []), *models]
     paths = [resolve_model(name) for name in names]
+    readers = [CheckpointReader(path) for path in paths]
+    for reader in readers:
+        parsed_quantization(reader)
     if tasks:
         from llmquant.eval.tasks import check_tasks
 
@@ -132,7 +136,6 @@ def evaluate(
     if dataset is None and (against is not None or not tasks):
         dataset = DEFAULT_DATASET
     source = None if dataset is None else load_conversations(dataset) if chat else load_rows(dataset, join=join)
-    readers = [CheckpointReader(path) for path in paths]
     windows_WL = None if source is None else _windows(paths, source, str(dataset), seq_len, stride, num_windows)
     steps = _Steps(on_step, len(names), 0 if windows_WL is None else len(windows_WL))
     recorded: Recorded | None = None

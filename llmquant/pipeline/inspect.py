@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization
+from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, storage_notes
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.hub import resolve_model
 from llmquant.pipeline.names import kind_of
@@ -54,6 +54,8 @@ class Contents:
     """The quantized linears."""
     kept: tuple[Row, ...]
     """Everything that is not quantized."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the folder, a sentence each."""
 
     @property
     def total_bytes(self) -> int:
@@ -116,6 +118,7 @@ def inspect(model: str | Path) -> Contents:
         num_shards=len(reader.shards),
         quantized=tuple(_together(quantized)),
         kept=tuple(_together([*matrices, *vectors])),
+        notes=storage_notes(reader),
     )
 
 

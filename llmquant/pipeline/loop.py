@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmquant.algorithms.feedback import Feedback
 from llmquant.algorithms.statistics import InputStatistics
+from llmquant.checkpoints.copies import tensor_digest
 from llmquant.checkpoints.writer import PartialCheckpoint
 from llmquant.errors import UserError
 from llmquant.memory import give_back
@@ -98,7 +99,8 @@ def walk_and_quantize(
                 )
                 if partial is not None:
                     with report.timed("writing"):
-                        note = report.note(linears.values()) | {"folded": sorted(folded)}
+                        digests = {name: tensor_digest(folded[name]) for name in sorted(folded)}
+                        note = report.note(linears.values()) | {"folded": digests}
                         partial.add_part(part, pack_part(plan, index, linears, solved, folded), note)
             if partial is not None:
                 partial.drop_part(feedback_part(index))

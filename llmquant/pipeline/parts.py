@@ -9,21 +9,22 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmquant.checkpoints.copies import check_copies
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.side_files import SideFiles, find_side_files
+from llmquant.checkpoints.storage import without_storage_keys
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream
 from llmquant.errors import UserError
 from llmquant.models.blocks import weight_as_NK
-from llmquant.models.skeleton import DTYPES
 from llmquant.paths import listed, partial_folder, real_path
-from llmquant.pipeline.plan import LinearPlan, Plan, check_finite, read_finite
+from llmquant.pipeline.plan import LinearPlan, Plan, all_finite, check_finite, read_finite
 from llmquant.pipeline.report import ReportBuilder
 from llmquant.pipeline.solve import Solved, Stored, solve_without_data
 
@@ -43,7 +44,7 @@ def pack_part(
     solved: Mapping[str, Solved],
     folded: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """All tensors of one block as they are stored: packed linears, and the rest in the model's dtype.
+    """All tensors of one block as they are stored: packed linears, and the rest in `Plan.kept_dtype`.
 
     folded: by name in the model, what replaces the checkpoint's values.
     """
@@ -52,7 +53,7 @@ def pack_part(
     packed = {f"{linear.source}.weight" for linear in linears.values()}
     for name in plan.tensors_of_block(index):
         if name not in packed:
-            tensors[name] = replaced[name] if name in replaced else converted(plan, read_finite(plan, name))
+            tensors[name] = replaced[name] if name in replaced else converted(plan, name, read_finite(plan, name))
     return tensors
 
 
@@ -91,14 +92,22 @@ def replacements(plan: Plan, linears: Mapping[str, LinearPlan], solved: Mapping[
     dense = {}
     for name, result in solved.items():
         full = linears[name].name
-        weight_NK = result.weight.to(plan.skeleton.device).dequantize(plan.skeleton.dtype)
+        weight_NK = result.weight.to(plan.skeleton.device).dequantize(plan.skeleton.dtypes[f"{full}.weight"])
         dense[f"{full}.weight"] = weight_as_NK(plan.skeleton.model.get_submodule(full), weight_NK).contiguous()
     return dense
 
 
-def converted(plan: Plan, tensor: Tensor) -> Tensor:
-    """A tensor that is kept, in the dtype of the model that is written."""
-    return tensor.to(plan.dtype) if tensor.dtype in DTYPES.values() else tensor
+def converted(plan: Plan, name: str, tensor: Tensor) -> Tensor:
+    """A tensor that is copied, or a piece of it, in the dtype it is written in; UserError if that cannot hold it."""
+    cast = tensor.to(plan.kept_dtype(plan.reader.info(name)))
+    overflows = cast.dtype != tensor.dtype and all_finite(tensor) and not all_finite(cast)
+    if overflows and name in plan.read_by_model:
+        dtype = str(cast.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{plan.path}: tensor '{name}' has values up to {tensor.abs().max():.3g}, which {dtype} cannot hold; use "
+            "--dtype auto or bfloat16, with --restart"
+        )
+    return cast
 
 
 def write_outside(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder) -> None:
@@ -118,25 +127,68 @@ def write_outside(plan: Plan, partial: PartialCheckpoint, report: ReportBuilder)
         report.linear(linear, solved[name])
         if plan.recipe.needs_data:
             report.remark(name, "outside the decoder blocks: rounded to nearest, without calibration")
-
-    def pieces(name: str, dtype: torch.dtype) -> Callable[[], Iterable[memoryview]]:
-        def read() -> Iterable[memoryview]:
-            for piece in plan.reader.chunks(name):
-                tensor_P = torch.frombuffer(piece, dtype=dtype)
-                check_finite(plan, name, tensor_P)
-                yield converted(plan, tensor_P).view(torch.uint8).numpy().data
-
-        return read
-
     with report.timed("writing"):
         streams: dict[str, Tensor | TensorStream] = {**packed_tensors(plan, linears, solved)}
         replaced = {f"{linear.source}.weight" for linear in linears.values()}
-        for name, info in plan.tensors_outside().items():
-            if name in replaced:
-                continue
-            dtype = plan.dtype if info.dtype in DTYPES.values() else info.dtype
-            streams[name] = TensorStream(dtype=dtype, shape=tuple(info.shape), chunks=pieces(name, info.dtype))
+        streams |= {name: copied(plan, name) for name in plan.tensors_outside() if name not in replaced}
         partial.add_part(OUTSIDE, streams, report.note(linears.values()))
+
+
+def copied(plan: Plan, name: str) -> TensorStream:
+    """A tensor of the checkpoint as it is written where it is not quantized, read piece by piece."""
+    info = plan.reader.info(name)
+
+    def pieces() -> Iterator[memoryview]:
+        for piece_P in _pieces(plan, name):
+            yield piece_P.view(torch.uint8).numpy().data
+
+    return TensorStream(dtype=plan.kept_dtype(info), shape=tuple(info.shape), chunks=pieces)
+
+
+def verify_copies(folder: Path, plan: Plan, folded: Mapping[str, str]) -> None:
+    """Reopen a finished folder and compare every tensor that is not quantized with the original's, byte for byte.
+
+    folded: SHA-256 of parameters that AWQ's scales changed, by tensor name. UserError if one differs.
+    """
+    replaced = {f"{linear.source}.weight" for linear in plan.quantized}
+    kept = [name for name in plan.reader.tensors if name not in replaced]
+    check_copies(folder, {name: folded[name] if name in folded else copied(plan, name) for name in kept})
+
+
+def rounded_at_load(plan: Plan) -> dict[str, str]:
+    """Kept tensors whose values change when the model is loaded, by name -> what happened to them.
+
+    A tensor in float32 beside bfloat16 ones is written as it is. transformers loads it in bfloat16, so calibration and
+    comparison see it rounded, and an engine may not.
+    """
+    replaced = {f"{linear.source}.weight" for linear in plan.quantized}
+    rounded = {}
+    for name, source in plan.skeleton.names.items():
+        info, loaded = plan.reader.info(source), plan.skeleton.dtypes[name]
+        kept = plan.kept_dtype(info)
+        fits = not kept.is_floating_point or torch.promote_types(kept, loaded) == loaded
+        if source in replaced or fits:
+            continue
+        if not all(_is_exact(piece_P, loaded) for piece_P in _pieces(plan, source)):
+            stored, narrow = (str(dtype).removeprefix("torch.") for dtype in (kept, loaded))
+            rounded[source] = (
+                f"kept in {stored}; calibration and comparison ran with it rounded to {narrow}, as transformers loads "
+                "it"
+            )
+    return rounded
+
+
+def _pieces(plan: Plan, name: str) -> Iterator[Tensor]:
+    """A tensor of the checkpoint as it is written, piece by piece, [P] each; UserError if it is damaged."""
+    info = plan.reader.info(name)
+    for piece in plan.reader.chunks(name):
+        tensor_P = torch.frombuffer(piece, dtype=info.dtype)
+        check_finite(plan, name, tensor_P)
+        yield converted(plan, name, tensor_P)
+
+
+def _is_exact(values: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(values.to(dtype).to(values.dtype), values)
 
 
 def round_alone(plan: Plan, linear: LinearPlan) -> Solved:
@@ -184,10 +236,9 @@ def extra_files(plan: Plan) -> dict[str, bytes]:
     """Everything of OUT that is not weights."""
     files = files_beside(plan.reader)
     quantization = quantization_config(plan)
-    config = plan.reader.config | {"quantization_config": quantization}
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = str(plan.dtype).removeprefix("torch.")
+    config = without_storage_keys(plan.reader.config) | {"quantization_config": quantization}
+    for key in {"dtype", "torch_dtype"} & config.keys() or {"dtype"}:
+        config[key] = str(plan.dtype).removeprefix("torch.")
     files["config.json"] = as_json_bytes(config)
     if plan.format.config_file is not None:
         files[plan.format.config_file] = as_json_bytes(quantization)

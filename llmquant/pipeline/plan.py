@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoints.header import TensorInfo
-from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.quantized import refuse_quantized, storage_notes
+from llmquant.checkpoints.reader import CheckpointReader, count_tensors
 from llmquant.errors import UserError
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
@@ -94,7 +96,7 @@ class Plan:
     recipe: Recipe
     format: Format
     dtype: torch.dtype
-    """Dtype of the model that is written."""
+    """Dtype of the model that is written. Single tensors keep another one, unless `--dtype` was given."""
     block_names: tuple[str, ...]
     linears: tuple[LinearPlan, ...]
     """Every linear of the model in order."""
@@ -140,6 +142,28 @@ class Plan:
         inside = {name for index in range(len(self.block_names)) for name in self.tensors_of_block(index)}
         return {name: info for name, info in sorted(self.reader.tensors.items()) if name not in inside}
 
+    @cached_property
+    def read_by_model(self) -> frozenset[str]:
+        """The checkpoint's tensors that the model has."""
+        return frozenset(self.skeleton.names.values())
+
+    @cached_property
+    def parameter_sources(self) -> frozenset[str]:
+        """Those of them that are parameters. The others are buffers, which may hold -inf for a mask."""
+        parameters = (name for name, _ in self.skeleton.model.named_parameters(remove_duplicate=False))
+        return frozenset(self.skeleton.names[name] for name in parameters if name in self.skeleton.names)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing about the checkpoint before it is quantized, a sentence each."""
+        strangers = [name for name in sorted(self.reader.tensors) if name not in self.read_by_model]
+        told = "not part of the model that transformers runs: copied, and not checked for NaN"
+        return storage_notes(self.reader) + ((f"{count_tensors(strangers)} {told}",) if strangers else ())
+
+    def kept_dtype(self, info: TensorInfo) -> torch.dtype:
+        """The dtype in which a tensor is written that is not quantized: its own, unless `--dtype` was given."""
+        return self.dtype if self.options.dtype != "auto" and info.dtype in DTYPES.values() else info.dtype
+
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight: codes, scales, zero-points and whatever else the format keeps."""
@@ -150,12 +174,12 @@ class Plan:
     def output_bytes(self) -> int:
         """Bytes of all tensors that will be written."""
         replaced = {f"{linear.source}.weight" for linear in self.quantized}
-        kept = sum(self._kept_bytes(info) for name, info in self.reader.tensors.items() if name not in replaced)
+        kept = sum(
+            math.prod(info.shape) * self.kept_dtype(info).itemsize
+            for name, info in self.reader.tensors.items()
+            if name not in replaced
+        )
         return kept + sum(self.packed_bytes(linear) for linear in self.quantized)
-
-    def _kept_bytes(self, info: TensorInfo) -> int:
-        converted = info.dtype in DTYPES.values()
-        return math.prod(info.shape) * self.dtype.itemsize if converted else info.nbytes
 
     def packed_bytes(self, linear: LinearPlan) -> int:
         """Bytes of a quantized linear as it will be stored."""
@@ -188,6 +212,7 @@ class Plan:
             "original_bytes": self.reader.total_bytes,
             "output_bytes": self.output_bytes,
             "calibration": self.calibration,
+            "remarks": list(self.notes),
         }
 
 
@@ -201,9 +226,7 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}': not one of auto, {', '.join(DTYPES)}; use --dtype auto")
     reader = CheckpointReader(path)
-    if reader.quantization_config is not None:
-        method = reader.quantization_config.get("quant_method", "unknown")
-        raise UserError(f"{path}: already quantized (quant_method '{method}'); give the original checkpoint")
+    refuse_quantized(reader)
     config = read_config(path, options.trust_remote_code)
     model_dtype = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
     device = device_of(options.device)
@@ -269,8 +292,7 @@ def _check_complete(skeleton: Skeleton) -> None:
             f"'{skeleton.model.config.model_type}' cannot be quantized yet"
         )
     raise UserError(
-        f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such); the checkpoint is incomplete, "
-        "or its names are not those of transformers' model"
+        f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such): {skeleton.why_missing(missing[0])}"
     )
 
 
@@ -424,11 +446,19 @@ def check_tokens(plan: Plan, tokens_SL: Tensor) -> None:
 
 
 def check_finite(plan: Plan, name: str, tensor: Tensor) -> None:
-    """UserError when a tensor of the checkpoint, or a piece of it, holds NaN or inf. Takes no memory of its size."""
-    if tensor.is_floating_point() and tensor.itemsize > 1 and not all_finite(tensor):
+    """UserError when a tensor that the model reads, or a piece of it, holds NaN, or is a parameter and holds inf. Takes
+    no memory of its size."""
+    if not tensor.is_floating_point() or tensor.itemsize == 1 or name not in plan.read_by_model:
+        return
+    if not (all_finite(tensor) if name in plan.parameter_sources else no_nan(tensor)):
         raise damaged_weights(plan.path, name)
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether no element is NaN or inf. Takes no memory of the tensor's size, as isfinite would."""
     return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def no_nan(tensor: Tensor) -> bool:
+    """Whether no element is NaN. Takes no memory of the tensor's size."""
+    return tensor.numel() == 0 or not bool(torch.isnan(torch.stack(torch.aminmax(tensor))).any())

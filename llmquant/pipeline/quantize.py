@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,9 @@ from llmquant.pipeline.parts import (
     note_side_files,
     part_names,
     quantization_config,
+    rounded_at_load,
     side_files,
+    verify_copies,
     write_outside,
 )
 from llmquant.pipeline.plan import (
@@ -115,6 +117,8 @@ def _quantize(
     total = len(plan.block_names)
     builder = ReportBuilder(plan, model, command)
     note_side_files(builder, side_files(plan.reader, out))
+    for note in plan.notes:
+        builder.remark("checkpoint", note)
     tokens = None
     if plan.recipe.needs_data:
         step(0, total, "calibration text", None)
@@ -169,7 +173,7 @@ def _quantize(
                 manifest={"request": request},
                 max_shard_bytes=options.max_shard_bytes,
             )
-        check(folder, out, plan, tokens, builder, step)
+        check(folder, out, plan, tokens, builder, step, folded_digests(plan, partial))
         partial.publish()
     return ranks.share(lambda: read_report(out))
 
@@ -230,17 +234,33 @@ def settle(
     return plan
 
 
+def folded_digests(plan: Plan, partial: PartialCheckpoint) -> dict[str, str]:
+    """SHA-256 of the parameters that AWQ's scales changed and that are not quantized, by tensor name."""
+    notes = (partial.part_note(part) for part in part_names(plan))
+    return {plan.skeleton.names[name]: sha for note in notes for name, sha in note.get("folded", {}).items()}
+
+
 def check(
-    folder: Path, out: Path, plan: Plan, tokens: CalibrationTokens | None, report: ReportBuilder, on_step: OnStep
+    folder: Path,
+    out: Path,
+    plan: Plan,
+    tokens: CalibrationTokens | None,
+    report: ReportBuilder,
+    on_step: OnStep,
+    folded: Mapping[str, str],
 ) -> None:
     """What comes last: reopen the folder that becomes OUT, measure it, and put the report into it.
 
-    Raises UserError where a weight does not come back as it was solved.
+    Raises UserError where a weight does not come back as it was solved, or a tensor as it was copied.
     """
     total = len(plan.block_names)
     on_step(total, total, "verifying", None)
     with report.timed("verifying"):
         verify_codes(folder, plan, {linear.name: linear.digest for linear in report.linears})
+        verify_copies(folder, plan, folded)
+        if plan.recipe.needs_data or plan.options.verify:
+            for name, what in rounded_at_load(plan).items():
+                report.incident(name, what)
         if plan.options.verify:
             report.verification = measure(folder, plan, tokens, report)
     if plan.options.verify:
@@ -350,6 +370,7 @@ def describe_request(plan: Plan, account: dict[str, Any] | None, tokens_SL: Tens
         "transformers": transformers.__version__,
         "format": plan.format.name,
         "dtype": str(plan.dtype).removeprefix("torch."),
+        "casts": plan.options.dtype != "auto",
         "device": plan.skeleton.device.type,
         "recipe": asdict(plan.recipe),
         "max_shard_bytes": plan.options.max_shard_bytes,

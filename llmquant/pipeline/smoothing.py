@@ -83,10 +83,10 @@ class Smoother:
             choices = [
                 choice
                 for pair in folds
-                if (choice := self._choose(block, block_plan, pair, statistics, linears, values))
+                if (choice := self._choose(block, block_plan, pair, statistics, linears, values, prefix))
             ]
             new = fold(values, block, block_plan, choices)
-            new = {name: self._as_stored(name, value, linears) for name, value in new.items()}
+            new = {name: self._as_stored(prefix, name, value, linears) for name, value in new.items()}
             scales = {reading.stage: reading.scale_K(scale_R) for pair, scale_R in choices for reading in pair.readings}
         if not choices:
             return {}, {}
@@ -165,6 +165,7 @@ class Smoother:
         statistics: Mapping[int, InputStatistics],
         linears: Mapping[str, LinearPlan],
         values: Mapping[str, Tensor],
+        prefix: str,
     ) -> Choice | None:
         """The scale of one pair, or None when no scale is predicted to help."""
         readers = []
@@ -188,12 +189,19 @@ class Smoother:
         scale_R = search.scale_R
         if not is_linear(block.get_submodule(pair.producer.name)):
             weight_R = values[f"{pair.producer.name}.weight"] + pair.producer.offset
-            scale_R = exact_scale(weight_R, scale_R, pair.producer.offset, self.plan.dtype)
+            # Exact as it is stored, and as it is loaded into a model of another dtype.
+            stored = self._stored_dtype(prefix, f"{pair.producer.name}.weight")
+            dtype = min(self.plan.dtype, stored, key=lambda dtype: dtype.itemsize)
+            scale_R = exact_scale(weight_R, scale_R, pair.producer.offset, dtype)
         return pair, scale_R
 
-    def _as_stored(self, name: str, value: Tensor, linears: Mapping[str, LinearPlan]) -> Tensor:
+    def _as_stored(self, prefix: str, name: str, value: Tensor, linears: Mapping[str, LinearPlan]) -> Tensor:
         """What the written model will hold of a folded parameter; a weight yet to be quantized stays float32."""
-        return value if name.removesuffix(".weight") in linears else value.to(self.plan.dtype)
+        return value if name.removesuffix(".weight") in linears else value.to(self._stored_dtype(prefix, name))
+
+    def _stored_dtype(self, prefix: str, name: str) -> torch.dtype:
+        """The dtype in which a parameter of a block is written."""
+        return self.plan.kept_dtype(self.plan.reader.info(self.plan.skeleton.names[f"{prefix}.{name}"]))
 
     def _rounded(
         self,
@@ -225,7 +233,8 @@ class Smoother:
         parameters: Mapping[str, Tensor],
     ) -> float:
         """Squared difference of the block's output when it runs on other parameters."""
-        lent = {name: value.to(self.plan.skeleton.dtype) for name, value in parameters.items()}
+        dtypes = {name: parameter.dtype for name, parameter in block.named_parameters()}
+        lent = {name: value.to(dtypes[name]) for name, value in parameters.items()}
         total = 0.0
         for (args, kwargs), output in zip(calls, outputs, strict=True):
             changed = tensors_in(functional_call(block, lent, args, kwargs))[0]

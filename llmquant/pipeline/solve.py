@@ -22,6 +22,7 @@ from torch import Tensor
 
 from llmquant.algorithms.affine import (
     Grid,
+    count_unfit_groups,
     find_grid,
     round_to_grid,
     round_to_nearest,
@@ -92,8 +93,25 @@ def solve_without_data(weight_NK: Tensor, spec: QuantSpec, stored: Stored) -> So
         zero_NG=torch.cat([piece.zero_NG for piece in pieces]),
         spec=spec,
     )
-    error = lost / max(whole, 1e-30)
-    return Solved(quantized, error, error)
+    error = lost / max(whole, torch.finfo(torch.float32).tiny)
+    return Solved(quantized, error, error, incidents=unfit_weights(weight_NK, spec, stored.scale_dtype))
+
+
+def unfit_weights(weight_NK: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[str, ...]:
+    """Incidents of a weight that has groups beyond the range of its scales' dtype; empty if it has none."""
+    counts = [0, 0]
+    for some_NK in weight_NK.split(ROWS_AT_ONCE):
+        for end, count in enumerate(count_unfit_groups(some_NK.float().T, spec, scale_dtype)):
+            counts[end] += count
+    total = weight_NK.shape[0] * spec.num_groups(weight_NK.shape[1])
+    dtype = str(scale_dtype).removeprefix("torch.")
+    results = ("rounded coarsely, or to zero", "clipped")
+    return tuple(
+        f"{count} of {total} groups hold weights too {size} for {dtype} scales: {result}; use --dtype bfloat16 with "
+        "--format compressed-tensors, whose scales have no such limits"
+        for count, size, result in zip(counts, ("small", "large"), results, strict=True)
+        if count
+    )
 
 
 def solve_stage(
@@ -113,12 +131,9 @@ def solve_stage(
     names = weights if names is None else names
     hessian_KK = statistics.hessian_KK
     if not torch.isfinite(hessian_KK).all():
-        told = ("the Hessian is not finite (inputs too large to be squared): rounded to nearest",)
-        return {
-            name: replace(solve_without_data(weight_NK, specs[name], stored), incidents=told)
-            for name, weight_NK in weights.items()
-            if name in names
-        }
+        told = "the Hessian is not finite (inputs too large to be squared): rounded to nearest"
+        rounded = {name: solve_without_data(weights[name], specs[name], stored) for name in weights if name in names}
+        return {name: replace(result, incidents=(told, *result.incidents)) for name, result in rounded.items()}
     factor = None
     if recipe.compensates:
         order_K = column_order(hessian_KK, recipe.activation_order)
@@ -146,7 +161,8 @@ def solve_stage(
         target_KN = weight_KN + share * changes.pop(name) if corrected else weight_KN
         between = (feedback or {}).get(name)
         result = _solve(weight_KN, target_KN, specs[name], statistics, hessian_KK, factor, recipe, stored, between)
-        result = replace(result, incidents=(*incidents, *result.incidents))
+        unfit = unfit_weights(weights[name], specs[name], stored.scale_dtype)
+        result = replace(result, incidents=(*incidents, *unfit, *result.incidents))
         solved[name] = replace(result, correction_share=share if corrected else None)
     return solved
 
@@ -216,7 +232,7 @@ def _solve(
         torch.where(worse_N, rtn_grid.scale_GN, grid.scale_GN), torch.where(worse_N, rtn_grid.zero_GN, grid.zero_GN)
     )
     steps_KN = torch.where(worse_N, rtn_steps_KN, steps_KN)
-    output = output_errors(weight_KN, hessian_KK).sum().clamp(min=1e-30)
+    output = output_errors(weight_KN, hessian_KK).sum().clamp(min=torch.finfo(torch.float32).tiny)
     return Solved(
         weight=to_quantized_weight(steps_KN, grid, spec, stored.scale_dtype),
         error=(torch.where(worse_N, rtn_error_N, error_N).sum() / output).item(),

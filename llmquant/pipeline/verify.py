@@ -184,16 +184,14 @@ def reopen(folder: Path, plan: Plan) -> Skeleton:
     """A finished folder as a model whose weights are read while they are needed, packed ones dequantized."""
     reader = CheckpointReader(folder)
     config = read_config(folder, plan.options.trust_remote_code)
-    # transformers must not look for a quantizer of its own.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     device = plan.skeleton.device
     dtype = measuring_dtype(compute_dtype(stored_dtype(config, reader), device), device)
     skeleton = Skeleton.open(reader, config, device, dtype, plan.options.trust_remote_code)
     packed = _packed(reader)
     for linear in plan.quantized:
         module = skeleton.model.get_submodule(linear.name)
-        skeleton.computed[f"{linear.name}.weight"] = partial(_dense, reader, packed[linear.source], module, dtype)
+        name = f"{linear.name}.weight"
+        skeleton.computed[name] = partial(_dense, reader, packed[linear.source], module, skeleton.dtypes[name])
     return skeleton
 
 

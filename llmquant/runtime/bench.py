@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmquant.checkpoints.quantized import parsed_quantization
+from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.hub import resolve_model
 from llmquant.kernels.dispatch import BACKENDS
@@ -129,6 +131,9 @@ def bench(
     Raises UserError for whatever the user can mend, as `load` does.
     """
     workload = workload or Workload()
+    for name in (model, against):
+        if name is not None:
+            parsed_quantization(CheckpointReader(resolve_model(name)))
     contenders = [(model, name) for name in _expand(model, backends, device, dtype)]
     contenders += [(against, "auto")] if against is not None else []
     loaded: list[Any] = []
@@ -179,8 +184,6 @@ def held_bytes(model: nn.Module) -> int:
 def _import_code(model: str, trust_remote_code: bool) -> None:
     """Have transformers import what it needs for a model, so that it is not counted as memory of the first one."""
     config = read_config(resolve_model(model), trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     build_empty(config, torch.float32, trust_remote_code)
 
 

@@ -54,9 +54,6 @@ def load(
     target = device_of(device)
     quantization = parsed_quantization(reader)
     config = read_config(reader.path, trust_remote_code)
-    # transformers must not look for a quantizer of its own: the packed linears are replaced here.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     wanted = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
     skeleton = Skeleton.open(reader, config, target, wanted, trust_remote_code)
     if quantization is not None:
@@ -86,10 +83,11 @@ def replace_linears(skeleton: Skeleton, quantization: ParsedQuantization, backen
         bias = None
         if linear.bias is not None:
             bias = reader.read(f"{source}.bias")
+        dtype = skeleton.dtypes[f"{name}.weight"]
         replacement = QuantizedLinear(
             read_quantized(reader, packed),
             bias,
-            dtype=skeleton.dtype,
+            dtype=dtype,
             device=skeleton.device,
             backend=backend,
             format=packed.format.name,
@@ -133,9 +131,8 @@ def fill(skeleton: Skeleton) -> None:
             full = f"{name}.{leaf}" if name else leaf
             source = skeleton.names.get(full)
             if source is None:
-                raise UserError(
-                    f"{skeleton.reader.path}: no tensor holds parameter '{full}'; the checkpoint is incomplete"
-                )
+                why = skeleton.why_missing(full)
+                raise UserError(f"{skeleton.reader.path}: no tensor holds parameter '{full}': {why}")
             if source not in read:
                 skeleton.load(name, recurse=False)
                 read |= {

@@ -29,7 +29,7 @@ from llmquant.checkpoints.quantized import QuantizedModule, find_quantized_modul
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.hub import resolve_model
-from llmquant.models.skeleton import check_size, name_translator, read_config
+from llmquant.models.skeleton import check_size, loaded_dtypes, name_translator, read_config
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import linear_for
 from llmquant.runtime.save import let_save
@@ -111,8 +111,8 @@ class LLMQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.dtype = torch.float32
-        """That of the computation, known once the model is built."""
+        self.dtypes: dict[str, torch.dtype] = {}
+        """The dtype of every parameter, known once the model is built."""
         self.stored_config: dict[str, Any] = {}
         """The `quantization_config` of the checkpoint, known once it is opened."""
 
@@ -124,7 +124,7 @@ class LLMQuantizer(HfQuantizer):
         parsed = parsed_quantization(reader)
         assert parsed is not None
         self.stored_config = reader.quantization_config or {}
-        self.dtype = dtype or model.dtype
+        self.dtypes = loaded_dtypes(model, dtype or model.dtype)
         translate = name_translator(model)
         with torch.device("cpu"):  # transformers makes new tensors on meta here; those that are read are real
             modules = find_quantized_modules(reader, parsed)
@@ -139,7 +139,8 @@ class LLMQuantizer(HfQuantizer):
         """Let every PackedLinear become the linear that runs, one after the other."""
         for name, packed in list(model.named_modules()):
             if isinstance(packed, PackedLinear):
-                linear = packed.linear(self.dtype, self.quantization_config.backend).eval()  # type: ignore[attr-defined]
+                dtype = self.dtypes[f"{name}.weight"]
+                linear = packed.linear(dtype, self.quantization_config.backend).eval()  # type: ignore[attr-defined]
                 if hasattr(packed, "_hf_hook"):
                     hook = packed._hf_hook
                     remove_hook_from_module(packed)

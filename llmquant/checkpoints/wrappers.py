@@ -1,0 +1,44 @@
+"""Names of tensors that a training wrapper left in a checkpoint.
+
+A state dict that was saved from within a wrapper carries its attribute names: `module.` (DataParallel), `_orig_mod.`
+(torch.compile), `base_model.model.` (PEFT). They say nothing about the model, so the tensors are read without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+PREFIXES = ("base_model.model.", "module.", "_forward_module.")
+"""Removed if every tensor has them."""
+PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Removed wherever they stand between dots: no model has modules of these names."""
+ADAPTER_PARTS = (
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "base_layer",
+    "modules_to_save",
+)
+"""Modules and parameters of an adapter that is not merged."""
+
+
+def unwrapped_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Stored name -> name without wrappers, for all tensors of a checkpoint; and the wrappers that were removed."""
+    plain = {name: name for name in names}
+    removed: dict[str, None] = {}
+    for name in plain:
+        parts = name.split(".")
+        kept = [part for part in parts if part not in PARTS]
+        removed |= dict.fromkeys(f"{part}." for part in parts if part in PARTS)
+        plain[name] = ".".join(kept)
+    while prefix := next((p for p in PREFIXES if plain and all(name.startswith(p) for name in plain.values())), None):
+        plain = {name: rest.removeprefix(prefix) for name, rest in plain.items()}
+        removed[prefix] = None
+    return plain, tuple(removed)
+
+
+def adapter_tensor(names: Iterable[str]) -> str | None:
+    """The first of these tensors that belongs to an adapter, or None."""
+    return next((name for name in names if any(part in ADAPTER_PARTS for part in name.split("."))), None)

@@ -1,0 +1,342 @@
+"""Tensors that are copied keep their dtype and their bytes, and models are loaded in the dtypes of transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import command
+from manual import short_manual
+from safetensors.torch import load_file, save_file
+from tiny_models import random_model, tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+from llmquant.checkpoints.copies import check_copies, tensor_digest
+from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.checkpoints.writer import TensorStream
+from llmquant.errors import UserError
+from llmquant.models.skeleton import Skeleton, read_config
+from llmquant.pipeline import quantize as pipeline
+from llmquant.pipeline.convert import convert
+from llmquant.pipeline.parts import verify_copies
+from llmquant.pipeline.quantize import quantize
+from llmquant.pipeline.verify import reopen
+from llmquant.runtime.load import load
+from llmquant.spec import EFFORTS, Options, QuantSpec, Recipe
+
+SPEC = QuantSpec(group_size=32)
+FEW = Options(calibration="python-docs", num_samples=4, seq_len=32, verify=False)
+WEIGHTS = "model.safetensors"
+FLOAT32 = ("layernorm.weight", "model.norm.weight")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def manual():
+    """The calibration text of every run here."""
+    with short_manual():
+        yield
+
+
+@pytest.fixture
+def mixed(tiny_model, tmp_path: Path) -> Path:
+    """A bfloat16 checkpoint whose norms are float32 numbers that bfloat16 would round."""
+    model = Path(shutil.copytree(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "model"))
+    tensors = load_file(model / WEIGHTS)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith(FLOAT32):
+            tensors[name] = tensor.float() + 1e-3 * torch.randn(tensor.shape, generator=generator)
+    save_file(tensors, model / WEIGHTS)
+    return model
+
+
+def recipe(method: str) -> Recipe:
+    return Recipe(method=method, spec=SPEC, **EFFORTS["fast"])
+
+
+def is_copied(name: str) -> bool:
+    return "_proj" not in name
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_copied_tensors_keep_their_dtype(mixed: Path, tmp_path: Path, method: str) -> None:
+    original = load_file(mixed / WEIGHTS)
+    plan = pipeline.prepare(mixed, tmp_path / "out", recipe(method), FEW)
+    quantize(mixed, tmp_path / "out", recipe(method), FEW)
+    written = load_file(tmp_path / "out" / WEIGHTS)
+    assert plan.output_bytes == sum(tensor.nbytes for tensor in written.values())
+    changed = set()
+    for name in filter(is_copied, original):
+        assert written[name].dtype == original[name].dtype, name
+        if not torch.equal(written[name], original[name]):
+            changed.add(name)
+    assert all(name.endswith(FLOAT32) for name in changed) and bool(changed) == (method == "awq")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and written["model.layers.0.mlp.up_proj.scales"].dtype == torch.bfloat16
+
+
+def test_folded_norms_in_float32_are_exact_in_the_dtype_of_the_network(mixed: Path, tmp_path: Path) -> None:
+    original = load_file(mixed / WEIGHTS)
+    quantize(mixed, tmp_path / "out", recipe("awq"), FEW)
+    written = load_file(tmp_path / "out" / WEIGHTS)
+    folded = [name for name in original if name.endswith("layernorm.weight")]
+    scaled = torch.cat([written[name][written[name] != original[name]] for name in folded])
+    assert len(scaled) > 50
+    assert ((scaled.bfloat16().float() - scaled) / scaled).abs().max() < 1e-6
+
+
+def test_a_dtype_that_is_given_holds_for_every_floating_tensor(mixed: Path, tmp_path: Path) -> None:
+    options = Options(verify=False, dtype="bfloat16")
+    plan = pipeline.prepare(mixed, tmp_path / "out", recipe("rtn"), options)
+    report = quantize(mixed, tmp_path / "out", recipe("rtn"), options)
+    original, written = load_file(mixed / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    assert plan.output_bytes == sum(tensor.nbytes for tensor in written.values())
+    assert not report.incidents
+    for name in filter(is_copied, original):
+        assert torch.equal(written[name], original[name].bfloat16()), name
+
+
+def test_values_that_a_given_dtype_cannot_hold_are_refused(mixed: Path, tmp_path: Path) -> None:
+    tensors = load_file(mixed / WEIGHTS)
+    tensors["model.norm.weight"][3] = 1e6
+    tensors["mtp.norm.weight"] = torch.tensor([1e6])
+    save_file(tensors, mixed / WEIGHTS)
+    with pytest.raises(UserError, match=r"'model\.norm\.weight' has values up to 1e\+06, which float16 cannot hold"):
+        quantize(mixed, tmp_path / "out", recipe("rtn"), Options(verify=False, dtype="float16"))
+    tensors["model.norm.weight"][3] = 1
+    save_file(tensors, mixed / WEIGHTS)
+    quantize(mixed, tmp_path / "other", recipe("rtn"), Options(verify=False, dtype="float16"))
+    assert load_file(tmp_path / "other" / WEIGHTS)["mtp.norm.weight"].item() == torch.inf, "not the model's: unchecked"
+
+
+def test_a_run_with_another_dtype_option_is_not_continued(mixed: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(pipeline, "quantize_without_data", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quantize(mixed, tmp_path / "out", recipe("rtn"), Options(verify=False))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="other options"):
+        quantize(mixed, tmp_path / "out", recipe("rtn"), Options(verify=False, dtype="bfloat16"))
+
+
+def test_what_the_network_rounds_is_an_incident(mixed: Path, tmp_path: Path, monkeypatch) -> None:
+    few = (
+        "--calibration",
+        "python-docs",
+        "--samples",
+        "4",
+        "--seq-len",
+        "32",
+        "--group-size",
+        "32",
+        "--effort",
+        "fast",
+    )
+    arguments = ("quantize", mixed, tmp_path / "out", *few, "--no-verify", "--strict")
+    assert command(monkeypatch, *arguments) == 1
+    content = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
+    told = {incident["where"]: incident["what"] for incident in content["incidents"]}
+    assert sorted(told) == sorted(name for name in load_file(mixed / WEIGHTS) if name.endswith(FLOAT32))
+    assert set(told.values()) == {
+        "kept in float32; calibration and comparison ran with it rounded to bfloat16, as transformers loads it"
+    }
+
+
+def test_float32_tensors_that_bfloat16_holds_are_no_incident(mixed: Path, tmp_path: Path) -> None:
+    tensors = {name: tensor.bfloat16().to(tensor.dtype) for name, tensor in load_file(mixed / WEIGHTS).items()}
+    save_file(tensors, mixed / WEIGHTS)
+    assert not quantize(mixed, tmp_path / "out", recipe("gptq"), FEW).incidents
+
+
+# --- byte for byte ---------------------------------------------------------------------------------------------------
+
+
+def change_byte(file: Path, name: str) -> None:
+    """Flip the lowest bit of a tensor's first byte."""
+    info = CheckpointReader(file.parent).info(name)
+    with file.open("r+b") as handle:
+        handle.seek(info.start)
+        (byte,) = handle.read(1)
+        handle.seek(info.start)
+        handle.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_one_changed_byte_of_a_copied_tensor_is_seen(mixed: Path, tmp_path: Path, dtype: str) -> None:
+    out, options = tmp_path / "out", Options(verify=False, dtype=dtype)
+    plan = pipeline.prepare(mixed, tmp_path / "other", recipe("rtn"), options)
+    quantize(mixed, out, recipe("rtn"), options)
+    verify_copies(out, plan, {})
+    for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"):
+        change_byte(out / WEIGHTS, name)
+        with pytest.raises(UserError, match=f"tensor '{name}' does not come back from the disk as it was copied"):
+            verify_copies(out, plan, {})
+        change_byte(out / WEIGHTS, name)
+    verify_copies(out, plan, {})
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_a_run_whose_copies_are_damaged_does_not_finish(mixed: Path, tmp_path: Path, monkeypatch, method) -> None:
+    """The byte changes after the shards were written; the folded norms of AWQ are compared too."""
+    verify_codes, name = pipeline.verify_codes, "model.layers.1.input_layernorm.weight"
+
+    def damaged(folder, *arguments) -> None:
+        verify_codes(folder, *arguments)
+        change_byte(folder / WEIGHTS, name)
+
+    monkeypatch.setattr(pipeline, "verify_codes", damaged)
+    with pytest.raises(UserError, match=f"tensor '{name}' does not come back"):
+        quantize(mixed, tmp_path / "out", recipe(method), FEW)
+    assert not (tmp_path / "out").exists()
+
+
+def test_copies_of_another_shape_or_dtype_and_missing_ones_are_seen(tmp_path: Path) -> None:
+    value = torch.arange(6, dtype=torch.int16)
+    save_file({"a": value}, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text("{}")
+
+    def stream(dtype: torch.dtype, *shape: int) -> TensorStream:
+        return TensorStream(dtype=dtype, shape=shape, chunks=lambda: [value.view(torch.uint8).numpy().data])
+
+    check_copies(tmp_path, {"a": stream(torch.int16, 6)})
+    check_copies(tmp_path, {"a": tensor_digest(value)})
+    wrong = {"a": stream(torch.int16, 2, 3)}, {"a": stream(torch.float16, 6)}, {"b": stream(torch.int16, 6)}
+    for expected in (*wrong, {"a": tensor_digest(value + 1)}):
+        with pytest.raises(UserError, match="does not come back from the disk"):
+            check_copies(tmp_path, expected)
+
+
+def test_conversion_compares_copies_too(mixed: Path, tmp_path: Path, monkeypatch) -> None:
+    from llmquant.pipeline import convert as module
+
+    quantize(mixed, tmp_path / "out", recipe("rtn"), Options(verify=False))
+    converted = convert(tmp_path / "out", tmp_path / "ct", "compressed-tensors")
+    assert converted.num_linears == 14
+    original, written = load_file(mixed / WEIGHTS), load_file(tmp_path / "ct" / WEIGHTS)
+    assert all(torch.equal(written[name], original[name]) for name in filter(is_copied, original))
+
+    def damaged(folder, digests) -> None:
+        change_byte(folder / WEIGHTS, "model.norm.weight")
+
+    monkeypatch.setattr(module, "check_digests", damaged)
+    with pytest.raises(UserError, match=r"tensor 'model\.norm\.weight' does not come back"):
+        convert(tmp_path / "out", tmp_path / "again", "gptq_v2")
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def dtypes_of(model) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+
+def transformers_dtypes(path: Path, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    return dtypes_of(AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_parameters_have_the_dtypes_of_transformers(mixed: Path, tmp_path: Path, monkeypatch, dtype: str) -> None:
+    """Of a class that keeps some parameters in float32 beside 16-bit ones, and others only beside float16."""
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["input_layernorm"])
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["model.norm", "layers.*.post_attention"])
+    wanted = transformers_dtypes(mixed, getattr(torch, dtype))
+    assert len(set(wanted.values())) == (1 if dtype == "float32" else 2)
+    assert dtypes_of(load(mixed, dtype=dtype)) == wanted
+    skeleton = Skeleton.open(
+        CheckpointReader(mixed), read_config(mixed), torch.device("cpu"), getattr(torch, dtype), False
+    )
+    skeleton.load("")
+    assert dtypes_of(skeleton.model) == wanted
+    out = tmp_path / "out"
+    quantize(mixed, out, recipe("rtn"), Options(verify=False))
+    copied = {name: dtype for name, dtype in wanted.items() if is_copied(name)}
+    assert dtypes_of(load(out, dtype=dtype)) == copied
+
+
+def test_the_reopened_model_has_the_dtypes_of_the_one_that_calibrates(mixed: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["input_layernorm", "1.mlp.gate_proj"])
+    options = Options(verify=False)
+    plan = pipeline.prepare(mixed, tmp_path / "other", recipe("rtn"), options)
+    quantize(mixed, tmp_path / "out", recipe("rtn"), options)
+    reopened = reopen(tmp_path / "out", plan)
+    for skeleton in (plan.skeleton, reopened):
+        skeleton.load("")
+    assert dtypes_of(reopened.model) == dtypes_of(plan.skeleton.model) == transformers_dtypes(mixed, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_keeps_its_norms_in_float32_loads_as_in_transformers(tmp_path: Path, dtype: torch.dtype) -> None:
+    config = AutoConfig.for_model(
+        "afmoe",
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_dense_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+    )
+    random_model(config, dtype=dtype).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    name = str(dtype).removeprefix("torch.")
+    wanted = transformers_dtypes(tmp_path / "model", dtype)
+    assert (torch.float32 in wanted.values()) == (dtype == torch.float16)
+    assert dtypes_of(load(tmp_path / "model", dtype=name)) == wanted
+
+
+def test_a_packed_model_is_loaded_in_the_dtype_of_its_config(mixed: Path, tmp_path: Path) -> None:
+    """Once its linears are packed, most floating bytes may be those of the tensors that were kept in float32."""
+    tensors = load_file(mixed / WEIGHTS)
+    wide = {name: tensor.float() if is_copied(name) else tensor for name, tensor in tensors.items()}
+    # Linears count for less than embeddings in a model as small as this.
+    narrow = {
+        name: tensor for name, tensor in wide.items() if name not in ("lm_head.weight", "model.embed_tokens.weight")
+    }
+    vocabulary = {name: wide[name][:64].contiguous() for name in ("lm_head.weight", "model.embed_tokens.weight")}
+    save_file(narrow | vocabulary, mixed / WEIGHTS)
+    config = json.loads((mixed / "config.json").read_text()) | {"vocab_size": 64}
+    (mixed / "config.json").write_text(json.dumps(config))
+    quantize(mixed, tmp_path / "out", recipe("rtn"), Options(verify=False))
+    written = load_file(tmp_path / "out" / WEIGHTS)
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in written.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    assert sizes[torch.float32] > sizes[torch.bfloat16]
+    assert load(tmp_path / "out").dtype == torch.bfloat16
+
+
+# --- small weights ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2", "compressed-tensors"])
+def test_a_checkpoint_of_small_weights_gets_the_codes_of_the_large_one(tiny_model, tmp_path: Path, format: str) -> None:
+    plain = tiny_model("llama", dtype=torch.bfloat16)
+    small = Path(shutil.copytree(plain, tmp_path / "small"))
+    scaled = {
+        name: tensor if is_copied(name) else tensor * 2.0**-20 for name, tensor in load_file(small / WEIGHTS).items()
+    }
+    save_file(scaled, small / WEIGHTS)
+    options = Options(verify=False, format=format)
+    for name, path in (("a", plain), ("b", small)):
+        assert not quantize(path, tmp_path / name, recipe("rtn"), options).incidents
+    ours, theirs = load_file(tmp_path / "b" / WEIGHTS), load_file(tmp_path / "a" / WEIGHTS)
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor * 2.0**-20 if "scale" in name else tensor), name
+    # Activations of 1e-6 leave a bfloat16 model alone.
+    assert load(tmp_path / "b")(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_small_weights_in_float16_scales_are_an_incident_that_names_the_linear(tiny_model, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "model"))
+    tensors = load_file(model / WEIGHTS)
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e-6
+    save_file(tensors, model / WEIGHTS)
+    report = quantize(model, tmp_path / "out", recipe("rtn"), Options(verify=False, format="awq"))
+    (incident,) = report.incidents
+    assert incident.where == "model.layers.1.mlp.up_proj"
+    assert incident.what.startswith("192 of 192 groups hold weights too small for float16 scales")
