@@ -34,7 +34,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 def plain_loader(monkeypatch):
     """The loader that `evaluate` imports, for plain checkpoints only."""
 
-    def load(path, *, device="auto", dtype="auto", backend="auto"):
+    def load(path, *, device="auto", dtype="auto", backend="auto", trust_remote_code=False):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
 
     module = types.ModuleType("llmquant.runtime.load")
@@ -113,7 +113,7 @@ def test_usage_errors_have_exit_code_2_and_no_traceback(arguments):
 def test_interrupt_is_one_line():
     code = (
         "import sys, os, signal, llmquant.hub\n"
-        "def interrupted(model): os.kill(os.getpid(), signal.SIGINT)\n"
+        "def interrupted(*model): os.kill(os.getpid(), signal.SIGINT)\n"
         "llmquant.hub.resolve_model = interrupted\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells let what runs behind them ignore it
         "sys.argv = ['llmquant', 'eval', 'x']\n"

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
         "transformers",
         "accelerate",
         "greenlet",
+        "llmquant.remote_code",
     },
     "llmquant.eval": {"llmquant.errors", "llmquant.tokens", "torch", "transformers", "lm_eval"},
     # The command line is on top of everything, and shows what the pipeline and the runtime have found.
@@ -33,7 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"llmquant.words", "llmquant.checkpoints", "llmquant.pipeline", "llmquant.textdata"}
     | {"rich", "transformers", "matplotlib"},
     "llmquant.cli": CORE
-    | {"llmquant.console", "llmquant.hub", "llmquant.checkpoints", "llmquant.pipeline", "llmquant.runtime", "typer"},
+    | {"llmquant.console", "llmquant.hub", "llmquant.checkpoints", "llmquant.pipeline", "llmquant.runtime", "typer"}
+    | {"llmquant.remote_code"},
 }
 NOT_ALLOWED: dict[str, set[str]] = {
     # The kernels are reached through the runtime alone.

@@ -22,6 +22,7 @@ from llmquant.cli.quantize import quantize_command
 from llmquant.cli.voice import Interrupted, say, speaks
 from llmquant.errors import UserError
 from llmquant.paths import check_encoding
+from llmquant.remote_code import failure_of_remote_code, failure_to_call_remote_code
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -71,6 +72,12 @@ def main() -> None:
     except Interrupted as stop:
         say(stop)
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        line = failure_of_remote_code(error) or failure_to_call_remote_code(error)
+        if line is None:
+            raise
+        say(line)
+        sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
         # typer turns Ctrl-C into this code, without a word; before its command has begun, it lets it through.
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:

@@ -62,6 +62,7 @@ def tune_command(
     out: Annotated[Path | None, Option(help="The table; by default the one that is read.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Find the best tiles for MODEL's shapes on the GPU that is here, and keep them in a table."""
@@ -71,4 +72,5 @@ def tune_command(
     from llmquant.runtime.explain import tune_model
 
     report = (lambda line: None) if quiet else partial(print, file=sys.stderr, flush=True)
-    print(tune_model(model, device=device, dtype=dtype, path=out, report=report))
+    table = tune_model(model, device=device, dtype=dtype, path=out, trust_remote_code=trust_remote_code, report=report)
+    print(table)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from llmquant.cli.options import Device, Dtype, Json, Quiet, count
+from llmquant.cli.options import Device, Dtype, Json, Quiet, RemoteCode, count
 from llmquant.cli.voice import show
 from llmquant.errors import UserError
 
@@ -35,6 +35,7 @@ def eval_command(
     examples: Annotated[int | None, count("Ask only the first N questions of a task.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -65,6 +66,7 @@ def eval_command(
             num_examples=examples,
             device=device,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             on_step=on_step,
         )
     show(result, print_evaluation, as_json=as_json)

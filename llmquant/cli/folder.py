@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from llmquant.cli.options import AnyModel, Device, Dtype, Json
+from llmquant.cli.options import AnyModel, Device, Dtype, Json, RemoteCode
 from llmquant.paths import typed_path
 
 
@@ -18,6 +18,7 @@ def inspect_command(
     ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """What is in MODEL: grids, sizes, bits per weight. Reads headers, no weights."""
@@ -31,7 +32,7 @@ def inspect_command(
         quiet_libraries()
         from llmquant.runtime.explain import explain_backends
 
-        choices = explain_backends(model, device=device, dtype=dtype)
+        choices = explain_backends(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     if as_json:
         told = {
             name: {"backend": choice.backend.name, "reason": choice.reason, "refusals": choice.refusals}

@@ -50,8 +50,8 @@ def generate_command(
     sampling = Sampling(
         max_new_tokens=max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    path = resolve_model(model)
-    tokenizer = load_tokenizer(path)
+    path = resolve_model(model, trust_remote_code)
+    tokenizer = load_tokenizer(path, trust_remote_code)
     loaded = load(path, device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     results = []
     streams = prompt is not None and not as_json

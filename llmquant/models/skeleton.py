@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmquant.checkpoints.storage import packed_tensor
 from llmquant.checkpoints.wrappers import adapter_tensor
 from llmquant.errors import UserError, first_words
+from llmquant.remote_code import failure_of_remote_code, named_code, read_object, untrusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,20 +41,29 @@ SLOW_BFLOAT16 = ("DEFAULT", "NO AVX", "AVX2")
 def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     """The transformers config of a local checkpoint, refused when it is not a causal language model."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+        # Trusted code may lie in another repository of the hub; everything else is in the folder.
+        config = AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
+        )
     except Exception as error:  # whatever transformers stumbles over in a file that anybody may have written
+        is_known = str(read_object(path / "config.json").get("model_type")) in CONFIG_MAPPING
+        if not (trust_remote_code or is_known) and (files := named_code(path / "config.json", "AutoConfig")):
+            raise untrusted(path, "configuration", files) from error
         raise UserError(
             f"{path}/config.json: transformers cannot read it ({first_words(error)}); is it a supported model?"
         ) from error
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if not trust_remote_code and (files := named_code(path / "config.json", "AutoModelForCausalLM")):
+            raise untrusted(path, "model", files)
         raise UserError(
             f"{path}: model_type '{config.model_type}' is not a causal language model; "
             "give a checkpoint that AutoModelForCausalLM loads"
         )
     architectures = config.architectures or []
     own_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if architectures and not any(name == own_class or _generates_text(name) for name in architectures):
+    is_known = remote or any(name == own_class or _generates_text(name) for name in architectures)
+    if architectures and not is_known:
         raise UserError(
             f"{path}: architecture {architectures[0]} is not a causal language model; "
             "give the checkpoint of its …ForCausalLM form"
@@ -117,15 +128,23 @@ def measuring_dtype(computed: torch.dtype, device: torch.device) -> torch.dtype:
 
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """The causal language model of a config: parameters on meta in dtype, computed buffers real, in eval mode."""
+    is_registered = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         model.tie_weights()
     except Exception as error:  # sizes that contradict each other fail in as many ways as there are models
+        if (line := failure_of_remote_code(error)) is not None:
+            raise UserError(line) from error
         raise UserError(
             f"config.json: transformers cannot build the model it describes ({type(error).__name__}: "
             f"{first_words(error)}); restore or download it again"
         ) from error
+    finally:
+        # transformers registers a class of trusted code as it is, and would take it from there the next time: without
+        # the methods for generation that it adds to classes that lack them.
+        if not is_registered:
+            MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(type(config), None)
     return model.eval().requires_grad_(False)
 
 

@@ -172,7 +172,7 @@ def _settle(source: str | Path, format: str, dtype: str, trust_remote_code: bool
     if dtype != "auto" and (dtype not in DTYPES or format != DENSE):
         rule = f"not one of auto, {', '.join(DTYPES)}" if format == DENSE else "only --format dense has a choice"
         raise UserError(f"dtype '{dtype}': {rule}; use --dtype auto")
-    reader = CheckpointReader(resolve_model(str(source)))
+    reader = CheckpointReader(resolve_model(str(source), trust_remote_code))
     parsed = parsed_quantization(reader)
     if parsed is None:
         raise UserError(f"{reader.path}: not quantized, so there is nothing to convert; use llmquant quantize")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmquant.chat import check_template
 from llmquant.checkpoints.quantized import parsed_quantization
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError, first_words
@@ -112,6 +113,7 @@ def evaluate(
     num_examples: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    trust_remote_code: bool = False,
     on_step: OnStep = lambda what, done, total: None,
 ) -> Evaluation:
     """Perplexity of checkpoints, quantized or not, with `against` their divergence from that one, and their tasks.
@@ -120,12 +122,13 @@ def evaluate(
     for no text at all where tasks are given and `against` is not. chat: the rows are conversations, put into the chat
     template. seq_len: tokens of a window; None for 2048, or the shortest context of the models. stride: from window to
     window; None: they do not overlap. num_windows: None for all that the text fills. batch_size: windows, or questions
-    of a task, that run side by side. tasks, task_folder, num_examples: as `eval.tasks.run_tasks`.
+    of a task, that run side by side. tasks, task_folder, num_examples: as `eval.tasks.run_tasks`. trust_remote_code:
+    run the code that comes with the checkpoints.
     Raises UserError for what cannot be read, is too short, or gives numbers that are not finite.
     """
     task_folder = None if task_folder is None else typed_path(task_folder)
     names = [*([against] if against is not None else []), *models]
-    paths = [resolve_model(name) for name in names]
+    paths = [resolve_model(name, trust_remote_code) for name in names]
     readers = [CheckpointReader(path) for path in paths]
     for reader in readers:
         parsed_quantization(reader)
@@ -136,20 +139,23 @@ def evaluate(
     if dataset is None and (against is not None or not tasks):
         dataset = DEFAULT_DATASET
     source = None if dataset is None else load_conversations(dataset) if chat else load_rows(dataset, join=join)
-    windows_WL = None if source is None else _windows(paths, source, str(dataset), seq_len, stride, num_windows)
+    windows_WL = None
+    if source is not None:
+        windows_WL = _windows(paths, source, str(dataset), seq_len, stride, num_windows, trust_remote_code)
     steps = _Steps(on_step, len(names), 0 if windows_WL is None else len(windows_WL))
     recorded: Recorded | None = None
     results = []
     for name, path, reader in zip(names, paths, readers, strict=True):
-        model = _load(path, device, dtype, windows_WL)
+        model = _load(path, device, dtype, windows_WL, trust_remote_code)
         steps.loaded()
         options: dict[str, Any] = {"stride": stride, "batch_size": batch_size}
         scores = {}
         if tasks:
             from llmquant.eval.tasks import run_tasks
 
+            tokenizer = load_tokenizer(path, trust_remote_code)
             scores = run_tasks(
-                model, load_tokenizer(path), tasks, folder=task_folder, num_examples=num_examples, batch_size=batch_size
+                model, tokenizer, tasks, folder=task_folder, num_examples=num_examples, batch_size=batch_size
             )
         measured: Perplexity | None = None
         compared: Divergence | None = None
@@ -207,18 +213,19 @@ def _windows(
     seq_len: int | None,
     stride: int | None,
     num_windows: int | None,
+    trust_remote_code: bool,
 ) -> Tensor:
     """int64 [W, L], by the tokenizer of the first model, which must be that of all."""
-    context = min(context_length(read_config(path)) for path in paths)
+    context = min(context_length(read_config(path, trust_remote_code)) for path in paths)
     if seq_len is not None and seq_len > context:
         raise UserError(f"seq_len {seq_len}: the model's context is {context} tokens; use --seq-len {context} or less")
-    tokenizer = load_tokenizer(paths[0])
+    tokenizer = load_tokenizer(paths[0], trust_remote_code)
     chat = isinstance(source, Conversations)
     parts = list(_templated(tokenizer, source, name) if isinstance(source, Conversations) else source.parts())
     sample = next(pieces(parts), "")[:SAMPLE_CHARACTERS]
     for path in paths[1:]:
         if any(path.glob("tokenizer*")) and not torch.equal(
-            text_tokens(load_tokenizer(path), sample), text_tokens(tokenizer, sample)
+            text_tokens(load_tokenizer(path, trust_remote_code), sample), text_tokens(tokenizer, sample)
         ):
             raise UserError(
                 f"{path}: its tokenizer makes other tokens of the text than that of {paths[0]}, so that losses per "
@@ -231,8 +238,7 @@ def _windows(
 
 def _templated(tokenizer: PreTrainedTokenizerBase, source: Conversations, name: str) -> Iterator[str]:
     """Every conversation as the chat template writes it."""
-    if not tokenizer.chat_template:
-        raise UserError("chat: the model has no chat template; leave out --chat")
+    check_template(tokenizer)
     number = 0
     try:
         for chat in source.chats:
@@ -246,11 +252,11 @@ def _templated(tokenizer: PreTrainedTokenizerBase, source: Conversations, name: 
         ) from error
 
 
-def _load(path: Path, device: str, dtype: str, windows_WL: Tensor | None) -> Any:
+def _load(path: Path, device: str, dtype: str, windows_WL: Tensor | None, trust_remote_code: bool) -> Any:
     from llmquant.runtime.attention import use_attention
     from llmquant.runtime.load import load
 
-    model = load(path, device=device, dtype=dtype).eval()
+    model = load(path, device=device, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     use_attention(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if windows_WL is not None and (largest := int(windows_WL.max())) >= vocabulary:

@@ -68,7 +68,7 @@ def held_out(plan: Plan, tokens: CalibrationTokens | None) -> tuple[HeldOut, ...
 
 def fixed_text(plan: Plan) -> HeldOut:
     """The windows of the fixed text for a model and its tokenizer."""
-    tokenizer, seq_len = load_tokenizer(plan.path), window_length(plan.config)
+    tokenizer, seq_len = load_tokenizer(plan.path, plan.options.trust_remote_code), window_length(plan.config)
     prefix = torch.tensor(tokenizer("", verbose=False)["input_ids"], dtype=torch.int64)
     room = seq_len - len(prefix)
     tokens_T = token_ids(tokenizer, read_fixed_text())

@@ -112,7 +112,9 @@ def _quantize(
 ) -> Report:
     with ranks.together():
         plan = (
-            prepare(model, out, recipe, options) if ranks.is_first else make_plan(resolve_model(model), recipe, options)
+            prepare(model, out, recipe, options)
+            if ranks.is_first
+            else make_plan(resolve_model(model, options.trust_remote_code), recipe, options)
         )
     total = len(plan.block_names)
     builder = ReportBuilder(plan, model, command)
@@ -307,7 +309,7 @@ def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> P
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
     reads = typed_inputs(model, options.calibration)
     check_out(out, overwrite=options.overwrite, restart=options.restart, reads=reads)
-    plan = make_plan(resolve_model(str(model)), recipe, options)
+    plan = make_plan(resolve_model(str(model), options.trust_remote_code), recipe, options)
     if recipe.has_budget:
         plan = provisional(plan)
     check_targets(plan)
@@ -329,7 +331,7 @@ def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, op
     plan = prepare(model, out, recipe or Recipe(), options or Options())
     account, tokens_SL = None, None
     if plan.recipe.needs_data:
-        account, tokens_SL = preview(load_tokenizer(plan.path), *_draw(plan))
+        account, tokens_SL = preview(load_tokenizer(plan.path, plan.options.trust_remote_code), *_draw(plan))
         if tokens_SL is not None:
             check_tokens(plan, tokens_SL)
     begun = None if plan.options.restart else begun_request(out)
@@ -349,7 +351,7 @@ def typed_inputs(model: str | Path, calibration: str = AUTO) -> list[Path]:
 
 def draw_tokens(plan: Plan) -> CalibrationTokens:
     """The calibration tokens of a run."""
-    return calibration_tokens(load_tokenizer(plan.path), *_draw(plan))
+    return calibration_tokens(load_tokenizer(plan.path, plan.options.trust_remote_code), *_draw(plan))
 
 
 def _draw(plan: Plan) -> tuple[str, int, int, int]:

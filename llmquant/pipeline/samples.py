@@ -86,7 +86,7 @@ def samples(folder: Path, plan: Plan) -> Samples:
     if LOADED * CheckpointReader(folder).total_bytes > left:
         return Samples(note="no samples: the quantized model, whole, would take more memory than quantizing it")
     try:
-        tokenizer = load_tokenizer(plan.path)
+        tokenizer = load_tokenizer(plan.path, plan.options.trust_remote_code)
     except UserError as error:
         return Samples(note=f"no samples: {first_words(error)}")
     is_chat = bool(getattr(tokenizer, "chat_template", None))

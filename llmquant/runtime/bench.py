@@ -9,7 +9,6 @@ Letters: S sequences, L tokens of a prompt.
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
 import platform
@@ -32,7 +31,7 @@ from llmquant.memory import give_back, peak_resident_bytes, resident_bytes
 from llmquant.models.blocks import device_of
 from llmquant.models.skeleton import build_empty, read_config
 from llmquant.runtime.explain import explain_backends
-from llmquant.runtime.generate import Sampling, check_length, run_timed
+from llmquant.runtime.generate import Sampling, check_length, run_timed, settings_of, vocabulary_of
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import load
 
@@ -133,8 +132,8 @@ def bench(
     workload = workload or Workload()
     for name in (model, against):
         if name is not None:
-            parsed_quantization(CheckpointReader(resolve_model(name)))
-    contenders = [(model, name) for name in _expand(model, backends, device, dtype)]
+            parsed_quantization(CheckpointReader(resolve_model(name, trust_remote_code)))
+    contenders = [(model, name) for name in _expand(model, backends, device, dtype, trust_remote_code)]
     contenders += [(against, "auto")] if against is not None else []
     loaded: list[Any] = []
     facts: list[dict[str, Any]] = []
@@ -183,26 +182,25 @@ def held_bytes(model: nn.Module) -> int:
 
 def _import_code(model: str, trust_remote_code: bool) -> None:
     """Have transformers import what it needs for a model, so that it is not counted as memory of the first one."""
-    config = read_config(resolve_model(model), trust_remote_code)
+    config = read_config(resolve_model(model, trust_remote_code), trust_remote_code)
     build_empty(config, torch.float32, trust_remote_code)
 
 
-def _expand(model: str, backends: Sequence[str], device: str, dtype: str) -> list[str]:
+def _expand(model: str, backends: Sequence[str], device: str, dtype: str, trust_remote_code: bool) -> list[str]:
     if "all" not in backends:
         return list(dict.fromkeys(backends))
-    choices = explain_backends(model, device=device, dtype=dtype).values()
+    choices = explain_backends(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code).values()
     return [name for name in BACKENDS if not any(name in choice.refusals for choice in choices)]
 
 
 def _turn(model: Any, workload: Workload) -> tuple[float, float]:
     """Seconds of prefill and of decoding."""
-    settings = copy.deepcopy(model.generation_config)
-    settings.update(**Sampling(max_new_tokens=workload.new_tokens, greedy=True).changes())
+    settings = settings_of(model, Sampling(max_new_tokens=workload.new_tokens, greedy=True))
     settings.min_new_tokens, settings.pad_token_id = workload.new_tokens, 0
+    settings.max_time = settings.stop_strings = None
     generator = torch.Generator().manual_seed(0)
     size = (workload.batch_size, workload.prompt_tokens)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens_SL = torch.randint(0, vocabulary, size, generator=generator).to(model.device)
+    tokens_SL = torch.randint(0, vocabulary_of(model), size, generator=generator).to(model.device)
     _, prefill, decode = run_timed(model, tokens_SL, torch.ones_like(tokens_SL), settings)
     return prefill, decode
 

@@ -31,11 +31,13 @@ class Planned:
     dtype: torch.dtype
 
 
-def planned_linears(model: str | Path, *, device: str = "auto", dtype: str = "auto") -> Planned:
+def planned_linears(
+    model: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> Planned:
     """What `load` would make of a checkpoint; UserError if nothing in it is quantized."""
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}': not one of auto, {', '.join(DTYPES)}; use --dtype auto")
-    reader = CheckpointReader(resolve_model(str(model)))
+    reader = CheckpointReader(resolve_model(str(model), trust_remote_code))
     parsed = parsed_quantization(reader)
     if parsed is None:
         raise UserError(f"{reader.path}: is not quantized, its linears are torch's; give a quantized checkpoint")
@@ -44,13 +46,15 @@ def planned_linears(model: str | Path, *, device: str = "auto", dtype: str = "au
         grid = parsed.grid_of(name)
         moving = grid is not None and grid.moving_groups
         layers[name] = LinearShape.planned(module.out_features, module.in_features, module.spec, moving)
-    runs_in = stored_dtype(read_config(reader.path), reader) if dtype == "auto" else DTYPES[dtype]
+    runs_in = stored_dtype(read_config(reader.path, trust_remote_code), reader) if dtype == "auto" else DTYPES[dtype]
     return Planned(layers, device_of(device), runs_in)
 
 
-def explain_backends(model: str | Path, *, device: str = "auto", dtype: str = "auto") -> dict[str, Choice]:
+def explain_backends(
+    model: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> dict[str, Choice]:
     """The choice for every quantized linear by name, as `load` would make it."""
-    planned = planned_linears(model, device=device, dtype=dtype)
+    planned = planned_linears(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     return {name: explain_choice(layer, planned.device, planned.dtype) for name, layer in planned.layers.items()}
 
 
@@ -60,6 +64,7 @@ def tune_model(
     device: str = "auto",
     dtype: str = "auto",
     path: Path | None = None,
+    trust_remote_code: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Measure the Triton kernel's tiles for every shape of a checkpoint on the GPU that is here; the table's path.
@@ -70,7 +75,7 @@ def tune_model(
     if path is not None:
         path = typed_path(path)
         check_file(path, "--out", is_table)
-    planned = planned_linears(model, device=device, dtype=dtype)
+    planned = planned_linears(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     for name, layer in planned.layers.items():
         if (why := BACKENDS["triton"].refuses(layer, planned.device, planned.dtype)) is not None:
             raise UserError(f"tune: the Triton kernel cannot run {name} here ({why}); a CPU needs no tuning")

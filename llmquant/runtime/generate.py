@@ -6,9 +6,11 @@ arithmetic, the second by reading the weights, which is what quantization makes 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -17,8 +19,10 @@ from torch import Tensor
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from llmquant.errors import UserError
+from llmquant.chat import chat_text
+from llmquant.errors import UserError, first_words
 from llmquant.models.skeleton import context_length
+from llmquant.runtime.settings import FILE, joined_settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +47,27 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens {self.max_new_tokens}: must be at least 1; use --max-new-tokens 128")
-        if self.temperature is not None and self.temperature < 0:
-            raise UserError(f"temperature {self.temperature}: must not be negative; use --temperature 0.7")
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature {self.temperature}: must not be negative or infinite; use --temperature 0.7")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: must lie between 0 and 1; use --top-p 0.9")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k {self.top_k}: must be at least 1; use --top-k 50")
+        if not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"seed {self.seed}: must fit into 64 bits; use --seed 0")
         if self.greedy and (self.temperature or self.top_p or self.top_k):
             raise UserError("greedy: draws nothing, so --temperature, --top-p and --top-k do not go with --greedy")
 
-    def changes(self) -> dict[str, Any]:
-        """What it says differently from the checkpoint's own generation settings."""
-        length = {"max_new_tokens": self.max_new_tokens, "max_length": None, "max_time": self.max_seconds}
-        if self.greedy or self.temperature == 0:
-            return length | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    def settings(self) -> dict[str, Any]:
+        """What it says of transformers' generation settings, by their names; do_sample if it says how to draw."""
         asked = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        given = {name: value for name, value in asked.items() if value is not None}
-        return length | given | ({"do_sample": True} if given else {})
+        draw = {name: value for name, value in asked.items() if value is not None}
+        if self.greedy or self.temperature == 0:
+            draw = {"do_sample": False}
+        elif draw:
+            draw["do_sample"] = True
+        time = {} if self.max_seconds is None else {"max_time": self.max_seconds}
+        return {"max_new_tokens": self.max_new_tokens} | time | draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,21 +148,24 @@ def generate(
 
     chat: each prompt is what a user says, put into the model's chat template. compiled: decode with a cache of fixed
     size through torch.compile and CUDA graphs; the first text waits for the compiler. on_text: gets the text of a
-    single prompt piece by piece while it is made. Raises UserError for a prompt that is empty or too long, and where
-    the model cannot be compiled.
+    single prompt piece by piece while it is made. Raises UserError for a prompt that is empty, too long, or has tokens
+    that the model does not know, for settings of the checkpoint that cannot be used, and if the model cannot be
+    compiled.
     """
     sampling = sampling or Sampling()
     assert prompts and (on_text is None or len(prompts) == 1)
-    rows = [_token_ids(tokenizer, prompt, chat) for prompt in prompts]
+    vocabulary = vocabulary_of(model)
+    rows = [_token_ids(tokenizer, prompt, chat, vocabulary) for prompt in prompts]
     longest = max(map(len, rows))
     check_length(model, longest, sampling.max_new_tokens)
-    settings = copy.deepcopy(model.generation_config)
-    settings.update(**sampling.changes())
+    settings = settings_of(model, sampling)
     if compiled:
         _check_compiles(model)
         # For a static cache on a GPU, transformers compiles the decoding step by itself.
         settings.cache_implementation = "static"
-    pad = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    # Tokenizers may have a padding token that the model does not know.
+    known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token in range(vocabulary)]
+    pad = known[0] if known else 0
     settings.pad_token_id = pad
     tokens_SL = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
     mask_SL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
@@ -162,10 +173,10 @@ def generate(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(sampling.seed)
         texts = _Texts(tokenizer, on_text) if on_text is not None else None
-        output_SL, prefill_seconds, decode_seconds = run_timed(model, tokens_SL, mask_SL, settings, texts)
-    ends = settings.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
-    made = [_until_end(row[longest:].tolist(), ends) for row in output_SL]
+        output_SL, prefill_seconds, decode_seconds = run_timed(model, tokens_SL, mask_SL, settings, texts, tokenizer)
+    made = [_until_end(row[longest:].tolist(), set(settings.eos_token_id or ())) for row in output_SL]
+    if stops := settings.stop_strings:
+        made = [_until_stop(row, [stops] if isinstance(stops, str) else stops, tokenizer) for row in made]
     return Generated(
         texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row in made),
         num_prompt_tokens=sum(map(len, rows)),
@@ -175,32 +186,77 @@ def generate(
     )
 
 
+def vocabulary_of(model: Any) -> int:
+    """How many tokens the model has an embedding for."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def settings_of(model: Any, sampling: Sampling) -> Any:
+    """A transformers GenerationConfig: the checkpoint's own settings, with those of `sampling` in their place.
+
+    Raises UserError for settings of the checkpoint that cannot be used.
+    """
+    file = Path(model.name_or_path or "") / FILE
+    return joined_settings(model.generation_config, sampling.settings(), vocabulary_of(model), file)
+
+
 def run_timed(
-    model: Any, tokens_SL: Tensor, mask_SL: Tensor, settings: Any, texts: TextStreamer | None = None
+    model: Any,
+    tokens_SL: Tensor,
+    mask_SL: Tensor,
+    settings: Any,
+    texts: TextStreamer | None = None,
+    tokenizer: Any = None,
 ) -> tuple[Tensor, float, float]:
     """Tokens with what follows them [S, L + new], seconds until the first new token was there, and seconds from then.
 
-    settings: a transformers GenerationConfig. texts: gets the tokens as they come.
+    settings: a transformers GenerationConfig. texts: gets the tokens as they come. tokenizer: needed for stop strings.
     """
     clock = _Clock(texts)
+    more = {"tokenizer": tokenizer} if settings.stop_strings else {}
     start = perf_counter()
-    with torch.inference_mode():
-        output_SL = model.generate(tokens_SL, attention_mask=mask_SL, generation_config=settings, streamer=clock)
+    with torch.inference_mode(), _only_these(model, settings):
+        try:
+            output_SL = model.generate(
+                tokens_SL, attention_mask=mask_SL, generation_config=settings, streamer=clock, **more
+            )
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise UserError(
+                f"{model.name_or_path}: no token can be drawn, because the model's predictions are not finite or its "
+                f"{FILE} suppresses all tokens; check the checkpoint, and try --dtype float32"
+            ) from error
     return output_SL, clock.first - start, clock.last - clock.first
 
 
-def _token_ids(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
-    if chat:
-        if not tokenizer.chat_template:
-            raise UserError("chat: the model has no chat template, it continues text; leave out --chat")
-        said = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        # The template has written the special tokens itself.
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        ids = tokenizer(prompt)["input_ids"]
+@contextmanager
+def _only_these(model: Any, settings: Any) -> Iterator[None]:
+    """Make the settings of a call the model's own for its duration: transformers fills open settings from those."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _token_ids(tokenizer: Any, prompt: str, chat: bool, vocabulary: int) -> list[int]:
+    """The tokens of a prompt; UserError if there are none, or some that the model does not know."""
+    text = chat_text(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True) if chat else prompt
+    try:
+        # A chat template has written the special tokens itself.
+        ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    except (TypeError, UnicodeError) as error:  # half a character, as a shell may pass it on
+        raise UserError(f"prompt: the tokenizer cannot read it ({first_words(error)}); give valid UTF-8") from error
+    if not ids and chat:
+        raise UserError("chat: the model's chat template makes an empty text of the prompt; leave out --chat")
     if not ids:
         raise UserError("prompt: is empty, and the model's tokenizer begins a text with nothing; give some words")
+    if unknown := [token for token in ids if token not in range(vocabulary)]:
+        raise UserError(
+            f"prompt: the tokenizer makes token {unknown[0]} ({tokenizer.decode([unknown[0]])!r}), the model has "
+            f"{vocabulary}; the tokenizer's files are those of another model"
+        )
     return ids
 
 
@@ -227,3 +283,12 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     """The tokens up to and with the first that ends a text; what follows is padding."""
     stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:stop]
+
+
+def _until_stop(tokens: list[int], stops: Sequence[str], tokenizer: Any) -> list[int]:
+    """The tokens up to and with the one that completes a stop string; others of a batch may have gone on."""
+    for count in range(1, len(tokens)):
+        text = tokenizer.decode(tokens[:count], skip_special_tokens=True)
+        if any(stop in text for stop in stops):
+            return tokens[:count]
+    return tokens

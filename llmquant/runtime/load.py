@@ -30,6 +30,7 @@ from llmquant.models.skeleton import DTYPES, Skeleton, name_translator, read_con
 from llmquant.runtime.attention import use_attention
 from llmquant.runtime.linear import PackedLinear, QuantizedLinear
 from llmquant.runtime.save import let_save
+from llmquant.runtime.settings import FILE, read_settings
 
 LINEARS_BETWEEN_TRIMS = 8
 """What unpacking leaves behind goes back to the system this often; a trim takes about a millisecond."""
@@ -50,7 +51,7 @@ def load(
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}': not one of auto, {', '.join(DTYPES)}; use dtype auto")
-    reader = CheckpointReader(resolve_model(str(path)))
+    reader = CheckpointReader(resolve_model(str(path), trust_remote_code))
     target = device_of(device)
     quantization = parsed_quantization(reader)
     config = read_config(reader.path, trust_remote_code)
@@ -158,8 +159,6 @@ def pack_head(model: Any) -> None:
 
 
 def add_generation_config(model: Any, path: Path) -> None:
-    """The checkpoint's own generation settings, where it has some."""
-    from transformers import GenerationConfig
-
-    if (path / "generation_config.json").is_file() and hasattr(model, "generation_config"):
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    """Give the model the checkpoint's own generation settings, if it has some; UserError if they cannot be read."""
+    if (path / FILE).is_file() and hasattr(model, "generation_config"):
+        model.generation_config = read_settings(path / FILE)

@@ -43,7 +43,7 @@ def transformers_config(path: str | Path, *, backend: str = "auto", trust_remote
 
     backend: one of `kernels.dispatch.BACKENDS`, or auto. UserError if it is not quantized, or cannot be read.
     """
-    reader = CheckpointReader(resolve_model(str(path)))
+    reader = CheckpointReader(resolve_model(str(path), trust_remote_code))
     if parsed_quantization(reader) is None:
         raise UserError(f"{reader.path}: not quantized; transformers opens it without a config of ours")
     register()
