@@ -116,7 +116,7 @@ def test_buffers_that_the_model_does_not_have_are_copied_and_not_checked(tiny_mo
     strangers = {
         "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9).half(),
         "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(),
-        "mtp.fc.weight": torch.full((3, 3), torch.nan),
+        "mtp.fc.weight": torch.full((3, 3), torch.nan).half(),
     }
     edit_tensors(model, lambda tensors: tensors.update(strangers))
     report = quantize(model, tmp_path / "out", RTN, QUICK)
@@ -302,6 +302,27 @@ def test_packed_weights_without_a_configuration_are_refused(model: Path) -> None
         dry_run(out, model.parent / "again", RTN, QUICK)
 
 
+def test_a_quantization_that_is_not_known_is_named_where_weights_are_missing(model: Path) -> None:
+    def hide(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            tensors[name.replace("weight", "magic")] = tensors.pop(name)
+
+    edit_tensors(model, hide)
+    edit_json(model / "config.json", lambda config: config.update(quantization_config={"quant_method": "magic"}))
+    for use in (load, lambda path: dry_run(path, model.parent / "out", RTN, QUICK)):
+        with pytest.raises(
+            UserError, match=r"no tensor holds .*config\.json says .* \(quant_method 'magic'\), in a way"
+        ):
+            use(model)
+
+
+@pytest.mark.parametrize("value", [[], "gptq", 4])
+def test_a_quantization_config_that_is_no_object_is_refused(model: Path, value: object) -> None:
+    edit_json(model / "config.json", lambda config: config.update(quantization_config=value))
+    with pytest.raises(UserError, match=r"config\.json: quantization_config .*; must be an object"):
+        CheckpointReader(model)
+
+
 # --- which files -----------------------------------------------------------------------------------------------------
 
 
@@ -434,7 +455,8 @@ def test_an_adapter_beside_the_weights_is_told(model: Path) -> None:
         (lambda name: f"_orig_mod.{name}", "_orig_mod."),
         (lambda name: name.replace("self_attn.", "_orig_mod.self_attn."), "_orig_mod."),
         (lambda name: f"base_model.model.{name}", "base_model.model."),
-        (lambda name: f"module._orig_mod.{name}", "_orig_mod. and module."),
+        (lambda name: f"module._orig_mod.{name}", "_orig_mod.' and 'module."),
+        (lambda name: f"model.{name}", "model."),
     ],
 )
 @pytest.mark.parametrize("sharded", [False, True])
@@ -450,7 +472,7 @@ def test_names_of_wrappers_are_removed_and_told(model: Path, wrapped, told: str,
     if sharded:
         into_shards(model)
     (remark,) = quantize(model, out, RTN, QUICK).remarks
-    assert remark.what == f"names of tensors are read without {told}, which a training wrapper added to them"
+    assert remark.what == f"names of tensors are read without '{told}', which a training wrapper added to them"
     assert (out / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
     assert load(model).config.model_type == "llama"
 
@@ -462,7 +484,7 @@ def test_a_prefix_that_only_some_names_have_is_kept(model: Path) -> None:
 
 def test_two_tensors_of_one_name_without_wrappers_are_refused(model: Path) -> None:
     edit_tensors(model, lambda tensors: tensors.update({"model._orig_mod.norm.weight": torch.ones(2)}))
-    with pytest.raises(UserError, match=r"two tensors would be called 'model\.norm\.weight' without _orig_mod\."):
+    with pytest.raises(UserError, match=r"two tensors would be called 'model\.norm\.weight' without '_orig_mod\.'"):
         CheckpointReader(model)
 
 

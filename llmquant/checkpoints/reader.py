@@ -51,6 +51,7 @@ class CheckpointReader:
             why = adapter_refusal(self.path)
             raise UserError(why or f"{self.path}: no config.json; give the folder of a Hugging Face checkpoint")
         self.config: dict[str, Any] = self._read_json("config.json")
+        self._key = self._quantization_key()
         self._stamps: dict[Path, tuple[int, int, int]] = {}
         self._notes: list[str] = []
         self.unread: dict[str, str] = {}
@@ -86,8 +87,7 @@ class CheckpointReader:
         names = [name for name in OLD_CONFIG_FILES if (self.path / name).exists()]
         return names[0] if names and self._key is None else "config.json"
 
-    @cached_property
-    def _key(self) -> str | None:
+    def _quantization_key(self) -> str | None:
         """The key of config.json that holds a `quantization_config`; an empty one says nothing."""
         for key in CONFIG_KEYS:
             value = self.config.get(key)
@@ -198,12 +198,12 @@ class CheckpointReader:
         for stored, name in plain.items():
             if name in unwrapped:
                 raise UserError(
-                    f"{self.path}: two tensors would be called {name!r:.200} without {' and '.join(removed)}; save the "
+                    f"{self.path}: two tensors would be called {name!r:.200} without {_quoted(removed)}; save the "
                     "model again from outside its wrapper"
                 )
             unwrapped[name] = replace(tensors[stored], name=name)
         self._notes.append(
-            f"names of tensors are read without {' and '.join(removed)}, which a training wrapper added to them"
+            f"names of tensors are read without {_quoted(removed)}, which a training wrapper added to them"
         )
         return unwrapped
 
@@ -308,6 +308,10 @@ def file_sha256(file: Path) -> str:
 def count_tensors(names: Sequence[str]) -> str:
     """How many tensors, and the first of them, as the subject of a note."""
     return f"1 tensor ('{names[0]}')" if len(names) == 1 else f"{len(names)} tensors ('{names[0]}', …)"
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return " and ".join(f"'{name}'" for name in names)
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

@@ -1,15 +1,22 @@
 """Names of tensors that a training wrapper left in a checkpoint.
 
 A state dict that was saved from within a wrapper carries its attribute names: `module.` (DataParallel), `_orig_mod.`
-(torch.compile), `base_model.model.` (PEFT). They say nothing about the model, so the tensors are read without them.
+(torch.compile), `base_model.model.` (PEFT), a second `model.`. They say nothing about the model, so the tensors are
+read without them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-PREFIXES = ("base_model.model.", "module.", "_forward_module.")
-"""Removed if every tensor has them."""
+PREFIXES = {
+    "base_model.model.": ("base_model.model.",),
+    "module.": ("module.",),
+    "_forward_module.": ("_forward_module.",),
+    # A class of one's own that holds the model as `self.model`.
+    "model.": ("model.model.", "model.lm_head."),
+}
+"""What is removed -> the beginnings of names by which it is told. Every tensor must have one of them."""
 PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Removed wherever they stand between dots: no model has modules of these names."""
 ADAPTER_PARTS = (
@@ -33,10 +40,16 @@ def unwrapped_names(names: Iterable[str]) -> tuple[dict[str, str], tuple[str, ..
         kept = [part for part in parts if part not in PARTS]
         removed |= dict.fromkeys(f"{part}." for part in parts if part in PARTS)
         plain[name] = ".".join(kept)
-    while prefix := next((p for p in PREFIXES if plain and all(name.startswith(p) for name in plain.values())), None):
+    while prefix := _shared_prefix(plain.values()):
         plain = {name: rest.removeprefix(prefix) for name, rest in plain.items()}
         removed[prefix] = None
     return plain, tuple(removed)
+
+
+def _shared_prefix(names: Collection[str]) -> str | None:
+    """The prefix of a wrapper that all names have, or None."""
+    shared = (prefix for prefix, starts in PREFIXES.items() if names and all(name.startswith(starts) for name in names))
+    return next(shared, None)
 
 
 def adapter_tensor(names: Iterable[str]) -> str | None:

@@ -7,6 +7,7 @@ from typing import Annotated
 from typer import Option
 
 from llmquant.cli.options import AnyModel, Device, Dtype, Json, Quiet, RemoteCode, count
+from llmquant.cli.voice import say
 from llmquant.errors import UserError
 from llmquant.paths import typed_path
 
@@ -43,6 +44,8 @@ def generate_command(
     from llmquant.console.progress import quiet_libraries
 
     quiet_libraries()
+    from llmquant.checkpoints.quantized import parsed_quantization, storage_notes
+    from llmquant.checkpoints.reader import CheckpointReader
     from llmquant.hub import load_tokenizer, resolve_model
     from llmquant.runtime.generate import Sampling, generate
     from llmquant.runtime.load import load
@@ -51,6 +54,11 @@ def generate_command(
         max_new_tokens=max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
     path = resolve_model(model, trust_remote_code)
+    reader = CheckpointReader(path)
+    parsed_quantization(reader)
+    if not quiet:
+        for note in storage_notes(reader):
+            say(note)
     tokenizer = load_tokenizer(path, trust_remote_code)
     loaded = load(path, device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     results = []

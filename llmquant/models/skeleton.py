@@ -275,6 +275,12 @@ class Skeleton:
         for stored, why in self.reader.unread.items():
             if translate(stored) == name:
                 return f"{why}; index and shards disagree, download them again"
+        if (config := self.reader.quantization_config) is not None:
+            method = config.get("quant_method", "unknown")
+            return (
+                f"{self.reader.quantization_file} says that the weights are quantized (quant_method '{method}'), in a "
+                "way that llmquant cannot read; give the model's checkpoint in 16 bits"
+            )
         return "the checkpoint is incomplete, or its names are not those of transformers' model"
 
     def missing(self) -> list[str]:
