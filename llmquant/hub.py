@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmquant.checkpoints.side_files import CODE_FILES, KEPT_FILES, NOT_THE_MODEL
+from llmquant.checkpoints.side_files import ADAPTER_FILES, CODE_FILES, KEPT_FILES, NOT_THE_MODEL
 from llmquant.errors import UserError, first_words
 from llmquant.paths import typed_path
 from llmquant.remote_code import failure_of_remote_code, named_code, read_object, untrusted
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 WANTED_FILES = ["*.safetensors", *KEPT_FILES, *CODE_FILES]
 # `*` takes slashes too. Sub-folders repeat the weights for other tools; chat templates may lie in one.
 _IN_SUB_FOLDERS = [f"*/{name}" for name in WANTED_FILES if not name.endswith(".jinja")]
-UNWANTED_FILES = [*_IN_SUB_FOLDERS, *NOT_THE_MODEL]
+# An adapter's own weights are left, but its configuration says which model it belongs to.
+UNWANTED_FILES = [*_IN_SUB_FOLDERS, *(name for name in NOT_THE_MODEL if name not in ADAPTER_FILES), "adapter_model*"]
 FEW_TOKENS = 1000
 """A smaller vocabulary is looked at, whether it holds anything but special tokens."""
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -116,8 +117,11 @@ def _check_needs_no_code(folder: Path) -> None:
 
 def _readers(file: Path) -> dict[str, str]:
     """The packages, by module, with which transformers reads a vocabulary; none if the file is of another kind."""
-    with file.open("rb") as opened:
-        start = opened.read(1024)
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(1024)
+    except OSError:  # a folder, a link that leads nowhere, or not to be read
+        return {}
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start):  # lines of base64 and a number
         return {"tiktoken": "tiktoken"}
     if start[:1] == b"\n":  # a protocol buffer that begins with its first field

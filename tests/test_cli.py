@@ -2,11 +2,11 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import types
 import weakref
 from pathlib import Path
@@ -58,10 +58,11 @@ def text_file(tmp_path):
 def test_help_takes_less_than_half_a_second():
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert run("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
-    # The best of three: what others do on the machine is not the command's doing.
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    # The processor's time, and the best of three: other work on the machine is not the command's doing.
     assert min(seconds) < 0.5
 
 

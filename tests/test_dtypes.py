@@ -19,6 +19,7 @@ from llmquant.checkpoints.copies import check_copies, tensor_digest
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.writer import TensorStream
 from llmquant.errors import UserError
+from llmquant.formats.registry import FORMATS
 from llmquant.models.skeleton import Skeleton, read_config
 from llmquant.pipeline import quantize as pipeline
 from llmquant.pipeline.convert import convert
@@ -253,11 +254,15 @@ def test_parameters_have_the_dtypes_of_transformers(mixed: Path, tmp_path: Path,
     out = tmp_path / "out"
     quantize(mixed, out, recipe("rtn"), Options(verify=False))
     copied = {name: dtype for name, dtype in wanted.items() if is_copied(name)}
-    assert dtypes_of(load(out, dtype=dtype)) == copied
+    packed = FORMATS["gptq"].suffixes
+    loaded = {name: dtype for name, dtype in dtypes_of(load(out, dtype=dtype)).items() if not name.endswith(packed)}
+    assert loaded == copied
 
 
 def test_the_reopened_model_has_the_dtypes_of_the_one_that_calibrates(mixed: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["input_layernorm", "1.mlp.gate_proj"])
+    # Processors without AVX-512 compare models in float32, which is another matter.
+    monkeypatch.setattr("llmquant.pipeline.verify.measuring_dtype", lambda computed, device: computed)
     options = Options(verify=False)
     plan = pipeline.prepare(mixed, tmp_path / "other", recipe("rtn"), options)
     quantize(mixed, tmp_path / "out", recipe("rtn"), options)

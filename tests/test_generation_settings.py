@@ -292,4 +292,4 @@ def test_eval_of_conversations_refuses_the_same_templates(tiny_model, tmp_path, 
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
     (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": TALK}))
     assert command(monkeypatch, "eval", folder, "--chat", "--dataset", tmp_path / "talks.jsonl", "-q") == 2
-    assert "TemplateError: no system role" in capsys.readouterr().err
+    assert "chat template does not take conversation 1 (no system role)" in capsys.readouterr().err

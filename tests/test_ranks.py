@@ -161,6 +161,7 @@ def test_a_rank_that_never_comes_is_waited_for_only_so_long(warm, model, text, t
 def test_an_error_of_one_rank_is_one_line_and_ends_all(warm, model, text, tmp_path):
     """The first rank alone finds OUT taken, and each rank that the samples are too few."""
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
     done = warm.run(*command(model, tmp_path / "out", text), ranks=2)
     assert [one.code for one in done] == [2, 2]
     one_line(done[0].error, "out: exists")

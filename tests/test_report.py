@@ -343,12 +343,18 @@ def test_model_without_a_chat_template_continues_prompts_and_one_without_a_token
     plan = prepare(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
     tokenizer = samples_module.load_tokenizer(plan.path)
     tokenizer.chat_template = None
-    monkeypatch.setattr(samples_module, "load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr(samples_module, "load_tokenizer", lambda *_: tokenizer)
     found = samples(reports["awq"].out, plan)
     assert [sample.prompt for sample in found.samples] == list(PROMPTS)
     assert not any(sample.is_chat for sample in found.samples)
 
-    def no_tokenizer(path):
+    # A template that refuses the questions is a note: the quantized model runs all the same.
+    tokenizer.chat_template = "{{ raise_exception('a system message is needed') }}"
+    refused = samples(reports["awq"].out, plan)
+    assert refused.samples == found.samples and not refused.failure
+    assert refused.note.startswith("texts instead of questions: chat: ") and "a system message" in refused.note
+
+    def no_tokenizer(*_):
         raise UserError("its tokenizer cannot be loaded")
 
     monkeypatch.setattr(samples_module, "load_tokenizer", no_tokenizer)

@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 import llmquant
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.checkpoints.side_files import find_side_files, named_code
+from llmquant.checkpoints.side_files import CODE_FILES, find_side_files, named_code
 from llmquant.errors import UserError
 from llmquant.hub import UNWANTED_FILES, WANTED_FILES
 from llmquant.pipeline.parts import files_beside
@@ -85,9 +85,13 @@ def test_the_hub_is_asked_for_the_same_files_and_the_weights():
     weights = ["model.safetensors", "model-00001-of-00002.safetensors"]
     in_sub_folders = [f"sub/{name}" for name in (*KEPT, *weights, "module.py") if not name.endswith(".jinja")]
     asked = [*KEPT, *LEFT, *STORAGE, *weights, *in_sub_folders]
-    fetched = filter_repo_objects(asked, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES)
+    untrusted = [*UNWANTED_FILES, *CODE_FILES]
+    fetched = set(filter_repo_objects(asked, allow_patterns=WANTED_FILES, ignore_patterns=untrusted))
     templates = {name for name in LEFT if name.endswith(".jinja")}
-    assert sorted(set(fetched) - templates) == sorted([*KEPT, *STORAGE, *weights])
+    # An adapter's configuration is asked for too: it says which model the adapter belongs to.
+    assert sorted(fetched - templates) == sorted([*KEPT, *STORAGE, *weights, "adapter_config.json"])
+    with_code = set(filter_repo_objects(asked, allow_patterns=WANTED_FILES, ignore_patterns=UNWANTED_FILES))
+    assert with_code - fetched == {name for name in LEFT if name.endswith(".py")} != set()
 
 
 @pytest.mark.parametrize("config", ["config.json", "tokenizer_config.json", "processor_config.json"])
@@ -115,6 +119,12 @@ def test_code_that_a_configuration_names_is_kept_with_what_it_imports(config, tm
     found = find_side_files(tmp_path, lambda path: None)
     assert kept == {name for name in found.kept if name.endswith(".py")}
     assert set(found.left) == {"configuration_y.py", "setup.py", "zero_to_fp32.py"}
+
+
+def test_the_old_form_of_a_tokenizers_auto_map_names_code_too(tmp_path):
+    fill(tmp_path, ["tokenization_x.py"])
+    name_code(tmp_path, "tokenizer_config.json", ["tokenization_x.X", None])
+    assert named_code(tmp_path) == {"tokenization_x.py"}
 
 
 @pytest.mark.parametrize(

@@ -342,6 +342,7 @@ def test_last_line_is_the_verdict(tiny_model, tmp_path, monkeypatch, capsys):
 
 def test_verdict_that_is_not_good_comes_with_options_to_try(tiny_model, tmp_path, monkeypatch, capsys):
     arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--method", "rtn", "--seq-len", "32"]
+    arguments += ["--group-size", "-1"]
     assert command(monkeypatch, *arguments, "--bits", "2", "--quiet") == 1
     text = " ".join(capsys.readouterr().out.split())
     assert " try next --method gptq: " in text and " --bits 4: " in text
@@ -353,11 +354,11 @@ def test_verdict_that_is_not_good_comes_with_options_to_try(tiny_model, tmp_path
 @pytest.mark.parametrize(
     ("recipe", "options", "expected"),
     [
-        (Recipe(method="rtn"), Options(), ["--method gptq", "--asym", "--group-size 32"]),
+        (Recipe(method="rtn"), Options(), ["--method gptq", "--asym", "--group-size 64"]),
         (Recipe(method="awq"), FEW, ["--method awq+gptq", "--asym", "--samples 128"]),
         (Recipe(spec=QuantSpec(bits=3), **EFFORTS["fast"]), FEW, ["--effort default", "--bits 4", "--asym"]),
         # What the format, or an engine that was named, would refuse is not suggested.
-        (Recipe(), Options(format="gptq", num_samples=128), ["--asym", "--group-size 32", "--effort best"]),
+        (Recipe(), Options(format="gptq", num_samples=128), ["--asym", "--group-size 64", "--effort best"]),
         (
             Recipe(spec=QuantSpec(symmetric=False, group_size=32), **EFFORTS["best"]),
             Options(format="awq", num_samples=128),
@@ -373,7 +374,8 @@ def test_verdict_that_is_not_good_comes_with_options_to_try(tiny_model, tmp_path
 def test_options_to_try_are_those_that_the_run_did_not_use_and_would_take(
     recipe, options, expected, tiny_model, tmp_path
 ):
-    plan = prepare(tiny_model("llama"), tmp_path / "out", recipe, replace(options, seq_len=32))
+    model = tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32)
+    plan = prepare(model, tmp_path / "out", recipe, replace(options, seq_len=32))
     found = next_steps(plan, [("mlp.down_proj", 0.2), ("mlp.up_proj", 0.1), ("mlp.down_proj", 0.1)])
     names = [name if not name.startswith("--target-bpw") else "--target-bpw" for name, _ in found]
     assert names == expected

@@ -125,7 +125,10 @@ def named_code(folder: Path) -> set[str]:
         file = folder / f"{modules.pop()}.py"
         if file.name not in found and file.is_file():
             found.add(file.name)
-            modules += _imported_modules(file.read_text(encoding="utf-8", errors="replace"))
+            try:
+                modules += _imported_modules(file.read_text(encoding="utf-8", errors="replace"))
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
     return found
 
 
@@ -134,7 +137,9 @@ def _auto_map_modules(config: Path) -> list[str]:
     repositories (`owner/name--module.Class`). A configuration that cannot be read names none."""
     try:
         auto_map = json.loads(config.read_bytes())["auto_map"]
-        references = [each for value in auto_map.values() for each in (value if isinstance(value, list) else [value])]
+        # A bare list is the old form, for tokenizers.
+        values = [auto_map] if isinstance(auto_map, list) else auto_map.values()
+        references = [each for value in values for each in (value if isinstance(value, list) else [value])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
     local = [each for each in references if isinstance(each, str) and "--" not in each]

@@ -49,6 +49,8 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
         is_known = str(read_object(path / "config.json").get("model_type")) in CONFIG_MAPPING
         if not (trust_remote_code or is_known) and (files := named_code(path / "config.json", "AutoConfig")):
             raise untrusted(path, "configuration", files) from error
+        if (line := failure_of_remote_code(error)) is not None:
+            raise UserError(line) from error
         raise UserError(
             f"{path}/config.json: transformers cannot read it ({first_words(error)}); is it a supported model?"
         ) from error

@@ -129,9 +129,6 @@ def evaluate(
     task_folder = None if task_folder is None else typed_path(task_folder)
     names = [*([against] if against is not None else []), *models]
     paths = [resolve_model(name, trust_remote_code) for name in names]
-    readers = [CheckpointReader(path) for path in paths]
-    for reader in readers:
-        parsed_quantization(reader)
     if tasks:
         from llmquant.eval.tasks import check_tasks
 
@@ -139,6 +136,9 @@ def evaluate(
     if dataset is None and (against is not None or not tasks):
         dataset = DEFAULT_DATASET
     source = None if dataset is None else load_conversations(dataset) if chat else load_rows(dataset, join=join)
+    readers = [CheckpointReader(path) for path in paths]
+    for reader in readers:
+        parsed_quantization(reader)
     windows_WL = None
     if source is not None:
         windows_WL = _windows(paths, source, str(dataset), seq_len, stride, num_windows, trust_remote_code)

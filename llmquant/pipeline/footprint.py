@@ -231,7 +231,7 @@ def _verifying_bytes(plan: Plan, outside: int) -> int:
     """At the end, the original beside the result: what all windows keep while they wait, and one block of either, or
     both heads, the predictions for one window, and a few in float32."""
     itemsize = measuring_dtype(plan.skeleton.dtype, plan.skeleton.device).itemsize
-    hidden = plan.config.get_text_config(decoder=True).hidden_size
+    hidden = _hidden_size(plan)
     vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
     seq_len = window_length(plan.config)
     num_tokens, longest = num_windows(seq_len) * seq_len, seq_len

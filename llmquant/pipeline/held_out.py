@@ -20,8 +20,9 @@ from torch import Tensor
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer
 from llmquant.models.skeleton import context_length
-from llmquant.pipeline.calibration import CalibrationTokens, token_ids
+from llmquant.pipeline.calibration import CalibrationTokens
 from llmquant.pipeline.plan import Plan, check_tokens
+from llmquant.tokens import special_ids, token_ids
 
 FIXED_TEXT = "verification_text.txt"
 """The file in this package."""
@@ -69,7 +70,7 @@ def held_out(plan: Plan, tokens: CalibrationTokens | None) -> tuple[HeldOut, ...
 def fixed_text(plan: Plan) -> HeldOut:
     """The windows of the fixed text for a model and its tokenizer."""
     tokenizer, seq_len = load_tokenizer(plan.path, plan.options.trust_remote_code), window_length(plan.config)
-    prefix = torch.tensor(tokenizer("", verbose=False)["input_ids"], dtype=torch.int64)
+    prefix = torch.tensor(special_ids(tokenizer)[0], dtype=torch.int64)
     room = seq_len - len(prefix)
     tokens_T = token_ids(tokenizer, read_fixed_text())
     available = len(tokens_T) // room if room > 0 else 0

@@ -22,6 +22,8 @@ from torch import Tensor
 from llmquant import __version__
 from llmquant.checkpoints.manifest import REPORT_HTML
 from llmquant.checkpoints.out_folder import check_apart
+from llmquant.checkpoints.reader import file_sha256
+from llmquant.checkpoints.side_files import named_code
 from llmquant.checkpoints.writer import PartialCheckpoint, begun_request, check_out
 from llmquant.errors import first_words
 from llmquant.hub import load_tokenizer, resolve_model
@@ -118,7 +120,8 @@ def _quantize(
         )
     total = len(plan.block_names)
     builder = ReportBuilder(plan, model, command)
-    note_side_files(builder, side_files(plan.reader, out))
+    if ranks.is_first:
+        note_side_files(builder, side_files(plan.reader, out))
     for note in plan.notes:
         builder.remark("checkpoint", note)
     tokens = None
@@ -295,14 +298,13 @@ def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: 
 
 def concluded(measured: Verification, plan: Plan, report: ReportBuilder) -> Verification:
     """The verification with what the samples have shown, and with what to try next if the verdict is not good."""
-    falls_short = measured.verdict in BANDS[1:]
-    errors = [(linear.kind, linear.error) for linear in report.linears]
-    return replace(
-        measured,
-        failure=report.samples.failure,
-        repetition=report.samples.repetition,
-        next_steps=next_steps(plan, errors) if falls_short else (),
-    )
+    steps: tuple[tuple[str, str], ...] = ()
+    if measured.verdict in BANDS[1:]:
+        try:
+            steps = next_steps(plan, [(linear.kind, linear.error) for linear in report.linears])
+        except Exception as error:  # plans are made anew: a failure must not cost the run that is done
+            report.remark("verification", f"what to try next could not be planned: {first_words(error)}")
+    return replace(measured, failure=report.samples.failure, repetition=report.samples.repetition, next_steps=steps)
 
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
@@ -377,6 +379,7 @@ def describe_request(plan: Plan, account: dict[str, Any] | None, tokens_SL: Tens
         "recipe": asdict(plan.recipe),
         "max_shard_bytes": plan.options.max_shard_bytes,
         "model": plan.reader.file_hashes(),
+        "code": _code_hashes(plan),
     }
     if account is not None and tokens_SL is not None:
         digest = hashlib.sha256(tokens_SL.contiguous().numpy().tobytes()).hexdigest()
@@ -384,6 +387,12 @@ def describe_request(plan: Plan, account: dict[str, Any] | None, tokens_SL: Tens
         counts = {name: value for name, value in account.items() if name not in ("incidents", "remarks")}
         request["calibration"] = counts | {"sha256": digest}
     return request
+
+
+def _code_hashes(plan: Plan) -> dict[str, str]:
+    """SHA-256 of the checkpoint's Python files by name, if they are trusted: other code makes another network."""
+    names = sorted(named_code(plan.path)) if plan.options.trust_remote_code else []
+    return {name: file_sha256(plan.path / name) for name in names}
 
 
 def asked_calibration(options: Options) -> dict[str, Any]:

@@ -298,9 +298,9 @@ class ReportBuilder:
     def recall(self, note: dict[str, Any]) -> None:
         """Take over what an earlier run noted."""
         self.linears += [LinearReport(**linear) for linear in note.get("linears", [])]
-        known = set(self.incidents)
-        self.incidents += [new for entry in note.get("incidents", []) if (new := Incident(**entry)) not in known]
-        self.remarks += [Incident(**entry) for entry in note.get("remarks", [])]
+        for noted, entries in ((self.incidents, "incidents"), (self.remarks, "remarks")):
+            known = set(noted)
+            noted += [new for entry in note.get(entries, []) if (new := Incident(**entry)) not in known]
 
     def finish(self, folder: Path, out: Path) -> Report:
         """The report of the run that has filled a folder, which becomes OUT."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from llmquant.chat import chat_text
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError, first_words
 from llmquant.hub import load_tokenizer
@@ -86,10 +87,11 @@ def samples(folder: Path, plan: Plan) -> Samples:
     if LOADED * CheckpointReader(folder).total_bytes > left:
         return Samples(note="no samples: the quantized model, whole, would take more memory than quantizing it")
     try:
-        tokenizer = load_tokenizer(plan.path, plan.options.trust_remote_code)
+        # That of the finished folder: it must load there.
+        tokenizer = load_tokenizer(folder, plan.options.trust_remote_code)
     except UserError as error:
         return Samples(note=f"no samples: {first_words(error)}")
-    is_chat = bool(getattr(tokenizer, "chat_template", None))
+    is_chat, template_note = _answers_questions(tokenizer)
     prompts = QUESTIONS if is_chat else PROMPTS
     ours, failure = _attempt(folder, plan, tokenizer, prompts, is_chat)
     theirs, original_failure = None, ""
@@ -104,7 +106,20 @@ def samples(folder: Path, plan: Plan) -> Samples:
     made = zip(prompts, ours.texts, theirs.texts if theirs else [None] * len(prompts), strict=True)
     was_cut = ours.was_cut or (theirs is not None and theirs.was_cut)
     pairs = tuple(_sample(tokenizer, *texts, is_chat=is_chat, was_cut=was_cut) for texts in made)
+    note = "; ".join(filter(None, (template_note, note)))
     return Samples(samples=pairs, note=note, original_failure=original_failure)
+
+
+def _answers_questions(tokenizer: Any) -> tuple[bool, str]:
+    """Whether the chat template takes the questions; and why not, if there is a template and it does not."""
+    if not getattr(tokenizer, "chat_template", None):
+        return False, ""
+    try:
+        for question in QUESTIONS:
+            chat_text(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
+    except UserError as error:
+        return False, f"texts instead of questions: {first_words(error)}"
+    return True, ""
 
 
 @dataclass(frozen=True)
