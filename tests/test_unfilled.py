@@ -12,7 +12,6 @@ from torch import nn
 
 from llmquant.pipeline.quantize import quantize
 from llmquant.pipeline.samples import Samples
-from llmquant.pipeline.verdict import BANDS, NOT_MEASURED
 from llmquant.spec import EFFORTS, Options, QuantSpec, Recipe
 
 READ_WITHOUT_A_CALL = {
@@ -80,8 +79,4 @@ def test_bytes_and_verdict_do_not_depend_on_memory_that_was_not_filled(
     plain = quantized(model, tmp_path / "plain")
     request.getfixturevalue("poisoned")
     assert quantized(model, tmp_path / "poisoned") == plain
-    # ProphetNet numbers positions from behind the padding token: a window of its whole context is too long for it.
-    if architecture == "prophetnet":
-        assert plain[1].verdict == NOT_MEASURED and "IndexError" in plain[1].reason
-    else:
-        assert plain[1].verdict in BANDS and math.isfinite(plain[1].measured.kl_mean)
+    assert plain[1].verdict in ("good", "slight loss", "clear loss") and math.isfinite(plain[1].measured.kl_mean)

@@ -30,6 +30,9 @@ FIXED_SOURCE = "the fixed text"
 """The name of the fixed text in reports."""
 MIN_TOKENS, WINDOW_TOKENS = 4096, 512
 """Predicted tokens of the fixed text, at least; and the length of its windows, where the context is not shorter."""
+SPARE_POSITIONS = 8
+"""Positions of a context that no window takes: some models number positions from behind the padding token, and
+ProphetNet predicts two tokens at a time."""
 MIN_WINDOWS = 2
 """Windows of each text that are measured even if they take long."""
 OPENING_TOKENS, OPENING_CHARACTERS = 24, 40
@@ -103,8 +106,8 @@ def read_fixed_text() -> str:
 
 
 def window_length(config: Any) -> int:
-    """Tokens of a window of the fixed text: WINDOW_TOKENS, or the model's context if that is shorter."""
-    return int(max(min(WINDOW_TOKENS, context_length(config)), 2))
+    """Tokens of a window of the fixed text: WINDOW_TOKENS, or what a shorter context has beside SPARE_POSITIONS."""
+    return int(max(min(WINDOW_TOKENS, context_length(config) - SPARE_POSITIONS), 2))
 
 
 def num_windows(seq_len: int) -> int:
