@@ -24,7 +24,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmquant.kernels.layout import LinearShape, arrange_slots, gather_columns, gather_groups, ungather_columns
+from llmquant.kernels.layout import (
+    LinearShape,
+    arrange_slots,
+    gather_columns,
+    gather_groups,
+    join_planes,
+    ungather_columns,
+)
 from llmquant.kernels.tiles import Gpu, Problem, Tiles, batch_invariant_tiles, choose_tiles, dense_from_rows
 from llmquant.weight import QuantizedWeight
 
@@ -108,10 +115,7 @@ def restore(prepared: tuple[Tensor, ...], layer: LinearShape, group_K: Tensor) -
     words, meta, _, column_S, like, kept_scale_NG = prepared
     codes_NS, (scale_NB, zero_NB) = unpack_words(words), unpack_meta(meta, like.dtype)
     if layer.bits == 8:
-        (high_NS, codes_NS), (_, scale_NB) = codes_NS.chunk(2, dim=1), scale_NB.chunk(2, dim=1)
-        codes_NS = (high_NS << 4) | codes_NS
-        high_NB, zero_NB = zero_NB.chunk(2, dim=1)
-        zero_NB = (high_NB << 4) | zero_NB
+        codes_NS, scale_NB, zero_NB = join_planes(codes_NS, scale_NB, zero_NB)
     codes_NS, scale_NB, zero_NB = (values[: layer.out_features] for values in (codes_NS, scale_NB, zero_NB))
     scale_NG, zero_NG = gather_groups(scale_NB, zero_NB, group_K, layer, _block_width(layer))
     codes_NK = ungather_columns(codes_NS, column_S, layer.in_features)

@@ -146,6 +146,16 @@ def gather_groups(
     return scale_NG, zero_NG
 
 
+def join_planes(codes_NP: Tensor, scale_NP: Tensor, zero_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """8-bit codes, their scales and zero-points from two planes of 4 bits, one behind the other along the last axis.
+
+    The first plane has the high halves, uint8; scales are those of the second, whose unit is that of the whole code.
+    """
+    (high_NS, low_NS), (_, scale_NB) = codes_NP.chunk(2, dim=1), scale_NP.chunk(2, dim=1)
+    high_NB, low_NB = zero_NP.chunk(2, dim=1)
+    return (high_NS << 4) | low_NS, scale_NB, (high_NB << 4) | low_NB
+
+
 def gather_columns(x_MK: Tensor, column_S: Tensor, num_slots: int) -> Tensor:
     """x in slot order [M, S]. An empty column_S says that columns keep their place, with zeros after them."""
     if column_S.numel():

@@ -28,6 +28,7 @@ from llmquant.kernels.layout import (
     check_width,
     gather_columns,
     gather_groups,
+    join_planes,
     ungather_columns,
 )
 from llmquant.kernels.llvm_w4a16 import (
@@ -133,10 +134,7 @@ def restore(prepared: tuple[Tensor, ...], layer: LinearShape, group_K: Tensor) -
     words, scale, zero, column_S = prepared
     codes_NS, scale_NB, zero_NB = _codes(words), _untiled(scale), _untiled(zero)
     if layer.bits == 8:
-        (high_NS, codes_NS), (_, scale_NB) = codes_NS.chunk(2, dim=1), scale_NB.chunk(2, dim=1)
-        codes_NS = (high_NS << 4) | codes_NS
-        high_NB, zero_NB = zero_NB.chunk(2, dim=1)
-        zero_NB = (high_NB << 4) | zero_NB
+        codes_NS, scale_NB, zero_NB = join_planes(codes_NS, scale_NB, zero_NB)
     codes_NS, scale_NB, zero_NB = (values[: layer.out_features] for values in (codes_NS, scale_NB, zero_NB))
     block = codes_NS.shape[1] // scale_NB.shape[1]
     codes_NK = ungather_columns(codes_NS, column_S, layer.in_features)
