@@ -288,6 +288,18 @@ def test_a_quantization_config_beside_plain_weights_is_ignored_and_told(model: P
     assert load(model).config.model_type == "llama" and load(out).config.model_type == "llama"
 
 
+def test_eval_names_what_it_ignores_in_a_checkpoint(model: Path, monkeypatch, capsys) -> None:
+    edit_json(model / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}))
+    arguments = ("eval", model, "--dataset", "python-docs", "--windows", "1", "--seq-len", "32")
+    assert command(monkeypatch, *arguments, "--json") == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert note.startswith(
+        f"{model}: config.json describes a quantization (quant_method 'bitsandbytes'), but the weights"
+    )
+    assert command(monkeypatch, *arguments) == 0
+    assert "quant_method 'bitsandbytes'" in " ".join(capsys.readouterr().out.split())
+
+
 def test_packed_weights_without_a_configuration_are_refused(model: Path) -> None:
     out = model.parent / "out"
     quantize(model, out, RTN, QUICK)

@@ -23,6 +23,8 @@ def print_evaluation(result: Evaluation) -> None:
         _print_text(result, rows)
     for remark in result.remarks:
         screen().print(f"{result.dataset}: {remark}", style="dim")
+    for note in result.notes:
+        screen().print(note, style="dim")
     if any(row.tasks for row in rows):
         _print_tasks(rows)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmquant.chat import check_template
-from llmquant.checkpoints.quantized import parsed_quantization
+from llmquant.checkpoints.quantized import parsed_quantization, storage_notes
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError, first_words
 from llmquant.eval.data import cut, text_tokens
@@ -86,6 +86,8 @@ class Evaluation:
     models: tuple[ModelEvaluation, ...]
     remarks: tuple[str, ...] = ()
     """What was changed while the text was read, in words."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about a checkpoint and was ignored, in words, with the checkpoint's name in front."""
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON."""
@@ -94,6 +96,7 @@ class Evaluation:
             "against": self.against.to_dict() if self.against else None,
             "models": [model.to_dict() for model in self.models],
             "remarks": list(self.remarks),
+            "notes": list(self.notes),
         }
 
 
@@ -186,7 +189,10 @@ def evaluate(
         _release()
     original = results.pop(0) if against is not None else None
     remarks = () if source is None else source.remarks
-    return Evaluation(dataset=dataset, against=original, models=tuple(results), remarks=remarks)
+    notes = tuple(
+        f"{name}: {note}" for name, reader in zip(names, readers, strict=True) for note in storage_notes(reader)
+    )
+    return Evaluation(dataset=dataset, against=original, models=tuple(results), remarks=remarks, notes=notes)
 
 
 @dataclass
