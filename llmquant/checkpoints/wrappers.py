@@ -16,7 +16,7 @@ PREFIXES = {
     # A class of one's own that holds the model as `self.model`.
     "model.": ("model.model.", "model.lm_head."),
 }
-"""What is removed -> the beginnings of names by which it is told. Every tensor must have one of them."""
+"""Prefix that is removed -> the beginnings of names that show it. Every tensor's name must have one of them."""
 PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Removed wherever they stand between dots: no model has modules of these names."""
 ADAPTER_PARTS = (

@@ -31,7 +31,8 @@ from llmquant.pipeline.solve import solve_stage, solve_without_data
 from llmquant.spec import QuantSpec
 
 MAX_COLUMNS, MAX_ROWS, FEW_ROWS = 1024, 128, 32
-"""Largest K that is timed; rows that are rounded, and how many the fixed part of the cost is told apart with."""
+"""Largest K that is timed; rows that are rounded in the longer and in the shorter timing. Their difference is what rows
+cost, the rest what the Hessian costs."""
 MAX_TOKENS = 512
 """Tokens of the piece of text that is timed."""
 FORWARD_OVERHEAD = 1.6

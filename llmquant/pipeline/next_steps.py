@@ -54,7 +54,9 @@ def _steps(plan: Plan, errors: Sequence[tuple[str, float]]) -> Iterator[Step]:
         method = "awq+gptq" if recipe.smooths else "gptq"
         yield step(f"--method {method}", "rounds by calibration text; the same size, more time", method=method)
     elif not recipe.needs_original:
-        yield step("--effort default", "makes up for earlier errors; the same size, more time", **_effort("default"))
+        yield step(
+            "--effort default", "corrects errors of earlier blocks; the same size, more time", **_effort("default")
+        )
     if recipe.has_budget:
         more = plan.bits_per_weight + 0.5
         yield step(f"--target-bpw {more:.2f}", "half a bit more per weight", target_bpw=more, target_bytes=None)
