@@ -26,6 +26,9 @@ def test_experts_that_stay_in_16_bit_are_an_incident(small_model, tmp_path, monk
     assert "coverage 19.9 % of the decoder blocks' weights are quantized" in text
     assert "2 x block_sparse_moe.experts.gate_up_proj (53.1 %), 2 x block_sparse_moe.experts.down_proj (26.6 %)" in text
     assert "incident block weights: only 19.9 % are quantized; 79.7 % stay in 16 bit unasked" in text
+    assert command(monkeypatch, *shared, "--dry-run", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["coverage_incident"].startswith("only 19.9 % are quantized; 79.7 % stay in 16 bit unasked")
     assert command(monkeypatch, *shared, "--no-verify", "--quiet", "--strict") == 1
     text = " ".join(capsys.readouterr().out.split())
     assert "coverage 19.9 %" in text and "incidents block weights: only 19.9 % are quantized" in text

@@ -147,6 +147,14 @@ def test_a_document_that_is_a_link_out_of_the_folder_is_not_copied_and_is_an_inc
     (model / "LICENSE").symlink_to("nowhere")
     (model / "real.txt").write_text("inside")
     (model / "alias.txt").symlink_to("real.txt")
+    (model / "picture.png").write_text("x")
+    dry = ("quantize", model, "out", "--method", "rtn", "--group-size", "32", "--no-verify", "--dry-run")
+    assert command(monkeypatch, *dry) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    # The label stands once for several lines.
+    assert "incident LICENSE: not copied: a link to" in said and " notes.txt: not copied: a link to" in said
+    assert "remarks beside the weights: not copied: picture.png" in said
+    (model / "picture.png").unlink()
     options = llmquant.Options(verify=False)
     report = llmquant.quantize(
         model, "out", llmquant.Recipe(method="rtn", spec=llmquant.QuantSpec(group_size=32)), options

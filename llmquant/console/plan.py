@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from llmquant.console.calibration import calibration_lines
 from llmquant.console.report import coverage_facts
 from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
+from llmquant.paths import listed
 from llmquant.words import clock, size
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def print_plan(plan: Plan, out: Path) -> None:
     from llmquant.pipeline.coverage import coverage_of
     from llmquant.pipeline.disk import disk_bytes, free_bytes
     from llmquant.pipeline.duration import estimate
+    from llmquant.pipeline.parts import side_files
     from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
 
     def row(linear: LinearPlan) -> tuple[str, str, str]:
@@ -42,7 +44,14 @@ def print_plan(plan: Plan, out: Path) -> None:
             facts.append((title, f"{reason}: {len(same)} x {kinds_of(linear.name for linear in same)}"))
     if missed := coverage.incident():
         facts.append(("incident", f"block weights: {missed}"))
+    beside = side_files(plan.reader, out)
+    facts += [
+        ("incident", f"{name}: not copied: a link to {target}, outside the checkpoint")
+        for name, target in beside.outward.items()
+    ]
     facts += [("remarks", f"checkpoint: {note}") for note in plan.notes]
+    if beside.left:
+        facts.append(("remarks", f"beside the weights: not copied: {listed(list(beside.left))}"))
     facts += [
         ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),

@@ -53,7 +53,8 @@ class Coverage:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"coverage": self.share, "unquantized": [asdict(entry) for entry in self.unquantized]}
+        entries = [asdict(entry) for entry in self.unquantized]
+        return {"coverage": self.share, "unquantized": entries, "coverage_incident": self.incident()}
 
     def incident(self) -> str | None:
         """One line when clearly less is quantized than was asked for; else None."""
