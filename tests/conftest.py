@@ -27,6 +27,12 @@ def drawn_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmquant.pipeline.page.page", lambda report: "")
 
 
+@pytest.fixture(autouse=True)
+def few_held_out_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finished models are compared on 512 tokens of the fixed text, not on 4,096, which take longer than a tiny run."""
+    monkeypatch.setattr("llmquant.pipeline.held_out.MIN_TOKENS", 512)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of the real small model that scripts/smollm2 makes."""

@@ -28,6 +28,7 @@ from llmquant.pipeline.calibration import MAX_HELD_OUT, MIN_HELD_OUT, calibratio
 from llmquant.pipeline.held_out import (
     FIXED_SOURCE,
     MIN_TOKENS,
+    SPARE_POSITIONS,
     WINDOW_TOKENS,
     HeldOut,
     fixed_text,
@@ -53,6 +54,11 @@ def manual():
     """Every run here reads it."""
     with short_manual():
         yield
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_windows():
+    """Here all windows of the fixed text are measured."""
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +237,7 @@ def test_fixed_text_is_the_same_for_every_recipe_and_seed(tiny_model, tmp_path):
     other = fixed_text(prepare(path, tmp_path / "out", Recipe(), replace(FEW, seed=7, seq_len=64)))
     assert torch.equal(one.tokens_WL, other.tokens_WL) and one.openings == other.openings
     num, seq_len = one.tokens_WL.shape
-    assert seq_len == MAX_POSITIONS and num == num_windows(seq_len) == len(set(one.openings))
+    assert seq_len == MAX_POSITIONS - SPARE_POSITIONS and num == num_windows(seq_len) == len(set(one.openings))
     assert num * (seq_len - 1) >= MIN_TOKENS > (num - 1) * (seq_len - 1)
     tokenizer = load_tokenizer(path)
     words = " ".join(read_fixed_text().split())
@@ -291,7 +297,7 @@ def test_model_that_cannot_be_run_is_still_quantized_and_the_gap_is_told(tiny_mo
 def test_rounding_without_data_is_measured_on_the_fixed_text(tiny_model, tmp_path):
     report = quantize(tiny_model("llama"), tmp_path / "out", RTN)
     (measured,) = report.verification.texts
-    assert (measured.source, measured.seq_len) == (FIXED_SOURCE, MAX_POSITIONS)
+    assert (measured.source, measured.seq_len) == (FIXED_SOURCE, MAX_POSITIONS - SPARE_POSITIONS)
     assert report.calibration is None
 
 
