@@ -35,6 +35,11 @@ def typed_path(path: str | os.PathLike[str]) -> Path:
     return expanded
 
 
+def typed_inputs(*names: str | os.PathLike[str]) -> list[Path]:
+    """Those of the names a user typed that are files and folders on this machine."""
+    return [path for path in map(typed_path, names) if os.path.lexists(path)]
+
+
 def check_encoding(text: str) -> None:
     """UserError if a text that was typed holds bytes that are not UTF-8: no report and no manifest can hold them."""
     try:

@@ -39,7 +39,8 @@ def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     reader = CheckpointReader(tmp_path)
-    for name, tensor in reader.read_many(tensors).items():
+    for name in tensors:
+        tensor = reader.read(name)
         assert tensor.dtype == tensors[name].dtype and tensor.shape == tensors[name].shape
         assert torch.equal(tensor.view(torch.uint8), tensors[name].view(torch.uint8))
         assert b"".join(bytes(chunk) for chunk in reader.chunks(name)) == bytes(

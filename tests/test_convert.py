@@ -211,8 +211,10 @@ def test_a_conversion_that_died_is_continued_to_the_same_bytes(quantized, tmp_pa
         with pytest.raises(Died):
             convert(source, tmp_path / "out", "awq")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match=r"convert was 'awq', is 'gptq_v2'.*--restart"):
-        convert(source, tmp_path / "out", "gptq_v2")
+    with monkeypatch.context() as patch:
+        patch.setattr("llmquant.pipeline.convert.read_quantized", None)  # refused before any linear is read
+        with pytest.raises(UserError, match=r"convert was 'awq', is 'gptq_v2'.*--restart"):
+            convert(source, tmp_path / "out", "gptq_v2")
     written = []
     monkeypatch.setattr(
         PartialCheckpoint, "add_part", lambda self, name, *more: (written.append(name), add(self, name, *more))

@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 import llmquant
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.checkpoints.side_files import CODE_FILES, find_side_files, named_code
+from llmquant.checkpoints.side_files import CODE_FILES, find_side_files, code_files
 from llmquant.errors import UserError
 from llmquant.hub import UNWANTED_FILES, WANTED_FILES
 from llmquant.pipeline.parts import files_beside
@@ -115,7 +115,7 @@ def test_code_that_a_configuration_names_is_kept_with_what_it_imports(config, tm
     )
     (tmp_path / "helper.py").write_text("def f():\n    from .deep import x\nfrom .modeling_x import X\n")
     kept = {"modeling_x.py", "tokenization_x.py", "helper.py", "deep.py", "one.py", "two.py"}
-    assert named_code(tmp_path) == kept
+    assert code_files(tmp_path) == kept
     found = find_side_files(tmp_path, lambda path: None)
     assert kept == {name for name in found.kept if name.endswith(".py")}
     assert set(found.left) == {"configuration_y.py", "setup.py", "zero_to_fp32.py"}
@@ -124,7 +124,7 @@ def test_code_that_a_configuration_names_is_kept_with_what_it_imports(config, tm
 def test_the_old_form_of_a_tokenizers_auto_map_names_code_too(tmp_path):
     fill(tmp_path, ["tokenization_x.py"])
     name_code(tmp_path, "tokenizer_config.json", ["tokenization_x.X", None])
-    assert named_code(tmp_path) == {"tokenization_x.py"}
+    assert code_files(tmp_path) == {"tokenization_x.py"}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_an_auto_map_that_names_nothing_in_the_folder_keeps_no_code(auto_map, tm
     (tmp_path / "model").mkdir()
     name_code(tmp_path / "model", "config.json", auto_map)
     (tmp_path / "model" / "tokenizer_config.json").write_text("{")
-    assert named_code(tmp_path / "model") == set()
+    assert code_files(tmp_path / "model") == set()
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_a_document_that_is_a_link_out_of_the_folder_is_not_copied_and_is_an_inc
     assert (out / "alias.txt").read_text() == "inside" and not (out / "alias.txt").is_symlink()
     (out / "notes.txt").symlink_to(model.parent / "secret")
     assert command(monkeypatch, "convert", out, "dense", "--format", "dense", "--quiet", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["remarks"] == [
+    assert json.loads(capsys.readouterr().out)["incidents"] == [
         f"notes.txt: not copied: a link to {model.parent / 'secret'}, outside the checkpoint"
     ]
     assert not (model.parent / "dense" / "notes.txt").exists()
@@ -224,3 +224,12 @@ def test_a_run_names_what_it_does_not_copy_and_is_found_whole_in_out(model, monk
     assert command(monkeypatch, "convert", "out", "awq", "--format", "awq", "--quiet") == 0
     assert (model.parent / "awq" / "additional_chat_templates" / "rag.jinja").exists()
     assert command(monkeypatch, "quantize", model, "out", *arguments, "--overwrite") == 0
+
+
+def test_configuration_with_half_a_character_is_kept(model):
+    """JSON may hold a lone surrogate as an escape; UTF-8 cannot hold the character."""
+    config = json.loads((model / "config.json").read_text()) | {"note": "a\ud800b"}
+    (model / "config.json").write_text(json.dumps(config))
+    recipe = llmquant.Recipe(method="rtn", spec=llmquant.QuantSpec(group_size=32))
+    llmquant.quantize(model, "out", recipe, llmquant.Options())
+    assert json.loads(Path("out", "config.json").read_bytes())["note"] == "a\ud800b"

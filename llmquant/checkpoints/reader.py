@@ -115,13 +115,6 @@ class CheckpointReader:
         self._check_unchanged(info)
         return tensor
 
-    def read_many(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Several tensors, read in the order in which they lie on disk; keys as asked for."""
-        names = list(names)
-        by_position = sorted(names, key=lambda name: (self.info(name).file, self.info(name).start))
-        tensors = {name: self.read(name) for name in by_position}
-        return {name: tensors[name] for name in names}
-
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The bytes of a tensor piece by piece, to copy one that is too large to hold. A piece is valid until the
         next."""

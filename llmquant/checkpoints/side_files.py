@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llmquant.errors import UserError
-from llmquant.paths import printable
+from llmquant.paths import listed, printable
 
 
 def _any_case(pattern: str) -> str:
@@ -85,6 +85,18 @@ class SideFiles:
     """What else the folder holds and a user may miss in OUT; sub-folders end in a slash. Weights, hidden files, the
     state of a trainer and descriptions of how weights are stored are not named."""
 
+    @property
+    def incidents(self) -> dict[str, str]:
+        """What belongs to the model and is not copied into OUT: file name -> the reason, in one line."""
+        return {
+            name: f"not copied: a link to {target}, outside the checkpoint" for name, target in self.outward.items()
+        }
+
+    @property
+    def remark(self) -> str:
+        """One line on what else is not copied; empty if there is nothing else."""
+        return f"not copied: {listed(list(self.left))}" if self.left else ""
+
 
 def find_side_files(folder: Path, check_link: Callable[[Path], None], ignored: Iterable[Path] = ()) -> SideFiles:
     """Sorts what a checkpoint folder holds beside its weights.
@@ -93,7 +105,7 @@ def find_side_files(folder: Path, check_link: Callable[[Path], None], ignored: I
     here for the files that loaders read. ignored: folders that are not named, because they are made by the run.
     """
     kept, outward, left = [], {}, []
-    code = named_code(folder)
+    code = code_files(folder)
     for path in sorted([*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*")]):
         name = path.relative_to(folder).as_posix()
         if name == TEMPLATE_FOLDER or path in ignored or _matches(name, HIDDEN):
@@ -117,7 +129,7 @@ def find_side_files(folder: Path, check_link: Callable[[Path], None], ignored: I
     return SideFiles(tuple(kept), outward, tuple(left))
 
 
-def named_code(folder: Path) -> set[str]:
+def code_files(folder: Path) -> set[str]:
     """The `.py` files that the configurations name in `auto_map`, and those that these import from the same folder."""
     found: set[str] = set()
     modules = [module for config in CODE_CONFIGS for module in _auto_map_modules(folder / config)]

@@ -20,6 +20,7 @@ def print_converted(converted: Converted) -> None:
         ("linears", f"{grids}: read back, equal"),
         ("size", f"{size(converted.original_bytes)} -> {size(converted.output_bytes)}"),
     ]
+    facts += [("incident", incident) for incident in converted.incidents]
     facts += [("remarks", remark) for remark in converted.remarks]
     print_facts(facts)
     screen().print(

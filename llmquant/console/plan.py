@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from llmquant.console.calibration import calibration_lines
 from llmquant.console.report import coverage_facts
 from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
-from llmquant.paths import listed
 from llmquant.words import clock, size
 
 if TYPE_CHECKING:
@@ -45,13 +44,10 @@ def print_plan(plan: Plan, out: Path) -> None:
     if missed := coverage.incident():
         facts.append(("incident", f"block weights: {missed}"))
     beside = side_files(plan.reader, out)
-    facts += [
-        ("incident", f"{name}: not copied: a link to {target}, outside the checkpoint")
-        for name, target in beside.outward.items()
-    ]
+    facts += [("incident", f"{name}: {what}") for name, what in beside.incidents.items()]
     facts += [("remarks", f"checkpoint: {note}") for note in plan.notes]
-    if beside.left:
-        facts.append(("remarks", f"beside the weights: not copied: {listed(list(beside.left))}"))
+    if beside.remark:
+        facts.append(("remarks", f"beside the weights: {beside.remark}"))
     facts += [
         ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),

@@ -9,7 +9,6 @@ Letters: N out_features, K in_features, G groups.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +38,7 @@ from llmquant.formats.registry import FORMATS
 from llmquant.hub import resolve_model
 from llmquant.models.blocks import linear_likes_of, linears_of, weight_as_NK
 from llmquant.models.skeleton import DTYPES, build_empty, check_size, checkpoint_names, name_translator, read_config
-from llmquant.paths import listed, typed_path
+from llmquant.paths import typed_inputs, typed_path
 from llmquant.pipeline.names import block_of
 from llmquant.pipeline.parts import OUTSIDE, as_json_bytes, files_beside, side_files
 from llmquant.spec import QuantSpec
@@ -64,6 +63,8 @@ class Converted:
     """Linears by their grid."""
     original_bytes: int
     output_bytes: int
+    incidents: tuple[str, ...]
+    """What did not go as asked."""
     remarks: tuple[str, ...]
     """What is worth knowing before the result is served."""
 
@@ -128,23 +129,20 @@ def convert(
     format: a name of `FORMATS`, or `dense`. dtype: of a dense result. Raises UserError where something would be lost.
     """
     out, step = typed_path(out), on_step or (lambda *_: None)
-    typed = typed_path(source)
-    check_out(out, overwrite=overwrite, restart=restart, reads=[typed] if os.path.lexists(typed) else [])
+    check_out(out, overwrite=overwrite, restart=restart, reads=typed_inputs(source))
     plan = _settle(source, format, dtype, trust_remote_code)
     beside, folder = side_files(plan.reader, out), plan.reader.path
     check_apart(out, [folder, *plan.reader.shards, *(folder / name for name in beside.kept)])
-    specs, digests, moving, remarks = _check(plan, step)
-    remarks += [
-        f"{name}: not copied: a link to {target}, outside the checkpoint" for name, target in beside.outward.items()
-    ]
-    remarks += [f"not copied: {listed(list(beside.left))}"] if beside.left else []
-    config = _config(plan, specs, moving)
+    step("hashing", 0, len(plan.modules))
     request = {
         "llmquant": __version__,
         "convert": format,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "model": plan.reader.file_hashes(),
     }
+    check_out(out, overwrite=overwrite, restart=restart, request=request)
+    specs, digests, moving, remarks = _check(plan, step)
+    config = _config(plan, specs, moving)
     with PartialCheckpoint.open(out, request, restart=restart, overwrite=overwrite) as partial:
         order = [] if partial.is_finishing else _write_parts(plan, specs, partial, step)
         folder = partial.assemble(order, _files(plan, config), manifest=_manifest(plan, request))
@@ -162,7 +160,8 @@ def convert(
         grids=dict(Counter(spec.describe() for spec in specs.values())),
         original_bytes=plan.reader.total_bytes,
         output_bytes=sum(file.stat().st_size for file in out.glob("*.safetensors")),
-        remarks=(*plan.reader.notes, *remarks),
+        incidents=tuple(f"{name}: {what}" for name, what in beside.incidents.items()),
+        remarks=(*plan.reader.notes, *remarks, *([beside.remark] if beside.remark else [])),
     )
 
 

@@ -23,7 +23,7 @@ from llmquant.checkpoints.storage import without_storage_keys
 from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream
 from llmquant.errors import UserError
 from llmquant.models.blocks import weight_as_NK
-from llmquant.paths import listed, partial_folder, real_path
+from llmquant.paths import partial_folder, real_path
 from llmquant.pipeline.plan import LinearPlan, Plan, all_finite, check_finite, read_finite
 from llmquant.pipeline.report import ReportBuilder
 from llmquant.pipeline.solve import Solved, Stored, solve_without_data
@@ -226,10 +226,10 @@ def files_beside(reader: CheckpointReader) -> dict[str, bytes]:
 
 def note_side_files(report: ReportBuilder, found: SideFiles) -> None:
     """Note which files beside the weights are not copied into OUT."""
-    for name, target in found.outward.items():
-        report.incident(name, f"not copied: a link to {target}, outside the checkpoint")
-    if found.left:
-        report.remark("beside the weights", f"not copied: {listed(list(found.left))}")
+    for name, what in found.incidents.items():
+        report.incident(name, what)
+    if found.remark:
+        report.remark("beside the weights", found.remark)
 
 
 def extra_files(plan: Plan) -> dict[str, bytes]:
@@ -261,5 +261,8 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
 
 
 def as_json_bytes(content: Any) -> bytes:
-    """Indented JSON with a newline at the end."""
-    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+    """Indented JSON in UTF-8, with a newline at the end; text that UTF-8 cannot hold, a lone surrogate, is escaped."""
+    try:
+        return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=2).encode() + b"\n"

@@ -9,7 +9,6 @@ What a run has finished is on the disk; a run that died is continued by the same
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,12 +22,12 @@ from llmquant import __version__
 from llmquant.checkpoints.manifest import REPORT_HTML
 from llmquant.checkpoints.out_folder import check_apart
 from llmquant.checkpoints.reader import file_sha256
-from llmquant.checkpoints.side_files import named_code
+from llmquant.checkpoints.side_files import code_files
 from llmquant.checkpoints.writer import PartialCheckpoint, begun_request, check_out
 from llmquant.errors import first_words
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import give_back
-from llmquant.paths import typed_path
+from llmquant.paths import typed_inputs, typed_path
 from llmquant.pipeline.budget import ALLOCATION, choose, grids_in, provisional, with_grids
 from llmquant.pipeline.calibration import AUTO, CalibrationTokens, calibration_tokens, preview
 from llmquant.pipeline.disk import check_disk
@@ -285,15 +284,11 @@ def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: 
     """The finished folder against the original, on held-out text; where that cannot be done, it is an incident."""
     try:
         texts = affordable(plan, held_out(plan, tokens), sum(report.seconds.values()))
-        measured = verify_texts(folder, plan, texts)
+        return verify_texts(folder, plan, texts)
     # No text, no memory for the head, a model that cannot run here: the checkpoint is finished and its codes are right.
     except Exception as error:
         report.incident("verification", f"not measured on text: {first_words(error)}")
         return Verification(verdict=NOT_MEASURED, reason=first_words(error))
-    for text in texts:
-        if text.note:
-            report.remark("verification", f"{text.source}: {text.note}")
-    return measured
 
 
 def concluded(measured: Verification, plan: Plan, report: ReportBuilder) -> Verification:
@@ -309,7 +304,8 @@ def concluded(measured: Verification, plan: Plan, report: ReportBuilder) -> Veri
 
 def prepare(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
     """The plan of a run, once nothing that can be known without reading a weight speaks against it."""
-    reads = typed_inputs(model, options.calibration)
+    has_preset = options.calibration in (AUTO, *preset_names())
+    reads = typed_inputs(model) if has_preset else typed_inputs(model, options.calibration)
     check_out(out, overwrite=options.overwrite, restart=options.restart, reads=reads)
     plan = make_plan(resolve_model(str(model), options.trust_remote_code), recipe, options)
     if recipe.has_budget:
@@ -343,12 +339,6 @@ def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, op
             request["calibration"] = (begun.get("calibration") or {}) | asked_calibration(plan.options)
         check_out(out, overwrite=plan.options.overwrite, request=request)
     return replace(plan, calibration=account)
-
-
-def typed_inputs(model: str | Path, calibration: str = AUTO) -> list[Path]:
-    """The files and folders on this machine that a run is to read, as they were typed."""
-    names = [model] if calibration in (AUTO, *preset_names()) else [model, calibration]
-    return [path for path in map(typed_path, names) if os.path.lexists(path)]
 
 
 def draw_tokens(plan: Plan) -> CalibrationTokens:
@@ -391,7 +381,7 @@ def describe_request(plan: Plan, account: dict[str, Any] | None, tokens_SL: Tens
 
 def _code_hashes(plan: Plan) -> dict[str, str]:
     """SHA-256 of the checkpoint's Python files by name, if they are trusted: other code makes another network."""
-    names = sorted(named_code(plan.path)) if plan.options.trust_remote_code else []
+    names = sorted(code_files(plan.path)) if plan.options.trust_remote_code else []
     return {name: file_sha256(plan.path / name) for name in names}
 
 

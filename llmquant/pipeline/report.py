@@ -214,16 +214,18 @@ class ReportBuilder:
     def __post_init__(self) -> None:
         if self.plan.skeleton.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.plan.skeleton.device)
+        # One incident for all of the blocks' weights takes the place of one for each linear.
+        missed = coverage_of(self.plan).incident()
+        if missed:
+            self.incident("block weights", missed)
         inside = tuple(f"{name}." for name in self.plan.block_names)
         for linear in self.plan.linears:
             if linear.spec is not None and linear.reason:
                 self.incident(linear.name, linear.reason)
                 continue
             is_expected = linear.is_left_by_user or linear.is_kept_by_rule
-            if linear.spec is None and linear.name.startswith(inside) and not is_expected:
+            if linear.spec is None and linear.name.startswith(inside) and not is_expected and not missed:
                 self.incident(linear.name, f"left in 16 bit: {linear.reason}")
-        if missed := coverage_of(self.plan).incident():
-            self.incident("block weights", missed)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

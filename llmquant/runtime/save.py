@@ -93,8 +93,8 @@ def save_quantized(
 ) -> None:
     """Write a model that `let_save` prepared into a folder, which may be the one that it was loaded from.
 
-    All arguments are those of transformers' `save_pretrained`. The weights that the folder held before are replaced,
-    and the files that describe them removed; every other file stays.
+    All arguments are those of transformers' `save_pretrained`. The weights that the folder held before under
+    the standard names are replaced, and the files that describe them removed; every other file stays.
 
     Raises UserError, and leaves the folder as it was, if the format cannot hold a linear exactly, if the result would
     not open, and if the disk does not take it.
