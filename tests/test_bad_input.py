@@ -278,7 +278,7 @@ def test_bad_input_in_a_process_of_its_own(case, folder):
     [
         (["generate", "MODEL"], "give one of --prompt TEXT and --prompts FILE"),
         (["generate", "MODEL", "--prompt", "x", "--prompts", "y"], "give one of --prompt TEXT and --prompts FILE"),
-        (["generate", "MODEL", "--prompts", "no/such.txt"], "no/such.txt: cannot be read as text"),
+        (["generate", "MODEL", "--prompts", "no/such.txt"], "no/such.txt: cannot be read (No such file or directory)"),
         (["generate", "MODEL", "--prompt", ""], "prompt: is empty"),
         (["generate", "MODEL", "--prompt", "word " * 300], "and the model's context is 256; shorten it"),
         (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "256"], "use --max-new-tokens 255 or less"),

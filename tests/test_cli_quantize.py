@@ -291,7 +291,7 @@ def test_generate_streams_what_transformers_generates(small, monkeypatch, capsys
 
 def test_a_batch_gives_each_prompt_what_it_gives_alone(small, tmp_path, monkeypatch, capsys):
     prompts = ["for", "The statement is evaluated", "x"]
-    (tmp_path / "prompts.txt").write_text("\n\n".join(prompts) + "\n")
+    (tmp_path / "prompts.txt").write_text("\ufeff" + "\r\n\r\n".join(prompts) + "\r\n", encoding="utf-8")
     alone = []
     options = ["--max-new-tokens", "8", "--greedy", "--device", "cpu", "--quiet", "--json", "--dtype", "float32"]
     for prompt in prompts:

@@ -10,6 +10,7 @@ from llmquant.cli.options import AnyModel, Device, Dtype, Json, Quiet, RemoteCod
 from llmquant.cli.voice import say
 from llmquant.errors import UserError
 from llmquant.paths import typed_path
+from llmquant.textfiles import text_lines
 
 
 def generate_command(
@@ -80,10 +81,7 @@ def generate_command(
 
 def _lines(file: Path) -> list[str]:
     file = typed_path(file)
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as text ({error}); give a UTF-8 file, one prompt per line") from error
+    lines = [line.rstrip("\r\n") for line in text_lines(file) if line.strip()]
     if not lines:
         raise UserError(f"{file}: holds no prompt; write one per line")
     return lines
