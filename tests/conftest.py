@@ -33,6 +33,11 @@ def few_held_out_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmquant.pipeline.held_out.MIN_TOKENS", 512)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test begins first, beside all others."""
+    items.sort(key=lambda item: not item.name.startswith("test_every_command_and_example"))
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of the real small model that scripts/smollm2 makes."""

@@ -29,11 +29,13 @@ def blocks() -> list[tuple[int, str, str]]:
 @pytest.mark.timeout(2700)
 @pytest.mark.model
 def test_every_command_and_example_runs_in_the_order_it_stands(tmp_path, smollm2):
-    """One test, in one folder: a later block finds what an earlier one made. `llmquant` is the checkout's."""
+    """One test, in one folder: a later block finds what an earlier one made. `llmquant` is the checkout's; it compares
+    models on fewer tokens (`few_held_out_windows`)."""
+    fewer = "from llmquant.pipeline import held_out\nheld_out.MIN_TOKENS = 512\n"
     binaries = tmp_path / "bin"
     binaries.mkdir()
     command = binaries / "llmquant"
-    command.write_text(f"#!{sys.executable}\nfrom llmquant.cli import main\nmain()\n")
+    command.write_text(f"#!{sys.executable}\n{fewer}from llmquant.cli import main\nmain()\n")
     command.chmod(0o755)
     path = os.pathsep.join([str(binaries), str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "MODEL": str(smollm2), "OMP_NUM_THREADS": "1"}
@@ -42,7 +44,7 @@ def test_every_command_and_example_runs_in_the_order_it_stands(tmp_path, smollm2
         if language == "bash":
             arguments = ["bash", "-euo", "pipefail", "-c", text]
         else:
-            arguments = [sys.executable, "-c", f"import os\nMODEL = os.environ['MODEL']\n{text}"]
+            arguments = [sys.executable, "-c", f"import os\n{fewer}MODEL = os.environ['MODEL']\n{text}"]
         done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"README line {line}: {done.stderr}"
         assert done.stdout.strip(), f"README line {line}: prints nothing"
