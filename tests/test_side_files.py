@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 import llmquant
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.checkpoints.side_files import CODE_FILES, find_side_files, code_files
+from llmquant.checkpoints.side_files import CODE_FILES, code_files, find_side_files
 from llmquant.errors import UserError
 from llmquant.hub import UNWANTED_FILES, WANTED_FILES
 from llmquant.pipeline.parts import files_beside
