@@ -19,7 +19,7 @@ from llmquant.errors import UserError
 from llmquant.pipeline import samples as samples_module
 from llmquant.pipeline.figures import ACCENT, LINE, MUTED, bars, over_depth, trade_off
 from llmquant.pipeline.held_out import FIXED_SOURCE
-from llmquant.pipeline.page import depths, kinds, page, place, write_page
+from llmquant.pipeline.page import depths, kinds, page, percent, place, write_page
 from llmquant.pipeline.quantize import prepare, quantize
 from llmquant.pipeline.report import Incident, Report, read_report
 from llmquant.pipeline.samples import PROMPTS, QUESTIONS, Sample, Samples, repeated_share, samples
@@ -404,6 +404,18 @@ def test_numbers_of_both_texts_stand_in_the_facts_and_on_the_page(reports):
     text = " ".join(Page(page(replace(report, verification=again))).text.split())
     for words in (*BANDS, "What to try next --asym", "finer", "may be broken", "does not run here: no kernel"):
         assert words in text, words
+
+
+def test_share_on_the_page_is_none_only_if_it_is_none():
+    shares = (0.0, 4.11e-5, 0.0004, 0.0006, 0.026, 1.0)
+    assert [percent(share).replace("\u202f%", "") for share in shares] == [
+        "0.0",
+        "0.004",
+        "0.04",
+        "0.1",
+        "2.6",
+        "100.0",
+    ]
 
 
 def test_scale_gives_every_band_the_same_width():

@@ -223,8 +223,9 @@ def measurements(verification: Verification) -> list[tuple[Measurement, str]]:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share in per cent."""
-    return f"{share:.{digits}%}".replace("%", "\u202f%")
+    """A share in per cent; one that would be rounded to nothing keeps its first digit."""
+    vanishes = 0 < 100 * share < 0.5 * 10**-digits
+    return f"{100 * share:.1g}\u202f%" if vanishes else f"{100 * share:.{digits}f}\u202f%"
 
 
 def breakable(name: str) -> Markup:
