@@ -33,6 +33,8 @@ MIN_TOKENS, WINDOW_TOKENS = 4096, 512
 SPARE_POSITIONS = 8
 """Positions of a context that no window takes: some models number positions from behind the padding token, and
 ProphetNet predicts two tokens at a time."""
+WINDOW_MULTIPLE = 64
+"""A window that is longer is a multiple of it: block-sparse attention pads others, as BigBird's does."""
 MIN_WINDOWS = 2
 """Windows of each text that are measured even if they take long."""
 OPENING_TOKENS, OPENING_CHARACTERS = 24, 40
@@ -106,8 +108,10 @@ def read_fixed_text() -> str:
 
 
 def window_length(config: Any) -> int:
-    """Tokens of a window of the fixed text: WINDOW_TOKENS, or what a shorter context has beside SPARE_POSITIONS."""
-    return int(max(min(WINDOW_TOKENS, context_length(config) - SPARE_POSITIONS), 2))
+    """Tokens of a window of the fixed text: WINDOW_TOKENS, or what a shorter context has beside SPARE_POSITIONS, in
+    multiples of WINDOW_MULTIPLE."""
+    length = int(max(min(WINDOW_TOKENS, context_length(config) - SPARE_POSITIONS), 2))
+    return length if length < WINDOW_MULTIPLE else length - length % WINDOW_MULTIPLE
 
 
 def num_windows(seq_len: int) -> int:
