@@ -44,7 +44,15 @@ def plain_losses(logits_LV, tokens_L):
 
 @pytest.mark.parametrize(
     ("model_type", "length"),
-    [("xlnet", math.inf), ("bloom", math.inf), ("gpt2", 1024), ("opt", 2048), ("llama", 2048), ("gemma3", 131_072)],
+    [
+        ("xlnet", math.inf),
+        ("bloom", math.inf),
+        ("gpt2", 1024),
+        ("opt", 2048),
+        ("llama", 2048),
+        ("gemma3", 131_072),
+        ("mpt", 2048),
+    ],
 )
 def test_context_length_is_the_bound_of_the_configuration_if_it_sets_one(model_type, length):
     assert context_length(AutoConfig.for_model(model_type)) == length

@@ -76,13 +76,18 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
     return config
 
 
+CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
+"""Where a configuration sets the bound on positions; the second is MPT's, the third Whisper's."""
+
+
 def context_length(config: Any) -> float:
     """Most tokens that the model's positions allow, an integer; infinite if its configuration sets no bound.
 
     No bound is None for some models, 0 or -1 (XLNet) for others.
     """
-    bound = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return bound if isinstance(bound, int) and bound > 0 else math.inf
+    text_config = config.get_text_config(decoder=True)
+    bounds = (getattr(text_config, name, None) for name in CONTEXT_KEYS)
+    return next((bound for bound in bounds if isinstance(bound, int) and bound > 0), math.inf)
 
 
 def _generates_text(architecture: str) -> bool:
