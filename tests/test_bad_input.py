@@ -300,3 +300,29 @@ def test_bad_input_of_the_other_commands(arguments, message, tiny_model, tmp_pat
     model = tiny_model("llama")
     code = command(monkeypatch, *(model if argument == "MODEL" else argument for argument in arguments))
     refused(code, capsys.readouterr(), message)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dtype": {"a": "b"}}, "config.json: dtype {'a': 'b'}: must be one name"),
+        ({"architectures": [3]}, "config.json: architectures [3]: must be a list of class names"),
+        ({"architectures": "LlamaForCausalLM"}, "config.json: architectures 'LlamaForCausalLM': must be a list"),
+    ],
+)
+def test_values_of_another_type_in_config_json_are_one_line(fields, message, tiny_model, tmp_path, monkeypatch, capsys):
+    model = Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+    edit_json(model / "config.json", lambda config: config.update(fields))
+    capsys.readouterr()
+    for arguments in (("quantize", model, tmp_path / "out", "--method", "rtn"), ("generate", model, "--prompt", "x")):
+        refused(command(monkeypatch, *arguments), capsys.readouterr(), message)
+
+
+def test_folder_that_may_not_be_entered_is_one_line(tmp_path, monkeypatch, capsys):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied", "model/config.json")
+
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr("llmquant.pipeline.inspect.inspect", denied)
+    code = command(monkeypatch, "inspect", tmp_path / "model")
+    refused(code, capsys.readouterr(), "model/config.json: Permission denied; check its permissions")

@@ -264,6 +264,9 @@ def test_failure_of_the_code_is_one_line_that_names_it(coded_model, monkeypatch,
     file.write_text("import no_such_package\n" + file.read_text())
     assert command(monkeypatch, "generate", coded_model, "--prompt", "x", TRUST) == 2
     assert "no_such_package" in capsys.readouterr().err
+    file.write_text(file.read_text().replace("import no_such_package", "raise SystemExit(0)"))
+    assert command(monkeypatch, "generate", coded_model, "--prompt", "x", TRUST) == 2
+    assert "modeling_own.py, line 1: the checkpoint's own code failed (SystemExit" in capsys.readouterr().err
 
 
 def test_failure_of_ours_is_not_taken_for_theirs():

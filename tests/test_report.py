@@ -292,6 +292,19 @@ def test_report_that_cannot_be_read_is_refused_in_a_line(content, message, tmp_p
     assert message in capsys.readouterr().err
 
 
+def test_a_value_of_another_type_is_refused_in_a_line_or_does_not_matter(reports, tmp_path, monkeypatch, capsys):
+    content = json.loads((reports["awq"].out / REPORT_JSON).read_text())
+    refused = set()
+    for key in content:
+        for value in (None, "x", [], {}, 3):
+            (tmp_path / REPORT_JSON).write_text(json.dumps(content | {key: value}))
+            code = command(monkeypatch, "report", tmp_path)
+            error = capsys.readouterr().err
+            assert (code, error.count("\n")) in ((0, 0), (2, 1)), (key, value, error)
+            refused |= {key} if code else set()
+    assert {"model", "finished", "versions", "recipe", "verification", "linears", "seconds", "hashes"} <= refused
+
+
 def test_numbers_that_went_wrong_are_null_in_the_file(reports, tmp_path):
     report = reports["awq"]
     ruined = replace(report, linears=(replace(report.linears[0], error=float("nan")), *report.linears[1:]))
@@ -353,6 +366,7 @@ def test_model_without_a_chat_template_continues_prompts_and_one_without_a_token
     refused = samples(reports["awq"].out, plan)
     assert refused.samples == found.samples and not refused.failure
     assert refused.note.startswith("texts instead of questions: chat: ") and "a system message" in refused.note
+    assert "a system message" in refused.template_failure
 
     def no_tokenizer(*_):
         raise UserError("its tokenizer cannot be loaded")

@@ -340,6 +340,52 @@ def test_a_disk_that_fills_up_leaves_the_folder_as_it_was(small, tmp_path, monke
     assert files_of(folder) == before and not (tmp_path / "new").exists()
 
 
+def test_weights_that_are_not_quantized_are_never_replaced(small, tiny_model, tmp_path):
+    folder = tmp_path / "original"
+    shutil.copytree(tiny_model("llama"), folder)
+    before, model = files_of(folder), load(small())
+    with pytest.raises(UserError, match="holds a model that is not quantized, which save_pretrained would replace"):
+        model.save_pretrained(folder)
+    assert files_of(folder) == before
+
+
+def test_paths_are_those_that_were_typed(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    model = load(small())
+    with pytest.raises(UserError, match="path '': not a path"):
+        model.save_pretrained("")
+    model.save_pretrained("~/saved")
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
+    assert torch.equal(logits(load(tmp_path / "home" / "saved")), logits(model))
+
+
+def test_settings_that_transformers_would_warn_of_are_saved_as_they_were_read(small, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(small(), folder)
+    for settings in ({"do_sample": False, "temperature": 0.5}, {"early_stopping": True}, {"pad_token_id": -1}):
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+        load(folder).save_pretrained(tmp_path / "saved")
+        written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+        assert settings.items() <= written.items()
+
+
+def test_a_cast_that_is_refused_changes_nothing(small):
+    model = load(small())
+    expected = logits(model)
+    for cast in (model.half, model.double, lambda: model.to(torch.float16)):
+        with pytest.raises(UserError, match="cannot be cast"):
+            cast()
+    assert model.dtype == torch.bfloat16 and torch.equal(logits(model), expected)
+
+
+def test_a_part_of_a_model_is_not_saved_by_itself(small, tmp_path):
+    model = load(small())
+    with pytest.raises(UserError, match="a part of a quantized model cannot be saved by itself; save the whole model"):
+        model.model.save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+
+
 def test_a_file_in_the_way_is_refused(small, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="a file; give a folder"):

@@ -80,7 +80,7 @@ class SideFiles:
     kept: tuple[str, ...]
     """Those that belong to the model."""
     outward: dict[str, str]
-    """Documents that are links out of the folder, with their targets; they are not followed."""
+    """Documents that are links out of the folder, or to nothing, with their targets; they are not followed."""
     left: tuple[str, ...]
     """What else the folder holds and a user may miss in OUT; sub-folders end in a slash. Weights, hidden files, the
     state of a trainer and descriptions of how weights are stored are not named."""
@@ -89,7 +89,9 @@ class SideFiles:
     def incidents(self) -> dict[str, str]:
         """What belongs to the model and is not copied into OUT: file name -> the reason, in one line."""
         return {
-            name: f"not copied: a link to {target}, outside the checkpoint" for name, target in self.outward.items()
+            name: f"not copied: a link to {target}, "
+            + ("outside the checkpoint" if os.path.lexists(target) else "which does not exist")
+            for name, target in self.outward.items()
         }
 
     @property
@@ -104,7 +106,9 @@ def find_side_files(folder: Path, check_link: Callable[[Path], None], ignored: I
     check_link: raises UserError for a link that must not be followed (`CheckpointReader.check_link`). That is raised
     here for the files that loaders read. ignored: folders that are not named, because they are made by the run.
     """
-    kept, outward, left = [], {}, []
+    kept: list[str] = []
+    left: list[str] = []
+    outward: dict[str, str] = {}
     code = code_files(folder)
     for path in sorted([*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*")]):
         name = path.relative_to(folder).as_posix()
@@ -118,8 +122,7 @@ def find_side_files(folder: Path, check_link: Callable[[Path], None], ignored: I
         elif name in code or _is_kept(name):
             try:
                 check_link(path)
-                if path.is_file():
-                    kept.append(name)
+                (kept if path.is_file() else left).append(name)
             except UserError:
                 if name in code or _matches(name, LOADED_FILES):
                     raise

@@ -74,6 +74,8 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         line = failure_of_remote_code(error) or failure_to_call_remote_code(error)
+        if line is None and isinstance(error, PermissionError) and error.filename:
+            line = f"{error.filename}: {error.strerror}; check its permissions, and those of the folders above it"
         if line is None:
             raise
         say(line)
@@ -81,6 +83,9 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as stop:
         # typer turns Ctrl-C into this code, without a word; before its command has begun, it lets it through.
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
-            raise
+            if (line := failure_of_remote_code(stop)) is None:
+                raise
+            say(line)
+            sys.exit(2)
         say("interrupted")
         sys.exit(INTERRUPTED)

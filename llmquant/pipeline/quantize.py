@@ -273,6 +273,8 @@ def check(
             report.samples = samples(folder, plan)
         if report.samples.failure:
             report.incident("samples", f"the quantized model does not run here: {report.samples.failure}")
+        if report.samples.template_failure:
+            report.remark("samples", f"texts instead of questions: {report.samples.template_failure}")
         if report.samples.original_failure:
             report.remark("samples", f"the original does not run here: {report.samples.original_failure}")
         report.verification = concluded(report.verification, plan, report)

@@ -21,12 +21,13 @@ import math
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import psutil
 import torch
@@ -185,7 +186,11 @@ def read_report(folder: Path) -> Report:
         verification = values["verification"]
         read = _verification(verification) if schema == SCHEMA else _verification_of_schema_2(verification)
         values |= {"out": folder, "verification": read}
-        return Report(**values)
+        report = Report(**values)
+        for name, kind in get_type_hints(Report).items():
+            if not _fits(values.get(name, getattr(report, name)), kind):
+                raise TypeError(f"{name}")
+        return report
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{file}: damaged ({error!r:.80}); quantize again") from None
 
@@ -368,6 +373,30 @@ def _made(kind: type, values: dict[str, Any]) -> Any:
             if value is None and entry.type == "float":
                 made[entry.name] = math.nan
     return kind(**made)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type that a field was declared with."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is UnionType:
+        return any(_fits(value, each) for each in arguments)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        if arguments == (float, ...):  # null stands for a number that is not finite
+            return all(entry is None or _fits(entry, float) for entry in value)
+        kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else arguments
+        return len(value) == len(kinds) and all(map(_fits, value, kinds))
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(entry, arguments[1]) for entry in value.values())
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return type(value) is kind and all(_fits(getattr(value, name), hints[name]) for name in hints)
+    if kind in (int, float):
+        return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _tuples(value: Any) -> Any:

@@ -68,6 +68,8 @@ class Samples:
     """Why the quantized model does not run; empty where it does, or where that was not tried."""
     original_failure: str = ""
     """The same of the original."""
+    template_failure: str = ""
+    """Why the questions do not go through the chat template; empty if they do, or if there is none."""
 
     @property
     def repetition(self) -> str:
@@ -91,7 +93,7 @@ def samples(folder: Path, plan: Plan) -> Samples:
         tokenizer = load_tokenizer(folder, plan.options.trust_remote_code)
     except UserError as error:
         return Samples(note=f"no samples: {first_words(error)}")
-    is_chat, template_note = _answers_questions(tokenizer)
+    is_chat, template_failure = _answers_questions(tokenizer)
     prompts = QUESTIONS if is_chat else PROMPTS
     ours, failure = _attempt(folder, plan, tokenizer, prompts, is_chat)
     theirs, original_failure = None, ""
@@ -106,8 +108,9 @@ def samples(folder: Path, plan: Plan) -> Samples:
     made = zip(prompts, ours.texts, theirs.texts if theirs else [None] * len(prompts), strict=True)
     was_cut = ours.was_cut or (theirs is not None and theirs.was_cut)
     pairs = tuple(_sample(tokenizer, *texts, is_chat=is_chat, was_cut=was_cut) for texts in made)
+    template_note = f"texts instead of questions: {template_failure}" if template_failure else ""
     note = "; ".join(filter(None, (template_note, note)))
-    return Samples(samples=pairs, note=note, original_failure=original_failure)
+    return Samples(samples=pairs, note=note, original_failure=original_failure, template_failure=template_failure)
 
 
 def _answers_questions(tokenizer: Any) -> tuple[bool, str]:
@@ -118,7 +121,7 @@ def _answers_questions(tokenizer: Any) -> tuple[bool, str]:
         for question in QUESTIONS:
             chat_text(tokenizer, [{"role": "user", "content": question}], add_generation_prompt=True)
     except UserError as error:
-        return False, f"texts instead of questions: {first_words(error)}"
+        return False, first_words(error)
     return True, ""
 
 

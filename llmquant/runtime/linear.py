@@ -193,8 +193,8 @@ class QuantizedLinear(nn.Module):
     def _wants_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """`.to()` and its kin: the layout moves where its backend can run, and is never cast."""
+    def check_move(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
+        """The device to which a function of `_apply` moves; UserError if it casts, or the backend cannot run there."""
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if moved.dtype != self.dtype:
             raise UserError(
@@ -207,7 +207,12 @@ class QuantizedLinear(nn.Module):
                 f"{self.layer.describe()}: prepared for backend '{self.backend_name}' on {self.device}, which cannot "
                 f"run on {moved.device} ({refusal}); load the model on that device"
             )
-        self._hold(tuple(tensor.to(moved.device) for tensor in self.prepared))
+        return moved.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """`.to()` and its kin: the layout moves where its backend can run, and is never cast."""
+        device = self.check_move(fn)
+        self._hold(tuple(tensor.to(device) for tensor in self.prepared))
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self
@@ -302,14 +307,18 @@ class PackedLinear(nn.Module):
             return multiply_dense(x, self.packed, self.bias, self.out_features, self.kernel_name)
         return DENSE_KERNELS[self.kernel_name].multiply(x, self.packed, self.bias, self.out_features)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """`.to()` and its kin: the layout is this processor's, and stays as it is."""
+    def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """UserError if a function of `_apply` casts, or moves away from the CPU."""
         moved = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         if moved.dtype != self.dtype or moved.device.type != "cpu":
             raise UserError(
                 f"head {self.out_features}x{self.in_features}: packed for the CPU in {self.dtype}, cannot become "
                 f"{moved.dtype} on {moved.device}; load the model there with that dtype"
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """`.to()` and its kin: the layout is this processor's, and stays as it is."""
+        self.check_move(fn)
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self

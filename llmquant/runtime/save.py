@@ -12,22 +12,26 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from llmquant.checkpoints.durable import sync_folder
-from llmquant.checkpoints.header import parse_json
+from llmquant.checkpoints.header import TensorInfo, parse_json, read_header
 from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.side_files import STORAGE_FILES
+from llmquant.checkpoints.storage import packed_tensor
 from llmquant.errors import UserError, first_words
 from llmquant.formats.registry import parse_quantization_config
 from llmquant.models.blocks import is_linear
 from llmquant.models.skeleton import saved_names
+from llmquant.paths import typed_path
 from llmquant.runtime.linear import PackedLinear, QuantizedLinear
 from llmquant.spec import QuantSpec
 
@@ -53,6 +57,14 @@ def let_save(model: Any, quantization_config: Mapping[str, Any]) -> None:
     model.config.quantization_config = dict(quantization_config)
     model.quantized_names = frozenset(name for name, spec in _specs(model).items() if spec is not None)
     model.__class__ = _saving_class(type(model))  # type: ignore[arg-type]
+    for part in model.modules():
+        if part is not model and isinstance(part, PreTrainedModel):
+            vars(part)["save_pretrained"] = _refuse_part
+
+
+def _refuse_part(*_: Any, **__: Any) -> None:
+    """In the place of `save_pretrained` of a model that is a part of a loaded one."""
+    raise UserError("save_pretrained: a part of a quantized model cannot be saved by itself; save the whole model")
 
 
 class SavesQuantized:
@@ -64,6 +76,13 @@ class SavesQuantized:
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **options: Any) -> None:
         """`save_quantized`."""
         save_quantized(self, save_directory, *args, **options)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`.to()` and its kin: UserError, before anything is moved or cast, if a linear cannot follow."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, QuantizedLinear | PackedLinear):
+                module.check_move(fn)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """For copies and pickles, which find a class by its name and would take the one of transformers."""
@@ -103,9 +122,10 @@ def save_quantized(
         if options.pop(option, None):
             raise UserError(f"save_pretrained: {option} does not go with quantized linears ({reason}); leave it out")
     writing = {option: options.pop(option) for option in WRITING_OPTIONS if option in options}
-    folder = Path(save_directory)
+    folder = typed_path(save_directory)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file; give a folder, or a name that is free")
+    _check_weights(folder)
     if not is_main_process:
         return
     created = [each for each in (folder, *folder.parents) if not each.exists()]
@@ -129,6 +149,21 @@ def save_quantized(
     if push_to_hub:
         repository = options.pop("repo_id", folder.resolve().name)
         model.push_to_hub(repository, max_shard_size=max_shard_size, **options)
+
+
+def _check_weights(folder: Path) -> None:
+    """UserError if a folder holds weights that are not quantized: they may be the only original."""
+    tensors: dict[str, TensorInfo] = {}
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    for file in files:
+        if WEIGHT_FILE.fullmatch(file.name) and file.suffix == ".safetensors":
+            with file.open("rb") as handle:
+                tensors |= read_header(file, handle, file.stat().st_size)
+    if tensors and packed_tensor(tensors) is None:
+        raise UserError(
+            f"{folder}: holds a model that is not quantized, which save_pretrained would replace; give another folder, "
+            "or move its .safetensors files away"
+        )
 
 
 def _specs(model: Any) -> dict[str, QuantSpec | None]:

@@ -68,6 +68,11 @@ def _is_bias(value: Any, vocabulary: int) -> bool:
     )
 
 
+def _is_watermark(value: Any, vocabulary: int) -> bool:
+    """transformers checks the rest when it reads the settings."""
+    return _is_number(getattr(value, "bias", 0.0)) and _is_whole(getattr(value, "hashing_key", 0))
+
+
 SWITCH = Rule(lambda value, _: isinstance(value, bool), "true or false")
 COUNT = Rule(lambda value, _: _is_whole(value) and value >= 0, "a whole number, 0 or more")
 POSITIVE = Rule(lambda value, _: _is_number(value) and value > 0, "a positive number", float)
@@ -127,7 +132,9 @@ USED: dict[str, Rule] = DRAW | {
     "min_new_tokens": COUNT,
     "max_time": POSITIVE,
     "use_cache": SWITCH,
-    "watermarking_config": Rule(lambda value, _: True, "a watermark"),  # transformers has checked it at load
+    "watermarking_config": Rule(
+        _is_watermark, "a watermark whose bias is a number and whose hashing_key is a whole one"
+    ),
 }
 SEARCHES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_beams": (lambda value: value != 1, "a beam search"),
@@ -152,7 +159,10 @@ def read_settings(file: Path) -> GenerationConfig:
     # A setting with the name of a method would hide it; it means nothing to transformers either.
     content = {key: value for key, value in content.items() if not callable(getattr(GenerationConfig, key, None))}
     try:
-        return GenerationConfig.from_dict(content)
+        settings = GenerationConfig.from_dict(content)
+        # What `from_pretrained` notes too: `save_pretrained` writes settings as they were read without judging them.
+        settings._original_object_hash = hash(settings)
+        return settings
     except Exception as error:  # values of any type, and combinations that transformers refuses
         for key, value in content.items():
             _check_alone(key, value, file)
