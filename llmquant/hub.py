@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from llmquant.checkpoints.side_files import ADAPTER_FILES, CODE_FILES, KEPT_FILES, NOT_THE_MODEL
 from llmquant.errors import UserError, first_words
-from llmquant.paths import typed_path
+from llmquant.paths import check_readable, typed_path
 from llmquant.remote_code import failure_of_remote_code, named_code, read_object, untrusted
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def resolve_model(model: str, trust_remote_code: bool = False) -> Path:
     """
     path = typed_path(model)
     if path.is_dir():
+        check_readable(path)
         return path
     if path.exists():
         raise UserError(f"{model}: is a file; give the folder that holds config.json and the .safetensors files")

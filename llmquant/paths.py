@@ -32,11 +32,19 @@ def typed_path(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{text}: longer than a name may be on this disk; use a shorter one") from None
+        if isinstance(error, PermissionError):
+            raise UserError(f"{text}: a folder above it may not be entered; check the permissions") from None
     return expanded
 
 
+def check_readable(folder: Path) -> None:
+    """UserError if a folder is there and its files may not be listed and opened."""
+    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"{folder}: may not be read; check its permissions")
+
+
 def typed_inputs(*names: str | os.PathLike[str]) -> list[Path]:
-    """Those of the names a user typed that are files and folders on this machine."""
+    """The typed names that exist on this machine, as paths; hub ids and presets are left out."""
     return [path for path in map(typed_path, names) if os.path.lexists(path)]
 
 

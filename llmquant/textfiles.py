@@ -16,7 +16,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from io import TextIOWrapper
+from io import BufferedReader, TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -68,14 +68,14 @@ def text_lines(path: Path) -> Iterator[str]:
     Raises UserError for a file that cannot be read, or is not text.
     """
     try:
-        with _open(path) as file:
-            mark = file.read(4)
-        encoding = next((name for start, name in _MARKS.items() if mark.startswith(start)), "utf-8")
-        # A byte that is not UTF-8 comes as a surrogate, so that its line is known.
-        with _open(path) as file, TextIOWrapper(file, encoding, "surrogateescape", newline="\n") as text:
-            for number, line in enumerate(text, start=1):
-                _check_line(line, number, path)
-                yield line
+        with _open(path) as raw, BufferedReader(raw) as file:
+            mark = file.peek(4)
+            encoding = next((name for start, name in _MARKS.items() if mark.startswith(start)), "utf-8")
+            # A byte that is not UTF-8 comes as a surrogate, so that its line is known.
+            with TextIOWrapper(file, encoding, "surrogateescape", newline="\n") as text:
+                for number, line in enumerate(text, start=1):
+                    _check_line(line, number, path)
+                    yield line
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not {encoding.upper()} text ({error.reason}); convert it to UTF-8") from error
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:

@@ -17,6 +17,7 @@ from commands import command
 from paths import ROOT
 from safetensors.torch import load_file, save_file
 
+import llmquant
 from llmquant.console.progress import PHASES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -318,11 +319,22 @@ def test_values_of_another_type_in_config_json_are_one_line(fields, message, tin
         refused(command(monkeypatch, *arguments), capsys.readouterr(), message)
 
 
-def test_folder_that_may_not_be_entered_is_one_line(tmp_path, monkeypatch, capsys):
-    def denied(*_, **__):
-        raise PermissionError(13, "Permission denied", "model/config.json")
-
+@pytest.mark.parametrize("arguments", ["quantize MODEL out", "inspect MODEL", "verify MODEL", "report MODEL"])
+def test_folder_that_may_not_be_read_is_one_line(arguments, tmp_path, monkeypatch, capsys):
     (tmp_path / "model").mkdir()
-    monkeypatch.setattr("llmquant.pipeline.inspect.inspect", denied)
-    code = command(monkeypatch, "inspect", tmp_path / "model")
-    refused(code, capsys.readouterr(), "model/config.json: Permission denied; check its permissions")
+    monkeypatch.chdir(tmp_path)
+    # Permissions do not bind the user that runs the tests, if that is root.
+    monkeypatch.setattr("llmquant.paths.os.access", lambda path, mode: Path(path).name != "model")
+    code = command(monkeypatch, *arguments.replace("MODEL", "model").split())
+    refused(code, capsys.readouterr(), "model: may not be read; check its permissions")
+    with pytest.raises(llmquant.UserError, match="model: may not be read"):
+        llmquant.load("model")
+
+
+def test_folder_above_that_may_not_be_entered_is_one_line(monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "lstat", denied)
+    with pytest.raises(llmquant.UserError, match="locked/model: a folder above it may not be entered"):
+        llmquant.load("locked/model")

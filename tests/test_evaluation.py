@@ -52,6 +52,7 @@ def plain_losses(logits_LV, tokens_L):
         ("llama", 2048),
         ("gemma3", 131_072),
         ("mpt", 2048),
+        ("whisper", 448),
     ],
 )
 def test_context_length_is_the_bound_of_the_configuration_if_it_sets_one(model_type, length):

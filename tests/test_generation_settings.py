@@ -222,7 +222,9 @@ def test_options_that_are_no_numbers(values, words):
         Sampling(**values)
 
 
-@pytest.mark.parametrize("watermark", [{"bias": "x"}, {"bias": None}, {"hashing_key": 1.5}])
+@pytest.mark.parametrize(
+    "watermark", [{"bias": "x"}, {"hashing_key": 2**70}, {"context_width": 2.5}, {"greenlist_ratio": True}]
+)
 def test_watermark_that_cannot_be_used_is_refused(watermark, tmp_path):
     (tmp_path / FILE).write_text(json.dumps({"watermarking_config": watermark}))
     with pytest.raises(UserError, match="watermarking_config"):

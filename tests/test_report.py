@@ -70,6 +70,9 @@ def test_report_holds_what_was_measured(reports):
     report = reports["awq"]
     assert report.verification.verdict in BANDS[:3]
     assert [text.source for text in report.verification.texts] == [FIXED_SOURCE, "python-docs"]
+    measured = report.verification.texts[report.verification.decided_by]
+    assert report.verification.kl_mean == measured.kl_mean > 0
+    assert report.verification.perplexity == measured.perplexity != report.verification.original_perplexity
     assert {"forward", "solving", "verifying", "samples"} <= report.seconds.keys() == report.memory.keys()
     assert 2**20 < min(report.memory.values()) <= max(report.memory.values()) <= report.peak_bytes
     assert all(linear.input_peak >= 1 for linear in report.linears)
@@ -303,6 +306,9 @@ def test_a_value_of_another_type_is_refused_in_a_line_or_does_not_matter(reports
             assert (code, error.count("\n")) in ((0, 0), (2, 1)), (key, value, error)
             refused |= {key} if code else set()
     assert {"model", "finished", "versions", "recipe", "verification", "linears", "seconds", "hashes"} <= refused
+    verification = content["verification"] | {"decided_by": 7}
+    (tmp_path / REPORT_JSON).write_text(json.dumps(content | {"verification": verification}))
+    assert command(monkeypatch, "report", tmp_path) == 2 and "damaged" in capsys.readouterr().err
 
 
 def test_numbers_that_went_wrong_are_null_in_the_file(reports, tmp_path):
@@ -421,15 +427,8 @@ def test_numbers_of_both_texts_stand_in_the_facts_and_on_the_page(reports):
 
 
 def test_share_on_the_page_is_none_only_if_it_is_none():
-    shares = (0.0, 4.11e-5, 0.0004, 0.0006, 0.026, 1.0)
-    assert [percent(share).replace("\u202f%", "") for share in shares] == [
-        "0.0",
-        "0.004",
-        "0.04",
-        "0.1",
-        "2.6",
-        "100.0",
-    ]
+    shown = {0.0: "0.0 %", 5e-7: "< 0.0001 %", 4.11e-5: "0.004 %", 0.0004: "0.04 %", 0.0006: "0.1 %", 1.0: "100.0 %"}
+    assert {share: percent(share).replace("\u202f", " ") for share in shown} == shown
 
 
 def test_scale_gives_every_band_the_same_width():

@@ -102,7 +102,7 @@ def changed(
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {file.name: file.read_bytes() if file.exists() else b"" for file in folder.iterdir()}
 
 
 HEAD = (Override(pattern="lm_head", bits=8),)
@@ -340,11 +340,41 @@ def test_a_disk_that_fills_up_leaves_the_folder_as_it_was(small, tmp_path, monke
     assert files_of(folder) == before and not (tmp_path / "new").exists()
 
 
-def test_weights_that_are_not_quantized_are_never_replaced(small, tiny_model, tmp_path):
+def as_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def as_shard_of_another_name(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights-1.safetensors")
+    names = load_file(folder / "weights-1.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "weights-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def beside_a_packed_shard(folder: Path) -> None:
+    packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(8, 8, dtype=torch.int32)}
+    save_file(packed, folder / "model-00001-of-00002.safetensors")
+
+
+def damaged(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"half")
+
+
+def linked_to_nothing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda folder: None, as_pickle, as_shard_of_another_name, beside_a_packed_shard, damaged, linked_to_nothing],
+)
+def test_weights_that_are_not_a_quantized_checkpoint_are_never_replaced(change, small, tiny_model, tmp_path):
     folder = tmp_path / "original"
     shutil.copytree(tiny_model("llama"), folder)
+    change(folder)
     before, model = files_of(folder), load(small())
-    with pytest.raises(UserError, match="holds a model that is not quantized, which save_pretrained would replace"):
+    with pytest.raises(UserError, match="holds weights, and save_pretrained replaces only a quantized checkpoint"):
         model.save_pretrained(folder)
     assert files_of(folder) == before
 

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -12,6 +13,7 @@ import pytest
 
 from llmquant.errors import UserError
 from llmquant.textdata import PRESETS, PYTHON_DOCS, load_conversations, load_rows
+from llmquant.textfiles import text_lines
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CALL = {"function": {"name": "add", "arguments": {"a": "é"}}}
@@ -336,3 +338,12 @@ def test_preset_reads_its_column_of_the_asked_split(name, monkeypatch):
 
 def test_python_docs_is_always_there():
     assert len(load_rows(PYTHON_DOCS).text) > 200_000
+
+
+def test_lines_of_a_pipe_are_read_once():
+    """As `--prompts <(command)` gives them."""
+    reader, writer = os.pipe()
+    os.write(writer, "\ufeffone\ntwo\n".encode())
+    os.close(writer)
+    assert list(text_lines(Path(f"/dev/fd/{reader}"))) == ["one\n", "two\n"]
+    os.close(reader)

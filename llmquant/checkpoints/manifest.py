@@ -13,6 +13,7 @@ from llmquant.checkpoints.header import parse_json
 from llmquant.checkpoints.journal import FileRecord
 from llmquant.checkpoints.reader import file_sha256
 from llmquant.errors import UserError
+from llmquant.paths import check_readable
 
 MANIFEST_FILE = "llmquant.json"
 REPORT_JSON, REPORT_HTML = REPORT_FILES = ("quantize_report.json", "report.html")
@@ -31,6 +32,7 @@ def build_manifest(content: dict[str, Any], files: dict[str, FileRecord]) -> byt
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint; UserError if there is none, or if it is damaged."""
+    check_readable(folder)
     file = folder / MANIFEST_FILE
     if not file.is_file():
         raise UserError(f"{folder}: no {MANIFEST_FILE}; only checkpoints that llmquant wrote can be verified")

@@ -132,6 +132,11 @@ def find_side_files(folder: Path, check_link: Callable[[Path], None], ignored: I
     return SideFiles(tuple(kept), outward, tuple(left))
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of that name holds the weights of a model, of any framework."""
+    return _matches(name, WEIGHT_FILES) and not _matches(name, (*OTHER_JOBS, *HIDDEN))
+
+
 def code_files(folder: Path) -> set[str]:
     """The `.py` files that the configurations name in `auto_map`, and those that these import from the same folder."""
     found: set[str] = set()

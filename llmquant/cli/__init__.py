@@ -74,8 +74,6 @@ def main() -> None:
         sys.exit(INTERRUPTED)
     except Exception as error:
         line = failure_of_remote_code(error) or failure_to_call_remote_code(error)
-        if line is None and isinstance(error, PermissionError) and error.filename:
-            line = f"{error.filename}: {error.strerror}; check its permissions, and those of the folders above it"
         if line is None:
             raise
         say(line)

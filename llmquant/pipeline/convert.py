@@ -31,7 +31,7 @@ from llmquant.checkpoints.quantized import (
 )
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.storage import without_storage_keys
-from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream, check_out
+from llmquant.checkpoints.writer import PartialCheckpoint, TensorStream, begun_request, check_out
 from llmquant.errors import UserError
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
@@ -133,16 +133,10 @@ def convert(
     plan = _settle(source, format, dtype, trust_remote_code)
     beside, folder = side_files(plan.reader, out), plan.reader.path
     check_apart(out, [folder, *plan.reader.shards, *(folder / name for name in beside.kept)])
-    step("hashing", 0, len(plan.modules))
-    request = {
-        "llmquant": __version__,
-        "convert": format,
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "model": plan.reader.file_hashes(),
-    }
-    check_out(out, overwrite=overwrite, restart=restart, request=request)
+    if not restart and begun_request(out) is not None:
+        check_out(out, overwrite=overwrite, request=_request(plan, format))
     specs, digests, moving, remarks = _check(plan, step)
-    config = _config(plan, specs, moving)
+    config, request = _config(plan, specs, moving), _request(plan, format)
     with PartialCheckpoint.open(out, request, restart=restart, overwrite=overwrite) as partial:
         order = [] if partial.is_finishing else _write_parts(plan, specs, partial, step)
         folder = partial.assemble(order, _files(plan, config), manifest=_manifest(plan, request))
@@ -163,6 +157,16 @@ def convert(
         incidents=tuple(f"{name}: {what}" for name, what in beside.incidents.items()),
         remarks=(*plan.reader.notes, *remarks, *([beside.remark] if beside.remark else [])),
     )
+
+
+def _request(plan: _Conversion, format: str) -> dict[str, Any]:
+    """Everything that the result depends on. Reads the source once, to hash it."""
+    return {
+        "llmquant": __version__,
+        "convert": format,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "model": plan.reader.file_hashes(),
+    }
 
 
 def _settle(source: str | Path, format: str, dtype: str, trust_remote_code: bool) -> _Conversion:

@@ -34,7 +34,8 @@ SPARE_POSITIONS = 8
 """Positions of a context that no window takes: some models number positions from behind the padding token, and
 ProphetNet predicts two tokens at a time."""
 WINDOW_MULTIPLE = 64
-"""A window that is longer is a multiple of it: block-sparse attention pads others, as BigBird's does."""
+"""Windows of at least this length are rounded down to a multiple of it: block-sparse attention, as in BigBird, pads
+others."""
 MIN_WINDOWS = 2
 """Windows of each text that are measured even if they take long."""
 OPENING_TOKENS, OPENING_CHARACTERS = 24, 40
@@ -81,8 +82,8 @@ def fixed_text(plan: Plan) -> HeldOut:
     available = len(tokens_T) // room if room > 0 else 0
     if available == 0:
         raise UserError(
-            f"{plan.path}: a context of {seq_len} tokens and a tokenizer that makes {len(tokens_T)} of the fixed text "
-            "leave no window to measure on"
+            f"{plan.path}: a context of {context_length(plan.config)} tokens and a tokenizer that makes "
+            f"{len(tokens_T)} of the fixed text leave no window to measure on"
         )
     kept = spread(available, num_windows(seq_len))
     windows = tokens_T[: available * room].view(available, room)[kept]

@@ -202,7 +202,7 @@ LIMITS = (1.0, GOOD, SLIGHT, BROKEN, BROKEN**2)
 def scale(verification: Verification) -> Scale | None:
     """The verdict on the scale of the bands; None where nothing was measured, or by other bands."""
     text = verification.measured
-    if text is None or text.factor is None or verification.verdict not in BANDS:
+    if text is None or text.factor is None or band_of(text.factor) != verification.verdict:
         return None
     low, high = text.factor_interval or (text.factor, text.factor)
     limits = tuple((place(limit), f"{limit:g}") for limit in LIMITS[1:-1])
@@ -218,13 +218,20 @@ def place(value: float) -> float:
 
 
 def measurements(verification: Verification) -> list[tuple[Measurement, str]]:
-    """Every text that was measured, with its band."""
-    return [(text, band_of(text.factor)) for text in verification.texts if text.factor is not None]
+    """Every text that was measured, with its band; that of the deciding text is the verdict."""
+    found = []
+    for index, text in enumerate(verification.texts):
+        if text.factor is not None:
+            decides = index == verification.decided_by and verification.verdict in BANDS
+            found.append((text, verification.verdict if decides else band_of(text.factor)))
+    return found
 
 
 def percent(share: float, digits: int = 1) -> str:
     """A share in per cent; one that would be rounded to nothing keeps its first digit."""
     vanishes = 0 < 100 * share < 0.5 * 10**-digits
+    if vanishes and 100 * share < 0.0001:
+        return "<\u202f0.0001\u202f%"
     return f"{100 * share:.1g}\u202f%" if vanishes else f"{100 * share:.{digits}f}\u202f%"
 
 

@@ -39,11 +39,13 @@ from llmquant.checkpoints.header import parse_json
 from llmquant.checkpoints.manifest import REPORT_JSON, read_manifest
 from llmquant.errors import UserError
 from llmquant.memory import peak_resident_bytes
+from llmquant.paths import check_readable
 from llmquant.pipeline.coverage import Unquantized, coverage_of
 from llmquant.pipeline.histograms import NUM_LINEARS, Histogram, histograms
 from llmquant.pipeline.plan import LinearPlan, Plan
 from llmquant.pipeline.samples import Sample, Samples
 from llmquant.pipeline.verdict import NOT_MEASURED, Measurement, Verification
+from llmquant.spec import QuantSpec
 
 if TYPE_CHECKING:
     from llmquant.pipeline.calibration import CalibrationTokens
@@ -168,6 +170,7 @@ class Report:
 
 def read_report(folder: Path) -> Report:
     """The report inside OUT; UserError where there is none, or none that can be read."""
+    check_readable(folder)
     file = folder / REPORT_JSON
     if not file.is_file():
         raise UserError(f"{folder}: no {REPORT_JSON}; only `llmquant quantize` writes one, run it again")
@@ -187,11 +190,10 @@ def read_report(folder: Path) -> Report:
         read = _verification(verification) if schema == SCHEMA else _verification_of_schema_2(verification)
         values |= {"out": folder, "verification": read}
         report = Report(**values)
-        for name, kind in get_type_hints(Report).items():
-            if not _fits(values.get(name, getattr(report, name)), kind):
-                raise TypeError(f"{name}")
+        _check(report)
         return report
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+    # UserError: a grid that there is not.
+    except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError, UserError) as error:
         raise UserError(f"{file}: damaged ({error!r:.80}); quantize again") from None
 
 
@@ -373,6 +375,43 @@ def _made(kind: type, values: dict[str, Any]) -> Any:
             if value is None and entry.type == "float":
                 made[entry.name] = math.nan
     return kind(**made)
+
+
+CALIBRATION_COUNTS = (
+    *("num_samples", "seq_len", "seed", "num_windows_available", "num_tokens_used", "num_tokens_available"),
+    *("num_tokens_left_over", "num_rows", "num_blank_rows", "num_duplicate_rows"),
+)
+"""Entries of `Report.calibration` that are shown."""
+
+
+def _check(report: Report) -> None:
+    """KeyError, TypeError, IndexError or ValueError if a value is not of the type that its field was declared with, or
+    if an entry that is shown is missing."""
+    for name, kind in get_type_hints(Report).items():
+        _check_type(getattr(report, name), kind, name)
+    datetime.fromisoformat(report.finished)
+    if report.verification.texts:
+        report.verification.texts[report.verification.decided_by]
+    _check_type(report.recipe["method"], str, "method")
+    names = {linear.name for linear in report.linears}
+    if not names.issuperset(histogram.name for histogram in report.histograms):
+        raise KeyError("histograms")
+    if report.calibration is not None:
+        _check_type(report.calibration["source"], str, "source")
+        for name in CALIBRATION_COUNTS:
+            _check_type(report.calibration[name], int, name)
+    if report.allocation is not None:
+        _check_type(report.allocation["target_bits_per_weight"], float, "target_bits_per_weight")
+        for point in (report.allocation["chosen"], *report.allocation["curve"], *report.allocation["uniform"]):
+            for name in ("bits_per_weight", "loss"):
+                _check_type(point[name], float, name)
+        for point in report.allocation["uniform"]:
+            QuantSpec(**{name: point[name] for name in ("bits", "group_size", "symmetric")})
+
+
+def _check_type(value: Any, kind: Any, name: str) -> None:
+    if not _fits(value, kind):
+        raise TypeError(name)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -22,11 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmquant.checkpoints.durable import sync_folder
-from llmquant.checkpoints.header import TensorInfo, parse_json, read_header
+from llmquant.checkpoints.header import parse_json
 from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.checkpoints.side_files import STORAGE_FILES
-from llmquant.checkpoints.storage import packed_tensor
+from llmquant.checkpoints.side_files import STORAGE_FILES, is_weights
 from llmquant.errors import UserError, first_words
 from llmquant.formats.registry import parse_quantization_config
 from llmquant.models.blocks import is_linear
@@ -63,7 +62,7 @@ def let_save(model: Any, quantization_config: Mapping[str, Any]) -> None:
 
 
 def _refuse_part(*_: Any, **__: Any) -> None:
-    """In the place of `save_pretrained` of a model that is a part of a loaded one."""
+    """Replaces `save_pretrained` of the submodels of a loaded model."""
     raise UserError("save_pretrained: a part of a quantized model cannot be saved by itself; save the whole model")
 
 
@@ -115,8 +114,8 @@ def save_quantized(
     All arguments are those of transformers' `save_pretrained`. The weights that the folder held before under
     the standard names are replaced, and the files that describe them removed; every other file stays.
 
-    Raises UserError, and leaves the folder as it was, if the format cannot hold a linear exactly, if the result would
-    not open, and if the disk does not take it.
+    Raises UserError, and leaves the folder as it was, if the folder holds weights that are not a quantized checkpoint,
+    if the format cannot hold a linear exactly, if the result would not open, and if the disk does not take it.
     """
     for option, reason in REFUSED_OPTIONS.items():
         if options.pop(option, None):
@@ -125,11 +124,11 @@ def save_quantized(
     folder = typed_path(save_directory)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file; give a folder, or a name that is free")
-    _check_weights(folder)
     if not is_main_process:
         return
     created = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
+        _check_weights(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".llmquant-", dir=folder) as name:
             staging = Path(name)
@@ -152,17 +151,18 @@ def save_quantized(
 
 
 def _check_weights(folder: Path) -> None:
-    """UserError if a folder holds weights that are not quantized: they may be the only original."""
-    tensors: dict[str, TensorInfo] = {}
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    for file in files:
-        if WEIGHT_FILE.fullmatch(file.name) and file.suffix == ".safetensors":
-            with file.open("rb") as handle:
-                tensors |= read_header(file, handle, file.stat().st_size)
-    if tensors and packed_tensor(tensors) is None:
+    """UserError if a folder holds weights that are not a quantized checkpoint: they may be the only original."""
+    if not folder.is_dir() or not any(is_weights(file.name) for file in folder.iterdir()):
+        return
+    try:
+        is_quantized = parsed_quantization(CheckpointReader(folder)) is not None
+        reason = "they are not quantized"
+    except UserError as error:
+        is_quantized, reason = False, str(error)
+    if not is_quantized:
         raise UserError(
-            f"{folder}: holds a model that is not quantized, which save_pretrained would replace; give another folder, "
-            "or move its .safetensors files away"
+            f"{folder}: holds weights, and save_pretrained replaces only a quantized checkpoint ({reason}); give "
+            "another folder, or move them away"
         )
 
 

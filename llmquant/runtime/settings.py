@@ -69,8 +69,12 @@ def _is_bias(value: Any, vocabulary: int) -> bool:
 
 
 def _is_watermark(value: Any, vocabulary: int) -> bool:
-    """transformers checks the rest when it reads the settings."""
-    return _is_number(getattr(value, "bias", 0.0)) and _is_whole(getattr(value, "hashing_key", 0))
+    """Whether transformers can make the processor that writes it."""
+    try:
+        value.construct_processor(vocabulary, "cpu")
+    except Exception:  # values of any type
+        return False
+    return _is_number(getattr(value, "bias", 0.0)) and _is_whole(getattr(value, "context_width", 1))
 
 
 SWITCH = Rule(lambda value, _: isinstance(value, bool), "true or false")
@@ -132,9 +136,7 @@ USED: dict[str, Rule] = DRAW | {
     "min_new_tokens": COUNT,
     "max_time": POSITIVE,
     "use_cache": SWITCH,
-    "watermarking_config": Rule(
-        _is_watermark, "a watermark whose bias is a number and whose hashing_key is a whole one"
-    ),
+    "watermarking_config": Rule(_is_watermark, "a watermark that transformers can write"),
 }
 SEARCHES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_beams": (lambda value: value != 1, "a beam search"),
