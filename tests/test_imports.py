@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"rich", "transformers", "matplotlib"},
     "llmquant.cli": CORE
     | {"llmquant.console", "llmquant.hub", "llmquant.checkpoints", "llmquant.pipeline", "llmquant.runtime", "typer"}
-    | {"llmquant.remote_code"},
+    | {"llmquant.remote_code", "llmquant.textfiles"},
 }
 NOT_ALLOWED: dict[str, set[str]] = {
     # The kernels are reached through the runtime alone.
