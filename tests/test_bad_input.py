@@ -18,7 +18,9 @@ from paths import ROOT
 from safetensors.torch import load_file, save_file
 
 import llmquant
+from llmquant.checkpoints.manifest import read_manifest
 from llmquant.console.progress import PHASES
+from llmquant.pipeline.report import read_report
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FEW = ("--calibration", "python-docs", "--samples", "4", "--seq-len", "32", "--group-size", "32")
@@ -319,7 +321,7 @@ def test_values_of_another_type_in_config_json_are_one_line(fields, message, tin
         refused(command(monkeypatch, *arguments), capsys.readouterr(), message)
 
 
-@pytest.mark.parametrize("arguments", ["quantize MODEL out", "inspect MODEL", "verify MODEL", "report MODEL"])
+@pytest.mark.parametrize("arguments", ["quantize MODEL out", "inspect MODEL", "generate MODEL --prompt x"])
 def test_folder_that_may_not_be_read_is_one_line(arguments, tmp_path, monkeypatch, capsys):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -327,8 +329,9 @@ def test_folder_that_may_not_be_read_is_one_line(arguments, tmp_path, monkeypatc
     monkeypatch.setattr("llmquant.paths.os.access", lambda path, mode: Path(path).name != "model")
     code = command(monkeypatch, *arguments.replace("MODEL", "model").split())
     refused(code, capsys.readouterr(), "model: may not be read; check its permissions")
-    with pytest.raises(llmquant.UserError, match="model: may not be read"):
-        llmquant.load("model")
+    for function in (llmquant.load, read_report, read_manifest):
+        with pytest.raises(llmquant.UserError, match="model: may not be read"):
+            function(Path("model"))
 
 
 def test_folder_above_that_may_not_be_entered_is_one_line(monkeypatch):

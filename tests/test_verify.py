@@ -343,7 +343,10 @@ def test_last_line_is_the_verdict(tiny_model, tmp_path, monkeypatch, capsys):
         f"{verification['verdict']}: perplexity {measured['ratio']:.3f} times the original's (95 % inter"
     )
     assert f"KL divergence {measured['kl_mean']:.4f}" in last
-    assert f"top choice changed at {measured['changed_share']:.1%} of tokens, worst of {num_windows(TINY_WINDOW)} windows " in last
+    assert (
+        f"top choice changed at {measured['changed_share']:.1%} of tokens, worst of {num_windows(TINY_WINDOW)} windows "
+        in last
+    )
     assert last.endswith(f"on {measured['num_tokens']:,} tokens of the fixed text")
 
 
