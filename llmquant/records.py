@@ -21,7 +21,7 @@ FIELDS: tuple[tuple[str, ...], ...] = (
     ("text",),
     *((name,) for name in CHATS),
     ("instruction", "context", "input", "output", "response"),
-    ("prompt", "completion", "response"),
+    ("prompt", "completion", "response", "chosen"),
     ("question", "answer", "response"),
     ("content",),
 )
@@ -58,7 +58,8 @@ def record_conversation(record: Any, where: str) -> Conversation:
 
     Raises UserError if there is no list of messages, or one without a role.
     """
-    chats = [record[name] for name in CHATS if isinstance(record.get(name), list)] if isinstance(record, dict) else []
+    found = [_unpacked(record.get(name)) for name in CHATS] if isinstance(record, dict) else []
+    chats = [chat for chat in found if isinstance(chat, list)]
     if not chats:
         raise UserError(
             f'{where}: holds no "messages" (a list with "role" and "content"), nor "conversations" (with "from" and '
@@ -81,7 +82,19 @@ def _templated(message: Any, where: str) -> dict[str, Any]:
     return others | {"role": _ROLES.get(role, role), "content": content}
 
 
+def _unpacked(value: Any) -> Any:
+    """The messages of a chat; some exports hold them as a string of JSON."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            messages = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return messages if isinstance(messages, list) and all(isinstance(each, dict) for each in messages) else value
+    return value
+
+
 def _field_text(value: Any, name: str, where: str) -> str:
+    value = _unpacked(value) if name in CHATS else value
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -94,7 +107,8 @@ def _field_text(value: Any, name: str, where: str) -> str:
 def _message_text(message: Any, where: str) -> str:
     """The content of a message, and behind it the functions that it calls and their arguments."""
     lines = [_content(message, where)]
-    for call in message.get("tool_calls") or []:
+    calls = message.get("tool_calls")
+    for call in [*(calls if isinstance(calls, list) else []), message.get("function_call")]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if isinstance(function, dict):
             given = function.get("arguments")
@@ -105,7 +119,7 @@ def _message_text(message: Any, where: str) -> str:
 
 def _content(message: Any, where: str) -> str:
     keys = [key for key in ("content", "value") if key in message] if isinstance(message, dict) else []
-    if not keys and not (isinstance(message, dict) and message.get("tool_calls")):
+    if not keys and not (isinstance(message, dict) and (message.get("tool_calls") or message.get("function_call"))):
         raise UserError(
             f'{where}: a message holds neither "content" nor "value"; {_contents(message)}; rename the field that '
             f"holds its text"

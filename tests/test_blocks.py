@@ -48,6 +48,16 @@ class Scaled(nn.Linear):
         self.scale = nn.Parameter(torch.ones(sizes[1]))
 
 
+class Called(nn.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Factored(nn.Linear):
+    def forward(self, x, factor=1.0):
+        return factor * super().forward(x)
+
+
 class Plain(nn.Linear):
     """Only its class is another one."""
 
@@ -80,6 +90,8 @@ def parametrized() -> nn.Linear:
         (Spelled(8, 4, bias=False, device="meta"), True),
         (Doubled(8, 4), False),
         (Clamped(8, 4), False),
+        (Called(8, 4), False),
+        (Factored(8, 4), False),
         (Scores(8, 4), False),
         (Scaled(8, 4), False),
         (changed_instance(), False),

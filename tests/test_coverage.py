@@ -6,8 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from commands import command
+from transformers.models.llama import modeling_llama
 
+import llmquant
 from llmquant.pipeline.coverage import coverage_of
 from llmquant.pipeline.plan import make_plan
 from llmquant.pipeline.quantize import quantize
@@ -72,6 +75,27 @@ def test_routers_stay_in_16_bit_and_are_no_incident(small_model, tmp_path):
     routers = {name for name in report.kept if "router" in name}
     assert len(routers) == 2 and not any("router" in incident.where for incident in report.incidents)
     assert [incident.where for incident in report.incidents] == ["block weights"]
+
+
+@pytest.mark.parametrize("change", ["hook", "second name"])
+def test_linears_that_a_loader_would_replace_wrongly_stay_in_16_bit(change, tiny_model, tmp_path, monkeypatch):
+    made = modeling_llama.LlamaMLP.__init__
+
+    def changed(self, *arguments):
+        made(self, *arguments)
+        if change == "hook":
+            self.up_proj.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+        else:
+            self.again = self.up_proj
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "__init__", changed)
+    model, out = tiny_model("llama"), tmp_path / "out"
+    report = quantize(model, out, ROUND, replace(QUICK, verify=True))
+    assert {name.rpartition(".")[2] for name in report.kept} == {"up_proj", "lm_head"}
+    assert [incident.where for incident in report.incidents] == ["block weights"]
+    ids = torch.arange(3, 40)[None]
+    ours, original = (llmquant.load(folder, device="cpu")(ids).logits for folder in (out, model))
+    assert 0 < (ours - original).norm() / original.norm() < 0.3
 
 
 def test_percentage_never_rounds_to_none_or_all():

@@ -381,6 +381,14 @@ def test_model_without_a_chat_template_continues_prompts_and_one_without_a_token
     assert samples(reports["awq"].out, plan) == Samples(note="no samples: its tokenizer cannot be loaded")
 
 
+@pytest.mark.parametrize(("context", "has_samples"), [(32, False), (80, True)])
+def test_samples_fit_into_a_short_context_or_are_left_out(context, has_samples, tiny_model, tmp_path):
+    model = tiny_model("llama", max_position_embeddings=context)
+    report = quantize(model, tmp_path / "out", Recipe(method="rtn", spec=SPEC), Options())
+    assert bool(report.samples) == has_samples and not report.incidents
+    assert has_samples or f"a context of {context} tokens has no room" in report.samples_note
+
+
 def test_repetition_is_noticed_where_only_the_quantized_model_has_it():
     assert repeated_share(list(range(40))) == repeated_share([]) == repeated_share([1, 1, 1, 1]) == 0
     assert repeated_share([1] * 40) > 0.9

@@ -300,6 +300,37 @@ def test_eval_names_what_it_ignores_in_a_checkpoint(model: Path, monkeypatch, ca
     assert "quant_method 'bitsandbytes'" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize(
+    ("suffix", "format", "message"),
+    [
+        ("scales", "gptq", "its name says that weights are scaled or packed"),
+        ("qzeros", "awq", "its name says that weights are scaled or packed"),
+        ("scale_weight", "gptq", "its name says that weights are scaled or packed"),
+        ("weight_scales", "gptq", "its name says that weights are scaled or packed"),
+        ("weight_shape", "compressed-tensors", "the compressed-tensors format writes a tensor of that name"),
+    ],
+)
+def test_scales_and_names_of_the_format_beside_plain_weights_are_refused(
+    model: Path, suffix: str, format: str, message: str, monkeypatch, capsys
+) -> None:
+    edit_tensors(model, lambda tensors: tensors.update({f"{Q}.{suffix}": torch.ones(2, 2)}))
+    for dry in ((), ("--dry-run",)):
+        arguments = [
+            "quantize",
+            model,
+            model.parent / "out",
+            "--method",
+            "rtn",
+            "--group-size",
+            "32",
+            "--format",
+            format,
+        ]
+        assert command(monkeypatch, *arguments, *dry) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("llmquant: ")]
+        assert f"'{Q}.{suffix}' is not part of the model, and" in line and message in line
+
+
 def test_packed_weights_without_a_configuration_are_refused(model: Path) -> None:
     out = model.parent / "out"
     quantize(model, out, RTN, QUICK)
@@ -328,7 +359,7 @@ def test_a_quantization_that_is_not_known_is_named_where_weights_are_missing(mod
             use(model)
 
 
-@pytest.mark.parametrize("value", [[], "gptq", 4])
+@pytest.mark.parametrize("value", [["gptq"], "gptq", 4])
 def test_a_quantization_config_that_is_no_object_is_refused(model: Path, value: object) -> None:
     edit_json(model / "config.json", lambda config: config.update(quantization_config=value))
     with pytest.raises(UserError, match=r"config\.json: quantization_config .*; must be an object"):

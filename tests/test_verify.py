@@ -15,9 +15,11 @@ from manual import short_manual
 from test_quantize import dequantized
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from llmquant.algorithms.affine import round_to_nearest
 from llmquant.checkpoints.manifest import REPORT_JSON
+from llmquant.errors import UserError
 from llmquant.eval.divergence import divergence
 from llmquant.hub import load_tokenizer
 from llmquant.models.walk import Walk
@@ -39,10 +41,21 @@ from llmquant.pipeline.held_out import (
 from llmquant.pipeline.next_steps import next_steps
 from llmquant.pipeline.quantize import prepare, quantize
 from llmquant.pipeline.samples import Samples
-from llmquant.pipeline.verdict import BANDS, BROKEN, GOOD, SLIGHT, Measurement, band_of, judge
+from llmquant.pipeline.verdict import (
+    BANDS,
+    BROKEN,
+    GOOD,
+    NOT_MEASURED,
+    SLIGHT,
+    Measurement,
+    Verification,
+    band_of,
+    judge,
+)
 from llmquant.pipeline.verify import affordable, verify_texts
 from llmquant.spec import EFFORTS, Options, QuantSpec, Recipe
 from llmquant.textdata import load_rows
+from llmquant.tokens import token_ids
 
 RTN = Recipe(method="rtn", spec=QuantSpec(bits=3, group_size=32))
 FEW = Options(calibration="python-docs", num_samples=4, seq_len=32)
@@ -293,6 +306,40 @@ def test_model_that_cannot_be_run_is_still_quantized_and_the_gap_is_told(tiny_mo
     report = quantize(tiny_model("llama"), tmp_path / "out", RTN)
     assert (report.verification.verdict, report.verification.reason) == ("not measured", "out of memory")
     assert [incident.what for incident in report.incidents] == ["not measured on text: out of memory"]
+    without = Verification(verdict=NOT_MEASURED, reason="the original's own predictions are not finite")
+    monkeypatch.setattr(pipeline, "verify_texts", lambda *_: without)
+    report = quantize(tiny_model("llama"), tmp_path / "other", RTN)
+    assert [incident.what for incident in report.incidents] == [f"not measured on text: {without.reason}"]
+
+
+def test_forward_pass_that_ends_before_the_last_block_is_one_line(tiny_model, tmp_path, monkeypatch):
+    path = tiny_model("llama")
+    forward = modeling_llama.LlamaModel.forward
+
+    def shortened(self, *arguments, **more):
+        self.config.num_hidden_layers = 1  # the network has two
+        return forward(self, *arguments, **more)
+
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", shortened)
+    for recipe in (Recipe(**EFFORTS["fast"], spec=RTN.spec), Recipe(spec=RTN.spec)):
+        with pytest.raises(UserError, match="does not come to this decoder block after block 0"):
+            quantize(path, tmp_path / "out", recipe, replace(FEW, restart=True))
+
+
+@pytest.mark.parametrize(("known", "said"), [(0.2, None), (0.9, "of them unknown to the tokenizer")])
+def test_text_that_the_tokenizer_does_not_know_is_told_or_not_measured(known, said, tiny_model, tmp_path, monkeypatch):
+    path = tiny_model("llama")
+    tokenizer = load_tokenizer(path)
+    ids = token_ids(tokenizer, read_fixed_text())
+    ids[torch.rand(len(ids), generator=torch.Generator().manual_seed(0)) > known] = 7
+    tokenizer.unk_token = tokenizer.convert_ids_to_tokens(7)
+    monkeypatch.setattr("llmquant.pipeline.held_out.load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr("llmquant.pipeline.held_out.token_ids", lambda *_: ids)
+    report = quantize(path, tmp_path / "out", RTN)
+    if said is None:
+        assert report.verification.verdict == NOT_MEASURED and "does not know" in report.incidents[0].what
+    else:
+        assert said in report.verification.reason
 
 
 def test_rounding_without_data_is_measured_on_the_fixed_text(tiny_model, tmp_path):
@@ -390,6 +437,12 @@ def test_options_to_try_are_those_that_the_run_did_not_use_and_would_take(
     names = [name if not name.startswith("--target-bpw") else "--target-bpw" for name, _ in found]
     assert names == expected
     assert all(effect for _, effect in found)
+
+
+def test_no_more_samples_are_suggested_than_the_text_has(tiny_model, tmp_path):
+    plan = prepare(tiny_model("llama"), tmp_path / "out", Recipe(method="awq", spec=QuantSpec(group_size=32)), FEW)
+    assert "--samples 67" in dict(next_steps(plan, [], 67)) and "--samples 128" in dict(next_steps(plan, []))
+    assert not any("--samples" in options for options, _ in next_steps(plan, [], FEW.num_samples))
 
 
 def test_model_that_does_not_run_is_an_incident_and_the_verdict_says_so(tiny_model, tmp_path, monkeypatch, capsys):

@@ -91,7 +91,7 @@ class CheckpointReader:
         """The key of config.json that holds a `quantization_config`; an empty one says nothing."""
         for key in CONFIG_KEYS:
             value = self.config.get(key)
-            if value is not None and not isinstance(value, dict):
+            if value and not isinstance(value, dict):
                 raise UserError(f"{self.path / 'config.json'}: {key} {value!r:.40}; must be an object")
             if value:
                 return key

@@ -26,6 +26,11 @@ PACKED_SUFFIXES = ("qweight", "weight_packed")
 CONFIG_KEYS = ("quantization_config", "compression_config")
 """Where config.json says how weights are stored; llm-compressor once used the second."""
 
+SCALE_NAMES = ("scale_weight", "scaled_fp8", "qzeros", "g_idx")
+"""Tensors of weights that are scaled or packed, wherever they lie; ComfyUI writes the first two."""
+SCALE_NAMES_BESIDE = ("scale", "scales", "zeros", "zero_point")
+"""The same, where they lie beside a `weight`."""
+
 Tensors = Mapping[str, TensorInfo]
 
 
@@ -130,6 +135,14 @@ def _named(*suffixes: str) -> Callable[[str, TensorInfo, Tensors], bool]:
 
 def _is_integer_weight(name: str, info: TensorInfo, tensors: Tensors) -> bool:
     return _suffix(name) == "weight" and info.dtype in INTEGERS and len(info.shape) > 1
+
+
+def is_scale(name: str, tensors: Tensors) -> bool:
+    """Whether a tensor that the model does not have is, by its name, a scale or packed block of one that it has."""
+    suffix = _suffix(name)
+    if suffix in SCALE_NAMES_BESIDE:
+        return _beside(name, "weight", tensors) is not None
+    return suffix in SCALE_NAMES or suffix.endswith(("_scales", "_blocks"))
 
 
 def _is_left_scale(name: str, info: TensorInfo, tensors: Tensors) -> bool:

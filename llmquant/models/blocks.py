@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from inspect import signature
 from itertools import dropwhile
 from traceback import walk_tb
 from typing import Any
@@ -149,12 +150,17 @@ def is_linear_like(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward hooks, which may change its input or output."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes x @ W.T + b from one weight matrix that can be quantized, and nothing else.
 
-    A subclass with a forward of its own (Falcon's) counts if that gives the same on random numbers. A linear that has
-    parameters beside, or in the place of, its weight and bias does not count; nor does the one of
-    `nn.MultiheadAttention`, whose weight is read without a call.
+    A subclass with a forward of its own (Falcon's) counts if that takes the input alone and gives the same on random
+    numbers. One with a `__call__` of its own does not count, nor a linear that has parameters beside, or in the place
+    of, its weight and bias, nor the one of `nn.MultiheadAttention`, whose weight is read without a call.
     """
     if not is_linear_like(module) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
@@ -162,8 +168,12 @@ def is_linear(module: nn.Module) -> bool:
     if "weight" not in held or held.keys() - {"weight", "bias"} or held["weight"].ndim != 2:
         return False
     has_own_forward = "forward" in vars(module) or type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+    if type(module).__call__ is not nn.Module.__call__:
+        return False
     if not has_own_forward:
         return True
+    if len(signature(module.forward).parameters) != 1:
+        return False
     with torch.device("cpu"):  # transformers builds models with the meta device as the default: nothing is computed
         return _computes_a_linear(module)
 

@@ -275,9 +275,9 @@ class Walk:
                 handle.remove()
 
     def _lead(self, sequence: Sequence, index: int, number: int) -> None:
-        """Lead a sequence to a stage of a block, or out of it, unless it is there or farther."""
+        """Lead a sequence to a stage of a block, or out of it, unless it is there or farther, or at its end."""
         with self._own_parameters(self._blocks[index]) if sequence.is_original else nullcontext():
-            while sequence.block == index and sequence.stage < number:
+            while sequence.block == index and sequence.stage < number and not sequence.dead:
                 self._go_on(sequence)
 
     @contextmanager

@@ -23,6 +23,7 @@ from llmquant.models.skeleton import context_length
 from llmquant.pipeline.calibration import CalibrationTokens
 from llmquant.pipeline.plan import Plan, check_tokens
 from llmquant.tokens import special_ids, token_ids
+from llmquant.words import percentage
 
 FIXED_TEXT = "verification_text.txt"
 """The file in this package."""
@@ -36,6 +37,8 @@ ProphetNet predicts two tokens at a time."""
 WINDOW_MULTIPLE = 64
 """Windows of at least this length are rounded down to a multiple of it: block-sparse attention, as in BigBird, pads
 others."""
+FEW_UNKNOWN, MOST_UNKNOWN = 0.01, 0.5
+"""Shares of unknown tokens: above the first the verdict names it, above the second nothing is measured."""
 MIN_WINDOWS = 2
 """Windows of each text that are measured even if they take long."""
 OPENING_TOKENS, OPENING_CHARACTERS = 24, 40
@@ -53,13 +56,14 @@ class HeldOut:
     openings: tuple[str, ...] = ()
     """The first words of each window. Only the fixed text is quoted: reports must not carry the user's text."""
     note: str = ""
-    """Why there are fewer windows than intended; empty if there are not."""
+    """What is unusual: fewer windows than intended, or tokens that the tokenizer does not know; else empty."""
 
     def thinned(self, num_windows: int, note: str) -> HeldOut:
         """That many of the windows, spread evenly."""
         kept = spread(len(self.tokens_WL), num_windows)
         openings = tuple(self.openings[index] for index in kept) if self.openings else ()
-        return replace(self, tokens_WL=self.tokens_WL[kept], openings=openings, note=note)
+        notes = "; ".join(filter(None, (self.note, note)))
+        return replace(self, tokens_WL=self.tokens_WL[kept], openings=openings, note=notes)
 
 
 def held_out(plan: Plan, tokens: CalibrationTokens | None) -> tuple[HeldOut, ...]:
@@ -88,11 +92,18 @@ def fixed_text(plan: Plan) -> HeldOut:
     kept = spread(available, num_windows(seq_len))
     windows = tokens_T[: available * room].view(available, room)[kept]
     check_tokens(plan, windows)
+    unknown = (windows == tokenizer.unk_token_id).double().mean().item() if tokenizer.unk_token_id is not None else 0.0
+    if unknown > MOST_UNKNOWN:
+        raise UserError(
+            f"{plan.path}: its tokenizer does not know {percentage(unknown)} of the fixed text, which then says "
+            "nothing about the model"
+        )
     decoded = (tokenizer.decode(window[:OPENING_TOKENS], skip_special_tokens=True) for window in windows)
     return HeldOut(
         tokens_WL=torch.cat([prefix.expand(len(windows), -1), windows], dim=1),
         source=FIXED_SOURCE,
         openings=tuple(_first_words(str(text)) for text in decoded),
+        note=f"{percentage(unknown)} of them unknown to the tokenizer" if unknown > FEW_UNKNOWN else "",
     )
 
 

@@ -7,6 +7,7 @@ each is planned, with the run's format, engines and memory, and left out if that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -35,16 +36,18 @@ class Step:
     run: Options
 
 
-def next_steps(plan: Plan, errors: Sequence[tuple[str, float]]) -> tuple[tuple[str, str], ...]:
+def next_steps(
+    plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float = math.inf
+) -> tuple[tuple[str, str], ...]:
     """Options that should help and that the run would accept, with their effects; at most MOST.
 
-    errors: the kind of each quantized linear, and its error.
+    errors: the kind of each quantized linear, and its error. num_windows: windows that the calibration text has.
     """
-    steps = (step for step in _steps(plan, errors) if _accepted(plan, step))
+    steps = (step for step in _steps(plan, errors, num_windows) if _accepted(plan, step))
     return tuple((step.options, step.effect) for step in islice(steps, MOST))
 
 
-def _steps(plan: Plan, errors: Sequence[tuple[str, float]]) -> Iterator[Step]:
+def _steps(plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float) -> Iterator[Step]:
     recipe, run, spec = plan.recipe, plan.options, plan.recipe.spec
 
     def step(options: str, effect: str, run: Options = run, **changes: Any) -> Step:
@@ -64,9 +67,10 @@ def _steps(plan: Plan, errors: Sequence[tuple[str, float]]) -> Iterator[Step]:
         yield step("--bits 4", "a finer grid; a larger result", spec=replace(spec, bits=4))
     if spec.symmetric:
         yield step("--asym", "a zero-point for each group; about 1 % larger", spec=replace(spec, symmetric=False))
-    if recipe.needs_data and run.num_samples < ENOUGH_SAMPLES:
-        more_samples = replace(run, num_samples=ENOUGH_SAMPLES)
-        yield step(f"--samples {ENOUGH_SAMPLES}", "more calibration text; the same size, more time", more_samples)
+    num_samples = int(min(ENOUGH_SAMPLES, num_windows))
+    if recipe.needs_data and run.num_samples < num_samples:
+        more_samples = replace(run, num_samples=num_samples)
+        yield step(f"--samples {num_samples}", "more calibration text; the same size, more time", more_samples)
     if not recipe.has_budget:
         widest = max(linear.grid.effective_group_size(linear.in_features) for linear in plan.quantized)
         smaller = next((size for size in STANDARD_GROUPS if size < widest), None)

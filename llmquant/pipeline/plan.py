@@ -20,12 +20,14 @@ from torch import Tensor
 from llmquant.checkpoints.header import TensorInfo
 from llmquant.checkpoints.quantized import refuse_quantized, storage_notes
 from llmquant.checkpoints.reader import CheckpointReader, count_tensors
+from llmquant.checkpoints.storage import is_scale
 from llmquant.errors import UserError
 from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
 from llmquant.models.blocks import (
     device_of,
     find_blocks,
+    has_hooks,
     is_linear,
     linear_likes_of,
     linear_shape,
@@ -258,7 +260,26 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
         refused = next((linear for linear in linears if linear.reason), None)
         why = f": {refused.name}: {refused.reason}" if refused else ""
         raise UserError(f"{path}: no linear is left to quantize{why}; check --skip, --group-size and --format")
+    _check_strangers(plan)
     return plan
+
+
+def _check_strangers(plan: Plan) -> None:
+    """UserError for tensors that the model does not have and that say that its weights are stored in another way, or
+    whose names the format needs."""
+    strangers = plan.reader.tensors.keys() - plan.read_by_model
+    for name in sorted(strangers):
+        if is_scale(name, plan.reader.tensors):
+            raise UserError(
+                f"{plan.path}: '{name}' is not part of the model, and its name says that weights are scaled or packed, "
+                "which llmquant cannot decode; give the model's checkpoint in 16 bits, or remove that tensor"
+            )
+    packed = {f"{linear.source}.{suffix}" for linear in plan.quantized for suffix in plan.format.suffixes}
+    if taken := sorted(packed & strangers):
+        raise UserError(
+            f"{plan.path}: '{taken[0]}' is not part of the model, and the {plan.format.name} format writes a tensor of "
+            "that name; remove it, or use another --format"
+        )
 
 
 def _check_blocks_apart(skeleton: Skeleton, block_names: list[str]) -> None:
@@ -313,6 +334,7 @@ def _plan_linears(
 ) -> Iterator[LinearPlan]:
     unmatched, unheard = set(recipe.skip), set(recipe.overrides)
     uses = Counter(skeleton.names.values())
+    aliases = Counter(id(module) for _, module in skeleton.model.named_modules(remove_duplicate=False))
     blocks = tuple(f"{name}." for name in block_names)
     routers = {
         f"{block}.{name}": reason
@@ -340,6 +362,10 @@ def _plan_linears(
                 reason, by_rule = routers[name], True
             elif not is_linear(linear):
                 reason = f"its class {type(linear).__name__} does not compute just x @ W.T + b"
+            elif has_hooks(linear):
+                reason = "forward hooks may change what it computes, and no loader has them"
+            elif aliases[id(linear)] > 1:
+                reason = "is registered under several names, of which a loader replaces one"
             elif uses[f"{source}.weight"] > 1:
                 reason = f"shares its weight '{source}.weight' with another module, which needs it in 16 bit"
             else:

@@ -286,11 +286,13 @@ def measure(folder: Path, plan: Plan, tokens: CalibrationTokens | None, report: 
     """The finished folder against the original, on held-out text; where that cannot be done, it is an incident."""
     try:
         texts = affordable(plan, held_out(plan, tokens), sum(report.seconds.values()))
-        return verify_texts(folder, plan, texts)
+        measured = verify_texts(folder, plan, texts)
     # No text, no memory for the head, a model that cannot run here: the checkpoint is finished and its codes are right.
     except Exception as error:
-        report.incident("verification", f"not measured on text: {first_words(error)}")
-        return Verification(verdict=NOT_MEASURED, reason=first_words(error))
+        measured = Verification(verdict=NOT_MEASURED, reason=first_words(error))
+    if measured.verdict == NOT_MEASURED:
+        report.incident("verification", f"not measured on text: {measured.reason}")
+    return measured
 
 
 def concluded(measured: Verification, plan: Plan, report: ReportBuilder) -> Verification:
@@ -298,7 +300,8 @@ def concluded(measured: Verification, plan: Plan, report: ReportBuilder) -> Veri
     steps: tuple[tuple[str, str], ...] = ()
     if measured.verdict in BANDS[1:]:
         try:
-            steps = next_steps(plan, [(linear.kind, linear.error) for linear in report.linears])
+            errors = [(linear.kind, linear.error) for linear in report.linears]
+            steps = next_steps(plan, errors, report.num_windows)
         except Exception as error:  # plans are made anew: a failure must not cost the run that is done
             report.remark("verification", f"what to try next could not be planned: {first_words(error)}")
     return replace(measured, failure=report.samples.failure, repetition=report.samples.repetition, next_steps=steps)

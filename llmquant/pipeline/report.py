@@ -256,6 +256,11 @@ class ReportBuilder:
         for remark in tokens.remarks:
             self.remark("calibration", remark)
 
+    @property
+    def num_windows(self) -> float:
+        """Windows that the calibration text has; infinite where there is none."""
+        return math.inf if self._calibration is None else self._calibration.num_windows_available
+
     def settle(self, plan: Plan, allocation: dict[str, Any]) -> None:
         """Take over the plan whose grids were chosen to a budget, and how."""
         self.plan, self._allocation = plan, allocation

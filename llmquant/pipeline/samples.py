@@ -23,6 +23,7 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError, first_words
 from llmquant.hub import load_tokenizer
 from llmquant.memory import give_back
+from llmquant.models.skeleton import context_length
 from llmquant.pipeline.footprint import footprint_of
 from llmquant.pipeline.plan import Plan
 
@@ -32,7 +33,7 @@ QUESTIONS = (
     "Write a Python function that checks whether a number is prime.",
     "Explain in two sentences why the sky is blue.",
 )
-MAX_NEW_TOKENS, MAX_SECONDS = 48, 20.0
+MIN_NEW_TOKENS, MAX_NEW_TOKENS, MAX_SECONDS = 8, 48, 20.0
 SMALL_BYTES = 2**30
 LOADED = 1.5
 """Memory of a model that generates, in sizes of its checkpoint: weights, copies while laid out, activations."""
@@ -95,11 +96,18 @@ def samples(folder: Path, plan: Plan) -> Samples:
         return Samples(note=f"no samples: {first_words(error)}")
     is_chat, template_failure = _answers_questions(tokenizer)
     prompts = QUESTIONS if is_chat else PROMPTS
-    ours, failure = _attempt(folder, plan, tokenizer, prompts, is_chat)
+    try:
+        room = context_length(plan.config) - _most_tokens(tokenizer, prompts, is_chat)
+    except Exception:  # a tokenizer that does not read the prompts, which the attempt below reports
+        room = MAX_NEW_TOKENS
+    if room < MIN_NEW_TOKENS:
+        return Samples(note=f"no samples: a context of {context_length(plan.config)} tokens has no room for them")
+    most_new = int(min(room, MAX_NEW_TOKENS))
+    ours, failure = _attempt(folder, plan, tokenizer, prompts, is_chat, most_new)
     theirs, original_failure = None, ""
     note = "without the original, which, whole, would take more memory than quantizing it"
     if LOADED * plan.reader.total_bytes <= left:
-        theirs, original_failure = _attempt(plan.path, plan, tokenizer, prompts, is_chat)
+        theirs, original_failure = _attempt(plan.path, plan, tokenizer, prompts, is_chat, most_new)
         note = f"without the original, which does not run here: {original_failure}" if original_failure else ""
     if ours is None:
         failure += "; nor does the original" if original_failure else ""
@@ -155,22 +163,29 @@ def repeated_share(tokens: Sequence[int]) -> float:
 
 
 def _attempt(
-    path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_chat: bool
+    path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_chat: bool, most_new: int
 ) -> tuple[Answers | None, str]:
     """The answers of a model, or the reason why it gives none."""
     try:
-        return _answers(path, plan, tokenizer, prompts, is_chat), ""
+        return _answers(path, plan, tokenizer, prompts, is_chat, most_new), ""
     # Whatever a model, its tokenizer or a kernel has against three prompts, the checkpoint is finished and measured.
     except Exception as error:
         return None, first_words(error)
 
 
-def _answers(path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_chat: bool) -> Answers:
+def _most_tokens(tokenizer: Any, prompts: Sequence[str], is_chat: bool) -> int:
+    """Tokens of the longest prompt."""
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts] if is_chat else []
+    texts = [chat_text(tokenizer, chat, add_generation_prompt=True) for chat in asked] or prompts
+    return max(len(tokenizer(text, add_special_tokens=not is_chat)["input_ids"]) for text in texts)
+
+
+def _answers(path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_chat: bool, most_new: int) -> Answers:
     from llmquant.runtime.generate import Sampling, generate
     from llmquant.runtime.load import load
 
     model: Any = load(path, device=str(plan.skeleton.device), trust_remote_code=plan.options.trust_remote_code)
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, greedy=True, max_seconds=MAX_SECONDS)
+    sampling = Sampling(max_new_tokens=most_new, greedy=True, max_seconds=MAX_SECONDS)
     made = generate(model, tokenizer, prompts, sampling, chat=is_chat)
     del model
     give_back()

@@ -59,7 +59,7 @@ class Measurement:
     worst_opening: str = ""
     """The first words of that window; empty for a text of the user's."""
     note: str = ""
-    """Why fewer windows were measured than intended; empty if all were."""
+    """What is unusual about the text: fewer windows than intended, or tokens that are unknown; else empty."""
 
     @property
     def factor(self) -> float | None:
