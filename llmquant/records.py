@@ -99,9 +99,10 @@ def _field_text(value: Any, name: str, where: str) -> str:
         return value
     if not isinstance(value, list):
         raise UserError(f'{where}: field "{name}" holds {_type(value)}; a string or a list of messages is needed')
-    if all(isinstance(part, str) for part in value):
-        return "\n".join(value)
-    return "\n".join(filter(None, (_message_text(message, where) for message in value if message is not None)))
+    parts = [part for part in value if part is not None]
+    if all(isinstance(part, str) for part in parts):
+        return "\n".join(parts)
+    return "\n".join(filter(None, (_message_text(message, where) for message in parts)))
 
 
 def _message_text(message: Any, where: str) -> str:

@@ -200,6 +200,7 @@ OTHER_STORAGE: dict[str, tuple[str, str, dict[str, Tensor]]] = {
     "aqlm": ("codebook", f"{Q}.codes", {f"{Q}.codes": BYTES.to(torch.int8), f"{Q}.codebooks": torch.ones(1, 2)}),
     "torchao": ("torchao", f"{Q}._weight_qdata", {f"{Q}._weight_qdata": BYTES.to(torch.int8)}),
     "int8": ("integer", f"{Q}.weight", {f"{Q}.weight": BYTES.to(torch.int8)}),
+    "boolean": ("integer", f"{Q}.weight", {f"{Q}.weight": torch.ones(8, 8, dtype=torch.bool)}),
 }
 
 

@@ -180,6 +180,7 @@ def test_lone_surrogates_are_replaced_and_counted(tmp_path):
         ({"messages": [{"role": "user", "content": "Hi", "tool_calls": 1}]}, "Hi"),
         ({"messages": json.dumps(TALK)}, "Hi\nHello"),
         ({"messages": "[Hi]"}, "[Hi]"),
+        ({"text": ["a", None, "b"]}, "a\nb"),
         ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "Q\nA"),
         ({"messages": [None, *TALK, {"role": "tool", "content": "3"}]}, "Hi\nHello\n3"),
         ({"messages": []}, ""),

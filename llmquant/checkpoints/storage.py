@@ -134,7 +134,7 @@ def _named(*suffixes: str) -> Callable[[str, TensorInfo, Tensors], bool]:
 
 
 def _is_integer_weight(name: str, info: TensorInfo, tensors: Tensors) -> bool:
-    return _suffix(name) == "weight" and info.dtype in INTEGERS and len(info.shape) > 1
+    return _suffix(name) == "weight" and info.dtype in (*INTEGERS, torch.bool) and len(info.shape) > 1
 
 
 def is_scale(name: str, tensors: Tensors) -> bool:
