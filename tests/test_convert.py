@@ -219,8 +219,10 @@ def test_a_conversion_that_died_is_continued_to_the_same_bytes(quantized, tmp_pa
     monkeypatch.setattr(
         PartialCheckpoint, "add_part", lambda self, name, *more: (written.append(name), add(self, name, *more))
     )
+    hashes, hashed = CheckpointReader.file_hashes, []
+    monkeypatch.setattr(CheckpointReader, "file_hashes", lambda self: (hashed.append(self.path), hashes(self))[1])
     convert(source, tmp_path / "out", "awq")
-    assert written == ["block-00001"]
+    assert written == ["block-00001"] and hashed == [source], "the source is hashed once"
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 

@@ -133,10 +133,13 @@ def convert(
     plan = _settle(source, format, dtype, trust_remote_code)
     beside, folder = side_files(plan.reader, out), plan.reader.path
     check_apart(out, [folder, *plan.reader.shards, *(folder / name for name in beside.kept)])
+    request = None
     if not restart and begun_request(out) is not None:
-        check_out(out, overwrite=overwrite, request=_request(plan, format))
+        request = _request(plan, format)
+        check_out(out, overwrite=overwrite, request=request)
     specs, digests, moving, remarks = _check(plan, step)
-    config, request = _config(plan, specs, moving), _request(plan, format)
+    config = _config(plan, specs, moving)
+    request = request or _request(plan, format)
     with PartialCheckpoint.open(out, request, restart=restart, overwrite=overwrite) as partial:
         order = [] if partial.is_finishing else _write_parts(plan, specs, partial, step)
         folder = partial.assemble(order, _files(plan, config), manifest=_manifest(plan, request))
