@@ -64,9 +64,13 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
         )
     architectures = config.architectures or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise UserError(f"{path}/config.json: architectures {architectures!r:.60}: must be a list of class names")
+        raise UserError(
+            f"{path}/config.json: architectures {architectures!r:.60}: must be a list of class names; correct it"
+        )
     if not isinstance(config.dtype, torch.dtype | None):
-        raise UserError(f'{path}/config.json: dtype {config.dtype!r:.60}: must be one name, such as "bfloat16"')
+        raise UserError(
+            f'{path}/config.json: dtype {config.dtype!r:.60}: must be one name; write "bfloat16" or leave it out'
+        )
     own_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     is_known = remote or any(name == own_class or _generates_text(name) for name in architectures)
     if architectures and not is_known:

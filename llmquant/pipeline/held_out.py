@@ -96,7 +96,7 @@ def fixed_text(plan: Plan) -> HeldOut:
     if unknown > MOST_UNKNOWN:
         raise UserError(
             f"{plan.path}: its tokenizer does not know {percentage(unknown)} of the fixed text, which then says "
-            "nothing about the model"
+            "nothing about the model; check that the tokenizer belongs to it"
         )
     decoded = (tokenizer.decode(window[:OPENING_TOKENS], skip_special_tokens=True) for window in windows)
     return HeldOut(
