@@ -158,9 +158,9 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is worth knowing about the checkpoint before it is quantized, a sentence each."""
-        strangers = [name for name in sorted(self.reader.tensors) if name not in self.read_by_model]
+        unused = [name for name in sorted(self.reader.tensors) if name not in self.read_by_model]
         told = "not part of the model that transformers runs: copied, and not checked for NaN"
-        return storage_notes(self.reader) + ((f"{count_tensors(strangers)} {told}",) if strangers else ())
+        return storage_notes(self.reader) + ((f"{count_tensors(unused)} {told}",) if unused else ())
 
     def kept_dtype(self, info: TensorInfo) -> torch.dtype:
         """The dtype in which a tensor is written that is not quantized: its own, unless `--dtype` was given."""
@@ -260,22 +260,22 @@ def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
         refused = next((linear for linear in linears if linear.reason), None)
         why = f": {refused.name}: {refused.reason}" if refused else ""
         raise UserError(f"{path}: no linear is left to quantize{why}; check --skip, --group-size and --format")
-    _check_strangers(plan)
+    _check_unused_tensors(plan)
     return plan
 
 
-def _check_strangers(plan: Plan) -> None:
+def _check_unused_tensors(plan: Plan) -> None:
     """UserError for tensors that the model does not have and that say that its weights are stored in another way, or
     whose names the format needs."""
-    strangers = plan.reader.tensors.keys() - plan.read_by_model
-    for name in sorted(strangers):
+    unused = plan.reader.tensors.keys() - plan.read_by_model
+    for name in sorted(unused):
         if is_scale(name, plan.reader.tensors):
             raise UserError(
                 f"{plan.path}: '{name}' is not part of the model, and its name says that weights are scaled or packed, "
                 "which llmquant cannot decode; give the model's checkpoint in 16 bits, or remove that tensor"
             )
     packed = {f"{linear.source}.{suffix}" for linear in plan.quantized for suffix in plan.format.suffixes}
-    if taken := sorted(packed & strangers):
+    if taken := sorted(packed & unused):
         raise UserError(
             f"{plan.path}: '{taken[0]}' is not part of the model, and the {plan.format.name} format writes a tensor of "
             "that name; remove it, or use another --format"
