@@ -58,8 +58,7 @@ def record_conversation(record: Any, where: str) -> Conversation:
 
     Raises UserError if there is no list of messages, or one without a role.
     """
-    found = [_unpacked(record.get(name)) for name in CHATS] if isinstance(record, dict) else []
-    chats = [chat for chat in found if isinstance(chat, list)]
+    chats = [record[name] for name in CHATS if isinstance(record.get(name), list)] if isinstance(record, dict) else []
     if not chats:
         raise UserError(
             f'{where}: holds no "messages" (a list with "role" and "content"), nor "conversations" (with "from" and '
@@ -82,19 +81,7 @@ def _templated(message: Any, where: str) -> dict[str, Any]:
     return others | {"role": _ROLES.get(role, role), "content": content}
 
 
-def _unpacked(value: Any) -> Any:
-    """The messages of a chat; some exports hold them as a string of JSON."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            messages = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return messages if isinstance(messages, list) and all(isinstance(each, dict) for each in messages) else value
-    return value
-
-
 def _field_text(value: Any, name: str, where: str) -> str:
-    value = _unpacked(value) if name in CHATS else value
     if isinstance(value, str):
         return value
     if not isinstance(value, list):

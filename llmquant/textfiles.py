@@ -15,14 +15,14 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BufferedReader, TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from llmquant.errors import UserError, first_words
-from llmquant.records import known_fields
+from llmquant.records import CHATS, known_fields
 
 TEXT_TYPES = (".txt", ".md")
 RECORD_TYPES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -83,10 +83,14 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def records(path: Path) -> Iterator[Record]:
-    """The records of a file of RECORD_TYPES in their order.
+    """The records of a file of RECORD_TYPES in their order. Messages that a file holds as a string of JSON are parsed.
 
     Raises UserError for a file that cannot be read, or a line that is not JSON.
     """
+    yield from map(_with_messages, _stored_records(path))
+
+
+def _stored_records(path: Path) -> Iterator[Record]:
     if file_type(path) == ".parquet":
         yield from _parquet_records(path)
         return
@@ -142,6 +146,21 @@ def _check_line(line: str, number: int, path: Path) -> None:
             f"{path}: not UTF-8 text (0x{byte:02x} in line {number}, at byte {offset}); convert it to UTF-8, "
             f"for example by iconv -f LATIN1 -t UTF-8"
         )
+
+
+def _with_messages(record: Record) -> Record:
+    """The record with a list in the place of a string that holds the messages of a chat as JSON."""
+    for name in CHATS if isinstance(record.value, dict) else ():
+        text = record.value.get(name)
+        if isinstance(text, str) and text.lstrip().startswith("["):
+            try:
+                inner = _parsed(text, record.where, "a list of messages is needed")
+            except UserError:  # text that begins with a bracket
+                continue
+            if all(message is None or isinstance(message, dict) for message in inner.value):
+                value = record.value | {name: inner.value}
+                record = replace(record, value=value, num_replaced=record.num_replaced + inner.num_replaced)
+    return record
 
 
 def _parsed(text: str, where: str, needed: str) -> Record:

@@ -151,6 +151,10 @@ def test_lone_surrogates_are_replaced_and_counted(tmp_path):
     loaded = load_rows(write(tmp_path, "a.jsonl", lines))
     assert loaded.rows == ["cut \ufffd off 😀 \ufffd \\ud83d"]
     assert loaded.remarks == ("lone surrogates (halves of characters that were cut in two) read as U+FFFD: 2",)
+    nested = json.dumps([None, {"role": "user", "content": "a\ud800b"}])
+    (tmp_path / "nested.jsonl").write_text(json.dumps({"messages": nested}))
+    loaded = load_rows(str(tmp_path / "nested.jsonl"))
+    assert loaded.text == "a\ufffdb" and loaded.remarks[0].endswith("U+FFFD: 1")
     chats = load_conversations(write(tmp_path, "b.jsonl", r'{"messages": [{"role": "user", "content": "\ud83d"}]}'))
     assert chats.chats == [[{"role": "user", "content": "\ufffd"}]]
     assert len(chats.remarks) == 1
