@@ -1,10 +1,11 @@
-"""Text to windows: what an evaluation runs on.
+"""Windows of tokens for an evaluation, cut from a text.
 
-The whole text is tokenized as one string (`tokens.token_ids`) and cut into windows; what is left at the end is not
-used. In the GPTQ paper windows do not overlap. With a stride shorter than the window they do, and each window scores
-only the tokens that the one before has not: every token then has at least `seq_len - stride` tokens in front of it.
+The whole text is tokenized as one string (`tokens.token_ids`) and cut into windows. Tokens at the end that do not fill
+a window are not used. Windows do not overlap in the GPTQ paper. They overlap with a stride shorter than the window, and
+each window then scores only the tokens that no earlier window has scored. Except in the first window, at least
+`seq_len - stride` tokens precede each scored token.
 
-Letters: W windows, L tokens of a window.
+Letters: W windows, L tokens of a window, T tokens of the text.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llmquant.data.tokens import special_ids, token_ids
 from llmquant.errors import UserError
-from llmquant.tokens import special_ids, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], special: bool = True) -> Tensor:
-    """int64 [T]: the tokens of a text of any length, with the special tokens that the tokenizer puts around it (a BOS).
+def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], add_special: bool = True) -> Tensor:
+    """Return the tokens of a text of any length, int64 [T].
 
-    text: whole, or in parts that follow each other.
-    special: False for a text that holds its special tokens already, as a chat template writes them.
+    text: one string, or its parts in order. add_special: put the tokenizer's special tokens (such as BOS) around the
+    text; False for a text that contains them, such as the output of a chat template.
     """
     tokens_T = token_ids(tokenizer, text)
-    if not special:
+    if not add_special:
         return tokens_T
     start, end = (torch.tensor(ids, dtype=torch.int64) for ids in special_ids(tokenizer))
     return torch.cat([start, tokens_T, end])
@@ -38,20 +39,22 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str | Iterable[str], s
 def token_windows(
     tokenizer: PreTrainedTokenizerBase, text: str, seq_len: int, num_windows: int | None = None, source: str = "text"
 ) -> Tensor:
-    """int64 [W, L]: the first `num_windows` windows that do not overlap (None: all that the text fills).
+    """Return the windows of a text, int64 [W, L]. The windows do not overlap.
 
-    Raises UserError where the text is too short; `source` names it in the message.
+    num_windows: number of windows, from the start of the text; None for all that the text fills. source: name of the
+    text in messages. Raises UserError if the text is too short.
     """
-    return cut(text_tokens(tokenizer, text), seq_len, num_windows=num_windows, source=source)
+    return cut_windows(text_tokens(tokenizer, text), seq_len, num_windows=num_windows, source=source)
 
 
-def cut(
+def cut_windows(
     tokens_T: Tensor, seq_len: int, stride: int | None = None, num_windows: int | None = None, source: str = "text"
 ) -> Tensor:
-    """int64 [W, L]: the first `num_windows` windows of `seq_len` tokens, each begun `stride` after the one before.
+    """Cut int64 tokens [T] into windows of `seq_len` tokens, int64 [W, L].
 
-    stride: None for seq_len. num_windows: None for all that the tokens fill.
-    Raises UserError where they do not fill them; `source` names the text in the message.
+    stride: tokens from the start of a window to the start of the next; None for seq_len. num_windows: number of
+    windows, from the start; None for all that the tokens fill. source: name of the text in messages.
+    Raises UserError if there are too few tokens, or if an option is out of range.
     """
     stride = seq_len if stride is None else stride
     if seq_len < 2:
@@ -64,15 +67,18 @@ def cut(
     if num_windows is not None and num_windows < 1:
         raise UserError(f"windows {num_windows}: at least 1 is needed; leave --windows out to use the whole text")
     available = max(0, (len(tokens_T) - seq_len) // stride + 1)
-    wanted = num_windows or max(available, 1)
-    if available < wanted:
+    requested = num_windows or max(available, 1)
+    if available < requested:
         raise UserError(
-            f"{source}: {len(tokens_T)} tokens make {available} windows of {seq_len}, and {wanted} are asked for; "
+            f"{source}: {len(tokens_T)} tokens make {available} windows of {seq_len}, but {requested} are requested; "
             f"use fewer --windows, a shorter --seq-len, or more text"
         )
-    return tokens_T.unfold(0, seq_len, stride)[:wanted]
+    return tokens_T.unfold(0, seq_len, stride)[:requested]
 
 
-def first_target(index: int, seq_len: int, stride: int) -> int:
-    """The first token of window `index` that it scores: the second one, or the first that no window before has seen."""
+def first_scored_token(index: int, seq_len: int, stride: int) -> int:
+    """Return the position of the first token that window `index` scores.
+
+    It is the first token that has a token before it in the window and that no earlier window has scored.
+    """
     return 1 if index == 0 else max(1, seq_len - stride)

@@ -1,7 +1,7 @@
-"""Questions with known answers (arc_easy, hellaswag, …), asked through EleutherAI's lm-evaluation-harness.
+"""Benchmark tasks (arc_easy, hellaswag, …), run by EleutherAI's lm-evaluation-harness.
 
-The harness is an optional extra: `pip install llmquant[tasks]`. It gets a model that is already loaded, wrapped as one
-of its own, so that quantized checkpoints of any format run here that the harness itself could not open.
+The harness is an optional extra: `pip install llmquant[tasks]`. A loaded model is wrapped in the harness's own class
+`HFLM`, so the harness also runs quantized checkpoints of formats that it cannot open.
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """What a model reached in one task."""
+    """Scores of a model in one task."""
 
     metrics: dict[str, float]
-    """By the harness's name: `acc`, `acc_norm`, `exact_match` with its filter behind a comma, …"""
+    """Values of the metrics, by the harness's names: `acc`, `acc_norm`, `exact_match` with its filter after a comma."""
     standard_errors: dict[str, float]
-    """Of those metrics that have one."""
+    """Standard errors of the metrics that have one, by the metric's name."""
     num_examples: int
-    """Questions asked; 0 for a group of tasks, whose members count theirs."""
+    """Number of questions of the task that were run; 0 for a group of tasks, whose members have their own numbers."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the fields as a dict for JSON."""
         return asdict(self)
 
 
 def check_tasks(tasks: Sequence[str], folder: Path | None = None) -> None:
-    """UserError unless the harness is installed and knows every task, by itself or from the .yaml files of `folder`."""
+    """Raise UserError unless the harness is installed and can find every task.
+
+    folder: .yaml files of additional tasks.
+    """
     _task_manager(tuple(tasks), folder)
 
 
@@ -50,27 +53,27 @@ def run_tasks(
     num_examples: int | None = None,
     batch_size: int = 1,
 ) -> dict[str, TaskScore]:
-    """Scores by task name, groups and their members among them.
+    """Run tasks on a loaded model. Return the scores by name, for groups of tasks and for their members too.
 
-    folder: .yaml files of tasks that the harness does not bring. num_examples: only the first questions of each task.
-    Raises UserError for an unknown task, and for data that cannot be had.
+    folder: .yaml files of additional tasks. num_examples: number of questions from the start of each task; None for
+    all. Raises UserError for an unknown task, and for a data set that cannot be loaded.
     """
     manager = _task_manager(tuple(tasks), folder)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     if num_examples is not None and num_examples < 1:
-        raise UserError(f"examples {num_examples}: at least 1 is needed; leave --examples out to ask all")
+        raise UserError(f"examples {num_examples}: at least 1 is needed; leave out --examples to run all")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     try:
         results = simple_evaluate(
             model=wrapped, tasks=list(tasks), task_manager=manager, limit=num_examples, log_samples=False
         )
-    # Questions come from the hub or from files: what can fail on that way has no common base.
+    # Questions come from the hub or from files, whose errors have no common base class.
     except (OSError, ValueError, ImportError) as error:
-        words = " ".join(str(error).split())[:150]
+        reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"tasks {','.join(tasks)}: cannot be run ({words}); check the network, or give local questions with "
+            f"tasks {','.join(tasks)}: cannot be run ({reason}); check the network, or use local questions with "
             f"--task-folder"
         ) from error
     counts = results.get("n-samples", {})
@@ -80,7 +83,7 @@ def run_tasks(
 
 
 def _score(values: dict[str, Any], num_examples: int) -> TaskScore:
-    """From the harness's flat table: keys are `metric,filter` and `metric_stderr,filter`, among other things."""
+    """Return the score in the harness's table, whose keys include `metric,filter` and `metric_stderr,filter`."""
     metrics, errors = {}, {}
     for key, value in values.items():
         metric, comma, kind = key.partition(",")
@@ -96,11 +99,14 @@ def _score(values: dict[str, Any], num_examples: int) -> TaskScore:
 
 @functools.cache
 def _task_manager(tasks: tuple[str, ...], folder: Path | None) -> Any:
-    """What finds the tasks. The harness reads thousands of files for its own, so the folder is tried alone first."""
+    """Return the harness's task manager. Raises UserError for an unknown task.
+
+    The harness reads thousands of files to find its own tasks, so the tasks are first looked up in the folder alone.
+    """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("tasks: need lm-evaluation-harness, which is not installed; run `pip install llmquant[tasks]`")
+        raise UserError("tasks: lm-evaluation-harness is not installed; run `pip install llmquant[tasks]`")
     if folder is not None and not folder.is_dir():
-        raise UserError(f"task_folder {folder}: no such folder; give one with .yaml files of tasks")
+        raise UserError(f"task_folder {folder}: no such folder; use a folder with .yaml files of tasks")
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -110,8 +116,8 @@ def _task_manager(tasks: tuple[str, ...], folder: Path | None) -> Any:
             return manager
     manager = TaskManager(include_path=None if folder is None else str(folder))
     if unknown := [task for task in tasks if task not in set(manager.all_tasks)]:
-        where = "" if folder is None else f", nor {folder}"
+        nor_folder = "" if folder is None else f", nor is it in {folder}"
         raise UserError(
-            f"task '{unknown[0]}': lm-evaluation-harness does not know it{where}; `lm-eval ls tasks` lists all"
+            f"task '{unknown[0]}': lm-evaluation-harness does not know it{nor_folder}; `lm-eval ls tasks` lists all"
         )
     return manager

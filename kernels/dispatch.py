@@ -1,10 +1,11 @@
-"""Which kernel runs a linear, why, and the one torch operator behind which they all stand.
+"""The kernel backends, the choice of one for each linear, and the torch operator that calls them.
 
-A backend is a few functions over the tensors it prepared at load; `BACKENDS` lists them from the fastest to the one
-that takes everything. `choose_backend` asks them in that order and can tell what each one said.
+A backend is a set of functions over the tensors that it prepares when a model is loaded. `BACKENDS` lists the backends
+in order of speed; the last one supports every linear. `explain_choice` takes the first one that does not refuse, and
+returns the reasons of those that do.
 
-`llmquant::matmul` is one operator with a fake and a backward, so `torch.compile(fullgraph=True)`, `torch.export` and
-CUDA graphs see a single node whatever backend is behind it.
+The operator `llmquant::matmul` has a fake (meta) implementation and a backward pass that serve all backends, so
+`torch.compile(fullgraph=True)`, `torch.export` and CUDA graphs see a single node.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from llmquant.kernels.layout import LinearShape
 from llmquant.weight import QuantizedWeight
 
 BACKEND_VARIABLE = "LLMQUANT_BACKEND"
-"""Environment variable that overrides `backend="auto"`; read at every choice."""
+"""Environment variable that overrides `backend="auto"`. `explain_choice` reads it at every call."""
 
 Prepared = tuple[Tensor, ...]
+"""The tensors of one weight in a backend's runtime layout. Each backend's module docstring lists its members in order,
+with shapes and dtypes. Some members may be empty; only the backend that made the tuple can read it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +36,18 @@ class Backend:
 
     name: str
     refuses: Callable[[LinearShape, torch.device, torch.dtype], str | None]
-    """Why it cannot run this linear there, in words; None if it can."""
+    """(shape, device, dtype of x) -> why the backend cannot run such a linear, in words; None if it can."""
     prepare: Callable[[QuantizedWeight, torch.dtype, torch.device], Prepared]
-    """The weight in its runtime layout: derived at load, never saved."""
+    """(weight, dtype of x, device) -> the weight in its runtime layout, which is made at load and never saved."""
     matmul: Callable[[Tensor, Prepared, Tensor | None, LinearShape], Tensor]
-    """(x [..., K], prepared, bias [N] or None, layer) -> y [..., N] in the dtype of x."""
+    """(x [..., K], prepared, bias [N] or None, shape) -> y [..., N] in the dtype of x."""
     dequantize: Callable[[Prepared, LinearShape, torch.dtype], Tensor]
-    """The dense weight [N, K], back from the prepared tensors."""
+    """(prepared, shape, dtype) -> the dense weight [N, K] in dtype."""
     restore: Callable[[Prepared, LinearShape, Tensor], tuple[Tensor, Tensor, Tensor]]
-    """(prepared, layer, group of each column int64 [K]) -> codes_NK uint8, scale_NG and zero_NG uint8, exactly those
-    given to `prepare`; the scales in any dtype that holds them."""
+    """(prepared, shape, group of each column int64 [K]) -> codes_NK uint8, scale_NG, zero_NG uint8: exactly those that
+    `prepare` got. The scales may have any dtype that holds them exactly."""
     inline_rows: int = 0
-    """Below so many rows of x, matmul is plain torch operators: a compiler does better to see them than to call it."""
+    """Rows of x below which matmul consists of plain torch operators, which a compiler should see and optimize."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -90,18 +93,22 @@ BACKENDS: dict[str, Backend] = {
         restore=reference.restore,
     ),
 }
+"""All backends by name, fastest first."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DenseKernel:
-    """One way to multiply with a weight in bfloat16 on a CPU that is faster than `F.linear`, because the weight lies as
-    it is read: for a head that stays in 16 bits."""
+    """A faster `F.linear` for a bfloat16 weight on a CPU, used for a head that stays in 16 bits.
+
+    The weight is stored in the order in which the kernel reads it.
+    """
 
     usable: Callable[[], bool]
+    """Whether the kernel runs on this processor and is faster than `F.linear` there."""
     pack: Callable[[Tensor], Tensor]
-    """Weight [N, K] bfloat16 -> how it lies in memory; depends on the processor."""
+    """Weight [N, K] bfloat16 -> the weight in the layout of this processor."""
     unpack: Callable[[Tensor, int, int], Tensor]
-    """(packed, N, K) -> the weight."""
+    """(packed, N, K) -> the weight [N, K] bfloat16."""
     multiply: Callable[[Tensor, Tensor, Tensor | None, int], Tensor]
     """(x [..., K], packed, bias [N] or None, N) -> y [..., N]."""
 
@@ -111,83 +118,90 @@ DENSE_KERNELS: dict[str, DenseKernel] = {
         usable=llvm.multiplies_dense, pack=llvm.pack_dense, unpack=llvm.unpack_dense, multiply=llvm.multiply_dense
     ),
     "onednn": DenseKernel(
-        usable=cpu.multiplies_bfloat16, pack=cpu.pack_dense, unpack=cpu.unpack_dense, multiply=cpu.multiply_dense
+        usable=cpu.onednn_multiplies_bfloat16, pack=cpu.pack_dense, unpack=cpu.unpack_dense, multiply=cpu.multiply_dense
     ),
 }
+"""All kernels for a dense bfloat16 weight by name, fastest first."""
 
 
 def choose_dense_kernel() -> str | None:
-    """The first of `DENSE_KERNELS` that is usable on this processor."""
+    """Return the name of the first of `DENSE_KERNELS` that is usable on this processor, or None."""
     return next((name for name, kernel in DENSE_KERNELS.items() if kernel.usable()), None)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The backend of one linear and how it came to it."""
+class BackendChoice:
+    """The backend of one linear, and why it was chosen."""
 
     backend: Backend
     reason: str
+    """Why this backend was chosen, in words."""
     refusals: dict[str, str]
-    """What the backends that cannot run this linear said, by name."""
+    """Backend name -> why that backend cannot run this linear, in words, for the backends that refuse."""
 
 
-def explain_choice(layer: LinearShape, device: torch.device, dtype: torch.dtype, requested: str = "auto") -> Choice:
-    """The backend for a linear, the reason, and the refusals of the others.
+def explain_choice(
+    shape: LinearShape, device: torch.device, dtype: torch.dtype, requested: str = "auto"
+) -> BackendChoice:
+    """Choose the backend for a linear whose x has this dtype, and explain the choice.
 
-    `requested` is a name of `BACKENDS` or "auto"; for "auto" the variable LLMQUANT_BACKEND decides if it is set.
-    Raises UserError for an unknown name, and for a named backend that refuses.
+    requested: a name of `BACKENDS`, or "auto". "auto" takes the backend that the environment variable LLMQUANT_BACKEND
+    names; if it is not set, it takes the first backend that does not refuse. Raises UserError for an unknown name, and
+    for a requested backend that refuses.
     """
-    source = "asked for"
+    source = "requested"
     if requested == "auto" and (from_environment := os.environ.get(BACKEND_VARIABLE, "auto")) != "auto":
         requested, source = from_environment, f"{BACKEND_VARIABLE} is set"
     if requested != "auto" and requested not in BACKENDS:
         raise UserError(f"backend '{requested}' ({source}): not one of auto, {', '.join(BACKENDS)}; use --backend auto")
-    answers = {name: backend.refuses(layer, device, dtype) for name, backend in BACKENDS.items()}
-    refusals = {name: answer for name, answer in answers.items() if answer is not None}
+    refusal_of = {name: backend.refuses(shape, device, dtype) for name, backend in BACKENDS.items()}
+    refusals = {name: refusal for name, refusal in refusal_of.items() if refusal is not None}
     if requested != "auto":
         if requested in refusals:
             raise UserError(
-                f"backend '{requested}' ({source}): cannot run {layer.describe()} on {device} in {_short(dtype)}: "
+                f"backend '{requested}' ({source}): cannot run {shape.describe()} on {device} in {_dtype_name(dtype)}: "
                 f"{refusals[requested]}; use --backend auto"
             )
-        return Choice(BACKENDS[requested], source, refusals)
+        return BackendChoice(BACKENDS[requested], source, refusals)
     name = next(name for name in BACKENDS if name not in refusals)
-    return Choice(BACKENDS[name], "the first that takes it" if name != "torch" else "no other takes it", refusals)
+    return BackendChoice(
+        BACKENDS[name], "first that supports it" if name != "torch" else "no other supports it", refusals
+    )
 
 
 def choose_backend(
-    layer: LinearShape, device: torch.device, dtype: torch.dtype, requested: str = "auto"
+    shape: LinearShape, device: torch.device, dtype: torch.dtype, requested: str = "auto"
 ) -> tuple[Backend, str]:
-    """`explain_choice` in short: the backend and the reason."""
-    choice = explain_choice(layer, device, dtype, requested)
+    """Choose a backend by `explain_choice`; return it and the reason."""
+    choice = explain_choice(shape, device, dtype, requested)
     return choice.backend, choice.reason
 
 
 @torch.library.custom_op("llmquant::matmul", mutates_args=())
-def matmul(x: Tensor, prepared: list[Tensor], bias: Tensor | None, backend: str, layer: list[int]) -> Tensor:
-    """x [..., K] -> y [..., N] by the named backend; `layer` is `LinearShape.as_ints()`."""
-    return BACKENDS[backend].matmul(x, tuple(prepared), bias, LinearShape.from_ints(layer))
+def matmul(x: Tensor, prepared: list[Tensor], bias: Tensor | None, backend: str, shape: list[int]) -> Tensor:
+    """x [..., K] -> y [..., N] by the named backend. `shape` is `LinearShape.as_ints()`."""
+    return BACKENDS[backend].matmul(x, tuple(prepared), bias, LinearShape.from_ints(shape))
 
 
 @matmul.register_fake
-def _(x: Tensor, prepared: list[Tensor], bias: Tensor | None, backend: str, layer: list[int]) -> Tensor:
-    return x.new_empty((*x.shape[:-1], layer[0]))
+def _(x: Tensor, prepared: list[Tensor], bias: Tensor | None, backend: str, shape: list[int]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]))
 
 
 @torch.library.custom_op("llmquant::dequantize", mutates_args=())
-def dequantize(prepared: list[Tensor], backend: str, layer: list[int], dtype: torch.dtype) -> Tensor:
-    """The dense weight [N, K] of the named backend's prepared tensors."""
-    return BACKENDS[backend].dequantize(tuple(prepared), LinearShape.from_ints(layer), dtype)
+def dequantize(prepared: list[Tensor], backend: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Return the dense weight [N, K] of the named backend's prepared tensors."""
+    return BACKENDS[backend].dequantize(tuple(prepared), LinearShape.from_ints(shape), dtype)
 
 
 @dequantize.register_fake
-def _(prepared: list[Tensor], backend: str, layer: list[int], dtype: torch.dtype) -> Tensor:
-    return prepared[0].new_empty((layer[0], layer[1]), dtype=dtype)
+def _(prepared: list[Tensor], backend: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return prepared[0].new_empty((shape[0], shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("llmquant::multiply_dense", mutates_args=())
 def multiply_dense(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, kernel: str) -> Tensor:
-    """x [..., K] -> y [..., N] by the named one of `DENSE_KERNELS`."""
+    """x [..., K] -> y [..., N] by the named kernel of `DENSE_KERNELS`."""
     return DENSE_KERNELS[kernel].multiply(x, packed, bias, out_features)
 
 
@@ -196,21 +210,23 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, kernel:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:
-    _, prepared, bias, backend, layer = inputs
+def _save_for_backward(ctx, inputs, output) -> None:
+    """Save in `ctx` what `_backward` needs."""
+    _, prepared, bias, backend, shape = inputs
     ctx.save_for_backward(*prepared)
-    ctx.backend, ctx.layer, ctx.has_bias = backend, layer, bias is not None
+    ctx.backend, ctx.shape, ctx.has_bias = backend, shape, bias is not None
 
 
 def _backward(ctx, grad_y: Tensor):
-    """The gradient of x is grad_y @ W; the codes are constants, so nothing flows to them."""
-    weight_NK = dequantize(list(ctx.saved_tensors), ctx.backend, ctx.layer, grad_y.dtype)
+    """Return the gradients of x (grad_y @ W) and of the bias. The prepared tensors are constants and get none."""
+    weight_NK = dequantize(list(ctx.saved_tensors), ctx.backend, ctx.shape, grad_y.dtype)
     grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
     return grad_y @ weight_NK, [None] * len(ctx.saved_tensors), grad_bias, None, None
 
 
-matmul.register_autograd(_backward, setup_context=_keep_for_backward)
+matmul.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def _short(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without `torch.`, such as `float16`."""
     return str(dtype).removeprefix("torch.")

@@ -1,17 +1,16 @@
-"""Backend `triton`: NVIDIA GPUs from compute capability 8.0, any of our widths, float16 and bfloat16.
+"""Backend `triton`: NVIDIA GPUs from compute capability 8.0, 2 to 8 bits, float16 and bfloat16.
 
-The kernels and their layout are in `triton_w4a16.py`; here the weight is brought into the layout, and a call is cut
-into tiles. Up to some hundred rows of x the codes go straight into the product; above, the dense weight is written once
-and cuBLAS multiplies. Codes of 2 and 3 bits are stored as 4-bit codes; codes of 8 bits as two planes of 4 bits over
-the same x, (high - zero_high) * 16 scale + (low - zero_low) * scale.
+The kernels and their layout are in `triton_w4a16.py`. This file brings weights into the layout and launches the
+kernels. Up to a few hundred rows of x, the fused kernel multiplies by the codes directly. For more rows, a kernel
+writes the dense weight and cuBLAS multiplies by it. Codes of 2 and 3 bits are stored as 4-bit codes. Codes of 8 bits
+are stored as two planes of 4-bit codes over the same x: (high - zero_high) * 16 scale + (low - zero_low) * scale.
 
-Backend `triton-invariant` runs every call with the same tiles, so that a row of y has the same bits whatever the
-number of rows beside it.
+Backend `triton-invariant` runs every call with the same tiles, so a row of y has the same bits in any batch.
 
 Prepared tensors, in order (letters as in `triton_w4a16.py`): words int32 [NP/64, P*T, 64, 16]; meta int32 [P*T, NP, B];
-done int32 [tiles], the counters of split-K, zero between calls, so that one layer must not run on two streams at
-once; column int64 [128 T], empty where the columns keep their place; an empty tensor of the dtype of x; scale [N, G] as
-stored, for `restore`, only where the dtype of x rounds it.
+done int32 [tiles], the counters of split-K, which are zero between calls (one linear must therefore not run on two
+streams at once); column int64 [128 T], empty if the columns keep their order; an empty tensor that carries the dtype of
+x; scale [N, G] as stored, for `restore`, only if the dtype of x rounds it.
 """
 
 from __future__ import annotations
@@ -39,20 +38,21 @@ TILE = 128
 """Slots of a tile along K."""
 
 MAX_SPLIT_ROW_TILES = 4
-"""Tiles along M for which there are counters; calls with more rows have enough programs without split-K."""
+"""Tiles along M that have counters for split-K. Calls with more rows have enough programs without it."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
+"""Dtypes of x that the kernels support."""
 
 
-def refuses(layer: LinearShape, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why this backend cannot run the linear, or None."""
+def refuses(shape: LinearShape, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why this backend cannot run the linear, or None if it can."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not (interpreted and device.type == "cpu"):
         return f"runs on NVIDIA GPUs, not on {device.type}"
     if dtype not in _DTYPES:
         return f"computes in bfloat16 and float16, not in {str(dtype).removeprefix('torch.')}"
-    if layer.num_groups > 1 and layer.group_size < 16:
-        return f"group_size {layer.group_size} is below 16"
+    if shape.num_groups > 1 and shape.group_size < 16:
+        return f"group_size {shape.group_size} is below 16"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
@@ -67,26 +67,26 @@ def refuses(layer: LinearShape, device: torch.device, dtype: torch.dtype) -> str
 
 
 def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """The layout, made on the device; the scale is rounded to dtype."""
-    layer = LinearShape.of(weight)
-    block = _block_width(layer)
+    """Return the prepared tensors (see above), made on the device. The kernels read the scale rounded to dtype."""
+    shape = LinearShape.of(weight)
+    block = _columns_per_block(shape)
     slots = arrange_slots(weight, block, TILE).to(device)
     column_S, group_B = slots.column_S, slots.group_B
-    pad_rows = -layer.out_features % 64
+    pad_rows = -shape.out_features % 64
     weight = weight.to(device)
     codes_NS = F.pad(slots.spread(weight.codes_NK, 0), (0, 0, 0, pad_rows))
     zero_NB = F.pad(weight.zero_NG[:, group_B], (0, 0, 0, pad_rows))
     scale_NB = F.pad(weight.scale_NG.float()[:, group_B], (0, 0, 0, pad_rows))
-    # An empty slot holds its zero: it is nothing even where x is infinite, and then x is a zero there anyway.
+    # Padding holds its zero-point, so that its weight is 0.
     zero_NS = zero_NB.repeat_interleave(block, dim=1)
-    codes_NS = torch.where(column_S == layer.in_features, zero_NS, codes_NS)
-    if layer.bits == 8:
+    codes_NS = torch.where(column_S == shape.in_features, zero_NS, codes_NS)
+    if shape.bits == 8:
         codes_NS = torch.cat([codes_NS >> 4, codes_NS & 15], dim=1)
         zero_NB = torch.cat([zero_NB >> 4, zero_NB & 15], dim=1)
         scale_NB = torch.cat([scale_NB * 16, scale_NB], dim=1)
     words, meta = pack_words(codes_NS), pack_meta(scale_NB, zero_NB, dtype, TILE // block)
     done = torch.zeros(len(words) * MAX_SPLIT_ROW_TILES, dtype=torch.int32, device=device)
-    column_S = column_S.new_empty(0) if slots.is_prefix else column_S
+    column_S = column_S.new_empty(0) if slots.keeps_order else column_S
     rounded = not torch.equal(weight.scale_NG.to(dtype).float(), weight.scale_NG.float())
     scale_NG = weight.scale_NG if rounded else weight.scale_NG.new_empty(0)
     return words, meta, done, column_S, torch.empty(0, dtype=dtype, device=device), scale_NG
@@ -103,23 +103,23 @@ def pack_words(codes_NS: Tensor) -> Tensor:
 
 
 def pack_meta(scale_NB: Tensor, zero_NB: Tensor, dtype: torch.dtype, blocks_per_tile: int) -> Tensor:
-    """int32 [tiles, NP, blocks_per_tile]: the bits of the scale below those of -(128 + zero) or -(1024 + zero)."""
+    """Return int32 [tiles, NP, blocks_per_tile]: low half the scale, high half -(128 + zero) or -(1024 + zero)."""
     bias = 128 if dtype == torch.bfloat16 else 1024
-    halves = torch.stack([scale_NB.to(dtype), -(zero_NB.float() + bias).to(dtype)], dim=-1)
-    meta_NB = halves.view(torch.int32).squeeze(-1)
+    scale_zero_pairs = torch.stack([scale_NB.to(dtype), -(zero_NB.float() + bias).to(dtype)], dim=-1)
+    meta_NB = scale_zero_pairs.view(torch.int32).squeeze(-1)
     return meta_NB.view(len(meta_NB), -1, blocks_per_tile).transpose(0, 1).contiguous()
 
 
-def restore(prepared: tuple[Tensor, ...], layer: LinearShape, group_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """codes_NK, scale_NG and zero_NG as they were before `prepare`."""
-    words, meta, _, column_S, like, kept_scale_NG = prepared
-    codes_NS, (scale_NB, zero_NB) = unpack_words(words), unpack_meta(meta, like.dtype)
-    if layer.bits == 8:
+def restore(prepared: tuple[Tensor, ...], shape: LinearShape, group_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the codes_NK, scale_NG and zero_NG that `prepare` got."""
+    words, meta, _, column_S, dtype_holder, stored_scale_NG = prepared
+    codes_NS, (scale_NB, zero_NB) = unpack_words(words), unpack_meta(meta, dtype_holder.dtype)
+    if shape.bits == 8:
         codes_NS, scale_NB, zero_NB = join_planes(codes_NS, scale_NB, zero_NB)
-    codes_NS, scale_NB, zero_NB = (values[: layer.out_features] for values in (codes_NS, scale_NB, zero_NB))
-    scale_NG, zero_NG = gather_groups(scale_NB, zero_NB, group_K, layer, _block_width(layer))
-    codes_NK = ungather_columns(codes_NS, column_S, layer.in_features)
-    return codes_NK, kept_scale_NG if kept_scale_NG.numel() else scale_NG, zero_NG
+    codes_NS, scale_NB, zero_NB = (values[: shape.out_features] for values in (codes_NS, scale_NB, zero_NB))
+    scale_NG, zero_NG = gather_groups(scale_NB, zero_NB, group_K, shape, _columns_per_block(shape))
+    codes_NK = ungather_columns(codes_NS, column_S, shape.in_features)
+    return codes_NK, stored_scale_NG if stored_scale_NG.numel() else scale_NG, zero_NG
 
 
 def unpack_words(words: Tensor) -> Tensor:
@@ -132,63 +132,63 @@ def unpack_words(words: Tensor) -> Tensor:
 def unpack_meta(meta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """int32 [tiles, NP, blocks_per_tile] -> scale_NB in dtype and zero_NB uint8, the inverse of `pack_meta`."""
     bias = 128 if dtype == torch.bfloat16 else 1024
-    halves = meta.transpose(0, 1).flatten(1).contiguous().unsqueeze(-1).view(dtype)
-    return halves[..., 0], (-halves[..., 1].float() - bias).to(torch.uint8)
+    scale_zero_pairs = meta.transpose(0, 1).flatten(1).contiguous().unsqueeze(-1).view(dtype)
+    return scale_zero_pairs[..., 0], (-scale_zero_pairs[..., 1].float() - bias).to(torch.uint8)
 
 
-def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
-    """x [..., K] in the dtype it was prepared for -> y [..., N]."""
-    x_MK, problem, gpu = _enter(x, prepared, layer)
-    if x_MK.shape[0] >= dense_from_rows(problem, gpu):
-        y_MN = matmul_dense(x_MK, prepared, bias_N, layer)
+def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape) -> Tensor:
+    """x [..., K] in the prepared dtype -> y [..., N]. Raises TypeError for another dtype."""
+    x_MK, problem, this_gpu = _prepare_input(x, prepared, shape)
+    if x_MK.shape[0] >= dense_from_rows(problem, this_gpu):
+        y_MN = matmul_dense(x_MK, prepared, bias_N, shape)
     else:
-        tiles = choose_tiles(problem, x_MK.shape[0], gpu)
-        y_MN = launch(x_MK, prepared, bias_N, layer, tiles)
-    return y_MN.view(*x.shape[:-1], layer.out_features)
+        tiles = choose_tiles(problem, x_MK.shape[0], this_gpu)
+        y_MN = launch(x_MK, prepared, bias_N, shape, tiles)
+    return y_MN.view(*x.shape[:-1], shape.out_features)
 
 
-def matmul_invariant(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
-    """The same, with one order of additions for any number of rows; slow for many."""
-    x_MK, problem, _ = _enter(x, prepared, layer)
+def matmul_invariant(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape) -> Tensor:
+    """Return the result of `matmul`, with the same order of additions for any number of rows. It is slow for many."""
+    x_MK, problem, _ = _prepare_input(x, prepared, shape)
     tiles = batch_invariant_tiles(problem)
-    pieces = [launch(piece, prepared, bias_N, layer, tiles) for piece in x_MK.split(tiles.rows * MAX_SPLIT_ROW_TILES)]
-    return torch.cat(pieces).view(*x.shape[:-1], layer.out_features)
+    pieces = [launch(piece, prepared, bias_N, shape, tiles) for piece in x_MK.split(tiles.rows * MAX_SPLIT_ROW_TILES)]
+    return torch.cat(pieces).view(*x.shape[:-1], shape.out_features)
 
 
-def dequantize(prepared: tuple[Tensor, ...], layer: LinearShape, dtype: torch.dtype) -> Tensor:
-    """The dense weight [N, K]: computed in float32 and rounded to the prepared dtype."""
+def dequantize(prepared: tuple[Tensor, ...], shape: LinearShape, dtype: torch.dtype) -> Tensor:
+    """Return the dense weight [N, K], computed in float32 and rounded to the prepared dtype, then to dtype."""
     column_S = prepared[3]
     if not column_S.numel():
-        return _dense(prepared, layer, layer.in_features).to(dtype)
-    weight_NS = _dense(prepared, layer, column_S.numel())
-    weight_NK = weight_NS.new_empty(layer.out_features, layer.in_features + 1)
+        return _dense_weight(prepared, shape, shape.in_features).to(dtype)
+    weight_NS = _dense_weight(prepared, shape, column_S.numel())
+    weight_NK = weight_NS.new_empty(shape.out_features, shape.in_features + 1)
     weight_NK[:, column_S] = weight_NS
     return weight_NK[:, :-1].to(dtype).contiguous()
 
 
-def matmul_dense(x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape) -> Tensor:
-    """Write the dense weight, multiply by cuBLAS: x_MK (columns in their place, or slots) -> y_MN."""
-    return F.linear(x_MK, _dense(prepared, layer, x_MK.shape[1]), bias_N)
+def matmul_dense(x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape) -> Tensor:
+    """Write the dense weight and multiply in cuBLAS: x_MK (columns in their own order or in slot order) -> y_MN."""
+    return F.linear(x_MK, _dense_weight(prepared, shape, x_MK.shape[1]), bias_N)
 
 
 def launch(
-    x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, layer: LinearShape, tiles: Tiles
+    x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape, tiles: Tiles
 ) -> Tensor:
-    """Run the fused kernel with these tiles: x_MK (columns in their place, or slots) -> y_MN."""
-    words, meta, done, _, like, _ = prepared
+    """Run the fused kernel with these tiles: x_MK (columns in their own order or in slot order) -> y_MN."""
+    words, meta, done, _, dtype_holder, _ = prepared
     num_rows, num_columns = x_MK.shape
     num_row_tiles = -(-num_rows // tiles.rows)
-    parts = tiles.parts if num_row_tiles <= MAX_SPLIT_ROW_TILES else 1
-    planes = 2 if layer.bits == 8 else 1
+    split_k = tiles.split_k if num_row_tiles <= MAX_SPLIT_ROW_TILES else 1
+    planes = 2 if shape.bits == 8 else 1
     num_tiles = words.shape[1] // planes
-    y_MN = torch.empty(num_rows, layer.out_features, dtype=like.dtype, device=x_MK.device)
+    y_MN = torch.empty(num_rows, shape.out_features, dtype=dtype_holder.dtype, device=x_MK.device)
     if num_rows == 0:
         return y_MN
-    partial = y_MN if parts == 1 else y_MN.new_empty(parts, num_rows, layer.out_features, dtype=torch.float32)
+    partial = y_MN if split_k == 1 else y_MN.new_empty(split_k, num_rows, shape.out_features, dtype=torch.float32)
     num_features = words.shape[0] * 64
     kernels = _kernels()
     with torch.cuda.device_of(x_MK):  # Triton launches on the current GPU
-        kernels.w4a16_kernel[num_row_tiles, num_features // tiles.features, parts](
+        kernels.w4a16_kernel[num_row_tiles, num_features // tiles.features, split_k](
             x_MK.contiguous(),
             words,
             meta,
@@ -197,7 +197,7 @@ def launch(
             partial,
             done,
             num_rows,
-            layer.out_features,
+            shape.out_features,
             num_features,
             num_columns,
             num_tiles,
@@ -206,11 +206,11 @@ def launch(
             B=meta.shape[2],
             BM=tiles.rows,
             BN=tiles.features,
-            SPLIT_K=parts > 1,
+            SPLIT_K=split_k > 1,
             POST=tiles.post,
             STAGES=tiles.stages,
             HAS_BIAS=bias_N is not None,
-            BF16=like.dtype == torch.bfloat16,
+            BF16=dtype_holder.dtype == torch.bfloat16,
             INTERPRET=kernels.INTERPRETED,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
@@ -221,7 +221,7 @@ def launch(
 
 @lru_cache(maxsize=64)
 def gpu_of(device: torch.device) -> Gpu:
-    """What the tiles have to know of this GPU."""
+    """Return the properties of the GPU on which the choice of tiles depends."""
     if device.type == "cpu":  # only under Triton's interpreter
         return Gpu("interpreter", 132, 90)
     properties = torch.cuda.get_device_properties(device)
@@ -230,49 +230,49 @@ def gpu_of(device: torch.device) -> Gpu:
 
 @lru_cache(maxsize=1)
 def _kernels():
-    """The kernels, imported when they are first run: Triton is not installed everywhere."""
+    """Return the module of the kernels. The first call imports it, because Triton is not installed everywhere."""
     from llmquant.kernels import triton_w4a16
 
     return triton_w4a16
 
 
 def problem_of(prepared: tuple[Tensor, ...]) -> Problem:
-    """The key to the tables."""
-    words, meta, _, _, like, _ = prepared
-    dtype = "bfloat16" if like.dtype == torch.bfloat16 else "float16"
+    """Return the properties of a prepared weight on which the choice of tiles depends."""
+    words, meta, _, _, dtype_holder, _ = prepared
+    dtype = "bfloat16" if dtype_holder.dtype == torch.bfloat16 else "float16"
     return Problem(words.shape[0] * 64, words.shape[1] * TILE, meta.shape[2], dtype)
 
 
-def _enter(x: Tensor, prepared: tuple[Tensor, ...], layer: LinearShape) -> tuple[Tensor, Problem, Gpu]:
-    """x as the kernel reads it, and what its tiles depend on."""
-    column_S, like = prepared[3:5]
-    if x.dtype != like.dtype:
-        raise TypeError(f"x is {x.dtype}, but the weight was prepared for {like.dtype}")
-    x_MK = x.reshape(-1, layer.in_features)
-    # The kernel masks the end of K; rows that are not a multiple of 16 are worth a copy, for wide loads.
-    if column_S.numel() or layer.in_features % 16:
-        x_MK = gather_columns(x_MK, column_S, -(-layer.in_features // TILE) * TILE)
+def _prepare_input(x: Tensor, prepared: tuple[Tensor, ...], shape: LinearShape) -> tuple[Tensor, Problem, Gpu]:
+    """Return x as the kernel reads it, and the problem and the GPU for which to choose tiles."""
+    column_S, dtype_holder = prepared[3:5]
+    if x.dtype != dtype_holder.dtype:
+        raise TypeError(f"x is {x.dtype}, but the weight was prepared for {dtype_holder.dtype}")
+    x_MK = x.reshape(-1, shape.in_features)
+    # The kernel masks the end of K. Copying x pays if K is not a multiple of 16, because the copy permits wide loads.
+    if column_S.numel() or shape.in_features % 16:
+        x_MK = gather_columns(x_MK, column_S, -(-shape.in_features // TILE) * TILE)
     return x_MK, problem_of(prepared), gpu_of(x.device)
 
 
-def _dense(prepared: tuple[Tensor, ...], layer: LinearShape, num_columns: int) -> Tensor:
-    """The dense weight [N, num_columns], columns in slot order, in the prepared dtype."""
-    words, meta, _, _, like, _ = prepared
-    planes = 2 if layer.bits == 8 else 1
-    weight = torch.empty(layer.out_features, num_columns, dtype=like.dtype, device=words.device)
+def _dense_weight(prepared: tuple[Tensor, ...], shape: LinearShape, num_columns: int) -> Tensor:
+    """Return the dense weight [N, num_columns] in the prepared dtype, with columns in slot order."""
+    words, meta, _, _, dtype_holder, _ = prepared
+    planes = 2 if shape.bits == 8 else 1
+    weight = torch.empty(shape.out_features, num_columns, dtype=dtype_holder.dtype, device=words.device)
     kernels = _kernels()
     with torch.cuda.device_of(words):
         kernels.dequantize_kernel[words.shape[0], words.shape[1] // planes](
             words,
             meta,
             weight,
-            layer.out_features,
+            shape.out_features,
             words.shape[0] * 64,
             num_columns,
             words.shape[1] // planes,
             P=planes,
             B=meta.shape[2],
-            BF16=like.dtype == torch.bfloat16,
+            BF16=dtype_holder.dtype == torch.bfloat16,
             INTERPRET=kernels.INTERPRETED,
             num_warps=4,
             enable_fp_fusion=True,
@@ -280,8 +280,8 @@ def _dense(prepared: tuple[Tensor, ...], layer: LinearShape, num_columns: int) -
     return weight
 
 
-def _block_width(layer: LinearShape) -> int:
-    """Slots that share a scale: the widest of 128, 64, 32 that divides the groups; 32 with padding where none does."""
-    if layer.num_groups == 1:
+def _columns_per_block(shape: LinearShape) -> int:
+    """Return the slots per scale: the largest of 128, 64 and 32 that divides the group size, or 32 with padding."""
+    if shape.num_groups == 1:
         return TILE
-    return next((block for block in (128, 64, 32) if layer.group_size % block == 0), 32)
+    return next((block for block in (128, 64, 32) if shape.group_size % block == 0), 32)

@@ -1,7 +1,7 @@
-"""LLVM's assembly made a function of this process, without a compiler on the machine.
+"""Compile LLVM assembly into functions of this process, without a compiler on the machine.
 
-llvmlite (the LLVM of Numba, a wheel) turns the text into machine code for the processor at hand. Work is shared among
-torch's own OpenMP threads, so that a kernel and torch's operators do not fight for cores.
+llvmlite (the LLVM of Numba, a wheel) turns the text into machine code for this processor. The functions run in torch's
+own OpenMP threads, so that kernels and torch's operators do not compete for cores.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import torch
 from torch.autograd import forward_ad
 
 LLVM_TYPE = {torch.float16: "half", torch.bfloat16: "bfloat", torch.float32: "float"}
-"""LLVM's names of the dtypes that programs are made for."""
+"""LLVM types of the dtypes that programs can be compiled for."""
 
 OLDEST_LLVM = 20
-"""Older ones spell the dot product of bfloat16 otherwise and cannot round to it."""
+"""Oldest supported version of LLVM. Older versions have another name for the bfloat16 dot product and cannot round to
+bfloat16."""
 
 
 @lru_cache(maxsize=1)
-def why_not() -> str | None:
-    """Why nothing can be compiled here, or None."""
+def unavailable_reason() -> str | None:
+    """Return why nothing can be compiled in this process, or None if it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"written for x86-64 Linux, not for {platform.machine()} {platform.system()}"
     try:
@@ -36,9 +37,9 @@ def why_not() -> str | None:
     except ImportError as error:
         return f"llvmlite cannot be imported ({error}); pip install 'llvmlite>=0.45'"
     if binding.llvm_version_info[0] < OLDEST_LLVM:
-        found = binding.llvm_version_info[0]
+        version = binding.llvm_version_info[0]
         return (
-            f"llvmlite {llvmlite.__version__} has LLVM {found}, {OLDEST_LLVM} is needed; pip install 'llvmlite>=0.45'"
+            f"llvmlite {llvmlite.__version__} has LLVM {version}, {OLDEST_LLVM} is needed; pip install 'llvmlite>=0.45'"
         )
     if missing := {"avx2", "fma", "f16c"} - processor_features():
         return f"the processor has no {', '.join(sorted(missing))}"
@@ -49,36 +50,36 @@ def why_not() -> str | None:
 
 @lru_cache(maxsize=1)
 def processor_features() -> frozenset[str]:
-    """LLVM's names of what the processor can do and the system lets it."""
+    """LLVM's names of the features that the processor has and the operating system enables."""
     from llvmlite import binding
 
     return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether vectors hold pairs of bfloat16 and the processor multiplies them."""
+def has_bfloat16_dot_product() -> bool:
+    """Whether the processor has a dot product of bfloat16 pairs (AVX512-BF16)."""
     return {"avx512bf16", "avx512vl"} <= processor_features()
 
 
 def has_matrix_units() -> bool:
-    """Whether there is more than vectors for bfloat16, which torch's own operators use."""
+    """Whether the processor has matrix units for bfloat16 (AMX). torch's operators use them; our programs do not."""
     return "amx-bf16" in processor_features()
 
 
 @lru_cache(maxsize=1)
 def openmp() -> Any:
-    """The OpenMP library that torch has brought into this process, or None."""
+    """Return the OpenMP library that torch has loaded into this process, or None if there is none."""
     if not torch.backends.openmp.is_available():
         return None
     lines = Path("/proc/self/maps").read_text().splitlines()
     mapped = {Path(fields[5]) for line in lines if len(fields := line.split(maxsplit=5)) == 6}
-    found = [path for path in mapped if re.match(r"lib(gomp|iomp5|omp)[-.]", path.name)]
-    # Other packages bring their own; torch's lies in its folder, or beside it in torch.libs.
-    home = str(Path(torch.__file__).parent)
-    for path in sorted(found, key=lambda path: (not str(path).startswith(home), str(path))):
+    candidates = [path for path in mapped if re.match(r"lib(gomp|iomp5|omp)[-.]", path.name)]
+    # Other packages load their own copy. The copy of torch is in torch's folder, or beside it in torch.libs.
+    torch_folder = str(Path(torch.__file__).parent)
+    for path in sorted(candidates, key=lambda path: (not str(path).startswith(torch_folder), str(path))):
         try:
             library = ctypes.CDLL(str(path))
-        except OSError:  # replaced since it was loaded
+        except OSError:  # its file was replaced after it was loaded
             continue
         if hasattr(library, "GOMP_parallel"):
             return library
@@ -86,7 +87,8 @@ def openmp() -> Any:
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    """Whether x is a tensor with memory that somebody wants read now: no fake one, and nobody who watches operators."""
+    """Whether a kernel may read the memory of x now: x is a plain tensor, and no tracing, dispatch mode or forward-mode
+    differentiation is active."""
     return (
         type(x) is torch.Tensor
         and torch._C._len_torch_dispatch_stack() == 0
@@ -96,10 +98,10 @@ def is_plain(x: torch.Tensor) -> bool:
 
 
 class Compiled:
-    """Functions of one text; each takes one pointer. Lives as long as the process."""
+    """The compiled functions of one LLVM text. Each function takes one pointer. Objects live as long as the process."""
 
     def __init__(self, text: str, names: Iterable[str]) -> None:
-        """Raises RuntimeError for text that LLVM refuses."""
+        """Compile `text`; `names` are its entry points. Raises RuntimeError if LLVM refuses the text."""
         from llvmlite import binding
 
         binding.initialize_native_target()
@@ -118,7 +120,7 @@ class Compiled:
         )
         module = binding.parse_assembly(text)
         module.verify()
-        # The text is unrolled and vectorized as it should be: more of either only takes registers from the sums.
+        # The text is already unrolled and vectorized. More of either would leave fewer registers for the sums.
         options = binding.create_pipeline_tuning_options(speed_level=2)
         options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
         builder = binding.create_pass_builder(self._machine, options)
@@ -131,11 +133,11 @@ class Compiled:
         self._function = {name: prototype(address) for name, address in self._address.items()}
 
     def assembly(self) -> str:
-        """What the processor runs, to be read."""
+        """Return the machine code as readable assembly."""
         return self._machine.emit_assembly(self._module)
 
     def run(self, name: str, arguments: bytes, num_threads: int) -> None:
-        """Call a function with the address of its packed arguments, once in each of so many threads."""
+        """Call a function once in each of `num_threads` threads, with the address of its packed arguments."""
         if num_threads == 1:
             self._function[name](arguments)
         else:
@@ -143,4 +145,5 @@ class Compiled:
 
 
 def _address(function: Any) -> int:
+    """Return the address of a function of a shared library."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0

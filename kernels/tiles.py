@@ -1,7 +1,7 @@
-"""How the Triton kernel cuts its work, by GPU, shape and rows of x: a measured table, else a rule.
+"""Choose tile configurations of the Triton kernel by GPU, shape and rows of x: from a measured table, else by a rule.
 
-Tables are JSON files, one per GPU: `configs/` beside this file ships those we measured, and `tune.tune` writes the
-user's own to the cache folder, which is read first. Nothing is tuned while a model runs.
+A table is a JSON file for one GPU, which `tune.tune_tiles` measures and writes to the user's cache folder. Without a
+table for this GPU and shape, `rule_of_thumb` applies. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -15,129 +15,134 @@ from pathlib import Path
 from typing import Any
 
 ROW_BUCKETS = (1, 16, 32, 64, 128, 256, 512)
-"""A configuration holds for the rows up to its bucket; above the last one it holds for all."""
+"""Numbers of rows of x for which tables have an entry. An entry applies to all rows above the previous bucket and up to
+its own; the last one applies to all larger numbers too."""
 
 DENSE_FROM_ROWS = 384
-"""Rows of x from which writing the dense weight once and a dense matmul win, where no table says otherwise. An
-estimate, not measured: the dense weight costs the traffic that it saved, and from here the matrix units are the limit.
-"""
+"""Rows of x from which the dense path (write the dense weight, then a dense matmul) is used if no table has a number.
+The number is an estimate and was not measured: writing the dense weight costs the memory traffic that the codes save,
+but from this number of rows the matrix units are the limit, not the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """One configuration of `w4a16_kernel`."""
+    """A tile configuration of `triton_w4a16.w4a16_kernel`."""
 
     rows: int
-    """Tokens of a tile (BM): 16, 32, 64 or 128."""
+    """Rows of x (tokens) in a tile of y (BM): 16, 32, 64 or 128."""
     features: int
-    """Out_features of a tile (BN): 64 or 128."""
-    parts: int
-    """Programs that share one tile of y along K (SPLIT_K)."""
+    """Out_features in a tile of y (BN): 64 or 128."""
+    split_k: int
+    """Number of programs that each sum one part of K for the same tile of y (split-K); 1 for no split."""
     warps: int
-    """4 or 8; with fewer than 4, Triton leaves `wgmma` for the older instruction and shared memory."""
+    """Warps of a program: 4 or 8. With fewer, Triton passes weights through shared memory and does not use `wgmma`."""
     stages: int
-    """Tiles in flight."""
+    """Tiles along K that the software pipeline loads ahead (`num_stages` in Triton)."""
     post: bool
-    """Scale the products (few rows) or the weights (many)."""
+    """Whether to scale the products (faster for few rows) instead of the weights (faster for many)."""
 
     def as_json(self) -> dict[str, Any]:
-        """An entry of a table."""
+        """Return the configuration as an entry of a table."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, entry: dict[str, Any]) -> Tiles:
+        """Return the configuration of an entry. Entries of older tables, which call `split_k` `parts`, are accepted."""
+        return cls(**{"split_k" if name == "parts" else name: value for name, value in entry.items()})
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the choice of tiles has to know of a GPU."""
+    """The properties of a GPU on which the choice of tiles depends."""
 
     name: str
+    """Name of the GPU, as torch reports it."""
     processors: int
-    """Streaming multiprocessors."""
+    """Number of streaming multiprocessors."""
     capability: int
     """Compute capability, 10 * major + minor."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What the choice of tiles depends on, besides the rows of x."""
+    """The properties of a weight on which the choice of tiles depends."""
 
     features: int
     """Out_features, rounded up to 64."""
     slots: int
-    """Slots along K over all planes, a multiple of 128."""
+    """Slots along K, summed over all planes; a multiple of 128."""
     blocks_per_tile: int
     """Scales per 128 slots: 1, 2 or 4."""
     dtype: str
-    """`bfloat16` or `float16`."""
+    """Dtype of x: `bfloat16` or `float16`."""
 
     @property
     def key(self) -> str:
-        """Its name in a table."""
+        """The key of this problem in a table."""
         return f"{self.features}x{self.slots} b{128 // self.blocks_per_tile} {self.dtype}"
 
 
 def row_bucket(rows: int) -> int:
-    """The bucket that `rows` fall into."""
+    """Return the bucket of ROW_BUCKETS for this number of rows."""
     return next((bucket for bucket in ROW_BUCKETS if rows <= bucket), ROW_BUCKETS[-1])
 
 
 @lru_cache(maxsize=4096)
 def choose_tiles(problem: Problem, rows: int, gpu: Gpu) -> Tiles:
-    """The measured tiles for this GPU and shape, else those of `rule_of_thumb`."""
+    """Return the measured tiles for this GPU and problem, else those of `rule_of_thumb`."""
     entry = _table(gpu.name).get("entries", {}).get(problem.key, {}).get(str(row_bucket(rows)))
-    return Tiles(**entry) if entry is not None else rule_of_thumb(problem, rows, gpu)
+    return Tiles.from_json(entry) if entry is not None else rule_of_thumb(problem, rows, gpu)
 
 
 def dense_from_rows(problem: Problem, gpu: Gpu) -> int:
-    """Rows of x from which the dense path is taken."""
+    """Return the number of rows of x from which the dense path is used."""
     return _table(gpu.name).get("dense_from_rows", {}).get(problem.key, DENSE_FROM_ROWS)
 
 
 def rule_of_thumb(problem: Problem, rows: int, gpu: Gpu) -> Tiles:
-    """Tiles from counting: enough programs to keep every processor's memory pipe full, and few instructions per weight.
+    """Choose tiles that keep the memory pipeline of every processor full and need few instructions per weight.
 
-    Scaling products needs one scale per tile and costs in proportion to the rows, so it ends at 32 rows. Wide tiles
-    need a quarter fewer instructions per weight, but for few rows only large layers have enough of them.
+    Scaling the products needs one scale per tile and costs time in proportion to the rows, so it is used up to 32 rows.
+    Tiles of 128 features need a quarter fewer instructions per weight than tiles of 64. With few rows, only large
+    linears have enough of them to fill the GPU.
     """
     post = problem.blocks_per_tile == 1 and rows <= 32
-    even = problem.features % 128 == 0
+    divisible = problem.features % 128 == 0
     if rows <= 16:
-        wide = even and problem.features >= 96 * gpu.processors
-        tiles = Tiles(rows=16, features=128 if wide else 64, parts=1, warps=4, stages=4, post=post)
+        wide = divisible and problem.features >= 96 * gpu.processors
+        tiles = Tiles(rows=16, features=128 if wide else 64, split_k=1, warps=4, stages=4, post=post)
     elif rows <= 32:
-        tiles = Tiles(rows=32, features=64, parts=1, warps=4, stages=4, post=post)
+        tiles = Tiles(rows=32, features=64, split_k=1, warps=4, stages=4, post=post)
     elif rows <= 64 or gpu.capability // 10 not in (9, 10):
         # Without wgmma or tcgen05 (sm_80, 89, 120), larger tiles outgrow registers and the 99 KB of shared memory.
-        tiles = Tiles(rows=64, features=128 if even else 64, parts=1, warps=4, stages=3, post=False)
+        tiles = Tiles(rows=64, features=128 if divisible else 64, split_k=1, warps=4, stages=3, post=False)
     else:
-        tiles = Tiles(rows=128, features=128 if even else 64, parts=1, warps=8 if even else 4, stages=3, post=False)
+        tiles = Tiles(
+            rows=128, features=128 if divisible else 64, split_k=1, warps=8 if divisible else 4, stages=3, post=False
+        )
     if gpu.capability // 10 == 10 and tiles.features == 128:
         tiles = replace(tiles, warps=8)  # Triton 3.9 fails to compile 128 features in four warps for tcgen05
     programs = problem.features // tiles.features * -(-rows // tiles.rows)
-    wanted = gpu.processors * (4 if tiles.rows <= 32 else 2)
-    # Each part should still run its pipeline full a few times over, and its float32 sums are traffic as well.
-    most = min(8 if tiles.rows <= 32 else 4, max(1, problem.slots // 128 // (2 * tiles.stages)))
-    return replace(tiles, parts=max(1, min(most, round(wanted / programs))))
+    programs_needed = gpu.processors * (4 if tiles.rows <= 32 else 2)
+    # Limit the split: each program should fill its pipeline a few times, and its float32 sums cost memory traffic.
+    max_split = min(8 if tiles.rows <= 32 else 4, max(1, problem.slots // 128 // (2 * tiles.stages)))
+    return replace(tiles, split_k=max(1, min(max_split, round(programs_needed / programs))))
 
 
 def batch_invariant_tiles(problem: Problem) -> Tiles:
-    """The one configuration of backend `triton-invariant`: the same order of additions for any number of rows."""
-    parts = max(1, min(4, problem.slots // 128 // 8))
-    return Tiles(rows=16, features=64, parts=parts, warps=4, stages=4, post=problem.blocks_per_tile == 1)
-
-
-def shipped_tables() -> list[dict[str, Any]]:
-    """The tables in `configs/`."""
-    return [json.loads(path.read_text()) for path in sorted((Path(__file__).parent / "configs").glob("*.json"))]
+    """Return the tiles of backend `triton-invariant`: the same order of additions for any number of rows."""
+    split_k = max(1, min(4, problem.slots // 128 // 8))
+    return Tiles(rows=16, features=64, split_k=split_k, warps=4, stages=4, post=problem.blocks_per_tile == 1)
 
 
 def user_table_path(gpu_name: str) -> Path:
-    """Where `tune.tune` writes."""
+    """Return the path of the user's table for a GPU, which `tune.tune_tiles` writes and `choose_tiles` reads."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "llmquant" / f"{_file_stem(gpu_name)}.json"
+    return cache / "llmquant" / f"{_file_name(gpu_name)}.json"
 
 
 def is_table(content: bytes) -> bool:
-    """Whether a file with this content was written by `write_table`."""
+    """Whether the content of a file is a table, as `write_table` writes it."""
     try:
         table = json.loads(content)
     except (ValueError, RecursionError):
@@ -146,7 +151,7 @@ def is_table(content: bytes) -> bool:
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write a table, merged over what the file already holds, and forget what was chosen by the old one."""
+    """Write a table to a file, merged over its previous entries, and drop the choices cached from the old table."""
     old = json.loads(path.read_text() or "{}") if path.exists() else {}
     for section in ("entries", "dense_from_rows"):
         table[section] = {**old.get(section, {}), **table.get(section, {})}
@@ -158,12 +163,11 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 @lru_cache(maxsize=16)
 def _table(gpu_name: str) -> dict[str, Any]:
-    for path in (user_table_path(gpu_name), Path(__file__).parent / "configs" / f"{_file_stem(gpu_name)}.json"):
-        if path.exists():
-            return json.loads(path.read_text())
-    return {}
+    """Return the user's table for a GPU; {} if there is none."""
+    path = user_table_path(gpu_name)
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _file_stem(gpu_name: str) -> str:
-    """`NVIDIA H100 80GB HBM3` -> `nvidia-h100-80gb-hbm3`."""
+def _file_name(gpu_name: str) -> str:
+    """Return a file name for a GPU: `nvidia-h100-80gb-hbm3` for `NVIDIA H100 80GB HBM3`."""
     return re.sub(r"[^a-z0-9]+", "-", gpu_name.lower()).strip("-")

@@ -1,24 +1,25 @@
-"""Two Triton kernels on one layout: y = x @ W.T straight from 4-bit codes, and W itself.
+"""Two Triton kernels that share one layout: one computes y = x @ W.T from 4-bit codes, the other the dense W.
 
-The layout is the operand a Hopper tensor core reads from registers. The product is taken as y.T = W @ x.T, so that
-the out_features fill the 64 rows of a `wgmma` and the tokens its width. Thread t of a quad (t % 4 = l) needs, in each
-row of a 64 x 128 tile, the columns 8m + 2l + {0, 1} for m = 0 … 15: thirty-two codes, sixteen bytes, one load:
+The layout is that of the operand that a Hopper tensor core reads from registers. The kernel computes y.T = W @ x.T, so
+that the out_features fill the 64 rows of a `wgmma` and the tokens its width. In each row of a 64 x 128 tile, thread t
+of a quad (t % 4 = l) needs the columns 8m + 2l + {0, 1} for m = 0 … 15. These are thirty-two codes, or sixteen bytes,
+which take one load:
 
     word[n, 4l + i], nibble p + 4e   is   W[n, 8(4i + p) + 2l + e]      l, i, p in 0 … 3; e in 0, 1
 
-Nibbles p and p + 4 are two neighbours in K and lie sixteen bits apart, so `(word >> 4p) & 0x000F000F | MAGIC` is a
-finished register: MAGIC has the bits of 128 (bfloat16) or 1024 (float16), and the code falls into its lowest mantissa
-bits. Nothing is shuffled and no dequantized weight goes through shared memory. On other GPUs the same program is
-correct, and slower.
+Nibbles p and p + 4 are neighbours in K and lie sixteen bits apart, so `(word >> 4p) & 0x000F000F | MAGIC` is a pair of
+floats MAGIC + code, ready in one register. MAGIC has the bits of 128 (bfloat16) or 1024 (float16), and the code fills
+its lowest mantissa bits. This needs no shuffles, and no dequantized weight goes through shared memory. On other GPUs
+the same program is correct but slower.
 
-Word i of a thread covers the columns 32i … 32i + 31, which is why groups of 32, 64 and 128 differ only in how often a
+Word i of a thread covers the columns 32i … 32i + 31. Groups of 32, 64 and 128 therefore differ only in how often a
 scale is repeated.
 
-Scale and zero travel in one 32-bit word, because asynchronous copies move at least four bytes: the low half has the
-bits of the scale, the high half those of -(128 + zero) or -(1024 + zero). The subtraction is exact.
+The scale and the zero-point of a block share one 32-bit word, because asynchronous copies move at least four bytes. The
+low half has the bits of the scale, the high half those of -(128 + zero) or -(1024 + zero). The subtraction is exact.
 
 Letters: T tiles of 128 slots along K, NP out_features rounded up to 64, B blocks (scales) per tile, P planes (2 for
-8-bit codes: high and low nibbles as two weights over the same x).
+8-bit codes: the high and the low nibbles, as two weights over the same x).
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _magic(word, shift: tl.constexpr, MAGIC: tl.constexpr, INTERPRET: tl.constexpr):
-    """Two codes of each word as two floats MAGIC + code. One three-input logic operation, which the compiler misses."""
+def _codes_as_floats(word, shift: tl.constexpr, MAGIC: tl.constexpr, INTERPRET: tl.constexpr):
+    """Return two codes of each word as two floats MAGIC + code, by one three-input logic operation (`lop3`).
+
+    The compiler does not find that operation by itself.
+    """
     shifted = word >> shift
     if INTERPRET:
         return (shifted & 0x000F000F) | MAGIC
@@ -40,9 +44,11 @@ def _magic(word, shift: tl.constexpr, MAGIC: tl.constexpr, INTERPRET: tl.constex
 
 
 @triton.jit
-def _round_bits(value, BF16: tl.constexpr):
-    """float32 -> the bits of bfloat16 or float16, to nearest even, in an int32. Only the interpreter, whose own cast to
-    bfloat16 cuts off, comes here."""
+def _rounded_bits(value, BF16: tl.constexpr):
+    """Round float32 to bfloat16 or float16, to nearest even, and return the bits in an int32.
+
+    Only the interpreter needs it, because its own cast to bfloat16 truncates.
+    """
     if BF16:
         bits = value.to(tl.int32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
@@ -51,22 +57,27 @@ def _round_bits(value, BF16: tl.constexpr):
 
 
 @triton.jit
-def _half(word, BF16: tl.constexpr):
-    """The low half of each word as bfloat16 or float16."""
+def _low_half_as_float(word, BF16: tl.constexpr):
+    """Return the low 16 bits of each word as bfloat16 or float16."""
     return (word & 0xFFFF).to(tl.int16).to(tl.bfloat16 if BF16 else tl.float16, bitcast=True)
 
 
 @triton.jit
 def _fma2(a, b, c, BF16: tl.constexpr, INTERPRET: tl.constexpr):
-    """a * b + c on both halves of int32 words. On whole words: once they are split, the compiler joins them again with
-    one permutation per operation. fma, because it is the one form that every GPU from sm_80 has in bfloat16."""
+    """Return a * b + c for both 16-bit halves of int32 words.
+
+    It works on whole words, because the compiler would join split halves again with one permutation per operation. It
+    uses fma, the only form of bfloat16 arithmetic that every GPU from sm_80 on has.
+    """
     a, b = tl.broadcast(a, b)
     a, c = tl.broadcast(a, c)
     if INTERPRET:
-        low = _half(a, BF16).to(tl.float32) * _half(b, BF16).to(tl.float32) + _half(c, BF16).to(tl.float32)
-        high = _half(a >> 16, BF16).to(tl.float32) * _half(b >> 16, BF16).to(tl.float32)
-        high += _half(c >> 16, BF16).to(tl.float32)
-        return _round_bits(low, BF16) | (_round_bits(high, BF16) << 16)
+        low = _low_half_as_float(a, BF16).to(tl.float32) * _low_half_as_float(b, BF16).to(
+            tl.float32
+        ) + _low_half_as_float(c, BF16).to(tl.float32)
+        high = _low_half_as_float(a >> 16, BF16).to(tl.float32) * _low_half_as_float(b >> 16, BF16).to(tl.float32)
+        high += _low_half_as_float(c >> 16, BF16).to(tl.float32)
+        return _rounded_bits(low, BF16) | (_rounded_bits(high, BF16) << 16)
     else:
         TYPE: tl.constexpr = "bf16x2" if BF16 else "f16x2"
         return tl.inline_asm_elementwise(
@@ -75,14 +86,14 @@ def _fma2(a, b, c, BF16: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def _twice(half):
-    """The low half of each word in both halves."""
-    return (half & 0xFFFF) | (half << 16)
+def _duplicate_low_half(word):
+    """Return words with the low 16 bits of each word in both halves."""
+    return (word & 0xFFFF) | (word << 16)
 
 
 @triton.jit
-def _over_words(block, BN: tl.constexpr, B: tl.constexpr):
-    """[BN, B] -> [BN, 16]: what belongs to each word of a row (word 4l + i covers 32 columns from 32i)."""
+def _per_word(block, BN: tl.constexpr, B: tl.constexpr):
+    """[BN, B] -> [BN, 16]: repeat the value of each block for its words (word 4l + i covers 32 columns from 32i)."""
     if B == 1:
         return block
     else:
@@ -94,25 +105,27 @@ def _over_words(block, BN: tl.constexpr, B: tl.constexpr):
 def _unpack(
     word, meta, BN: tl.constexpr, B: tl.constexpr, SCALE: tl.constexpr, BF16: tl.constexpr, INTERPRET: tl.constexpr
 ):
-    """word int32 [BN, 16], meta int32 [BN, B] -> [BN, 128] in columns' order: code - zero, times the scale if SCALE."""
+    """word int32 [BN, 16], meta int32 [BN, B] -> code - zero [BN, 128] in column order, times the scale if SCALE."""
     MAGIC: tl.constexpr = 0x43004300 if BF16 else 0x64006400
     ONE: tl.constexpr = 0x3F803F80 if BF16 else 0x3C003C00
-    MINUS_ZERO: tl.constexpr = -0x7FFF8000  # 0x80008000; the sum with it keeps the sign of a zero
+    MINUS_ZERO: tl.constexpr = -0x7FFF8000  # 0x80008000; adding -0 keeps the sign of a zero
     one = tl.full((1, 1), ONE, tl.int32)
     minus_zero = tl.full((1, 1), MINUS_ZERO, tl.int32)
-    negative_zero_point = _over_words(_twice(meta >> 16), BN, B)
-    scale = _over_words(_twice(meta), BN, B)
-    t0 = _fma2(_magic(word, 0, MAGIC, INTERPRET), one, negative_zero_point, BF16, INTERPRET)
-    t1 = _fma2(_magic(word, 4, MAGIC, INTERPRET), one, negative_zero_point, BF16, INTERPRET)
-    t2 = _fma2(_magic(word, 8, MAGIC, INTERPRET), one, negative_zero_point, BF16, INTERPRET)
-    t3 = _fma2(_magic(word, 12, MAGIC, INTERPRET), one, negative_zero_point, BF16, INTERPRET)
+    negative_zero_point = _per_word(_duplicate_low_half(meta >> 16), BN, B)
+    scale = _per_word(_duplicate_low_half(meta), BN, B)
+    t0 = _fma2(_codes_as_floats(word, 0, MAGIC, INTERPRET), one, negative_zero_point, BF16, INTERPRET)
+    t1 = _fma2(_codes_as_floats(word, 4, MAGIC, INTERPRET), one, negative_zero_point, BF16, INTERPRET)
+    t2 = _fma2(_codes_as_floats(word, 8, MAGIC, INTERPRET), one, negative_zero_point, BF16, INTERPRET)
+    t3 = _fma2(_codes_as_floats(word, 12, MAGIC, INTERPRET), one, negative_zero_point, BF16, INTERPRET)
     if SCALE:
         t0 = _fma2(t0, scale, minus_zero, BF16, INTERPRET)
         t1 = _fma2(t1, scale, minus_zero, BF16, INTERPRET)
         t2 = _fma2(t2, scale, minus_zero, BF16, INTERPRET)
         t3 = _fma2(t3, scale, minus_zero, BF16, INTERPRET)
     pairs = tl.join(tl.join(t0, t2), tl.join(t1, t3))  # [BN, 16, p % 2, p // 2] after the joins: p = 2 * axis2 + axis3
-    value = tl.join(_half(pairs, BF16), _half(pairs >> 16, BF16)).reshape(BN, 4, 4, 2, 2, 2)  # n, l, i, p1, p0, e
+    value = tl.join(_low_half_as_float(pairs, BF16), _low_half_as_float(pairs >> 16, BF16)).reshape(
+        BN, 4, 4, 2, 2, 2
+    )  # n, l, i, p1, p0, e
     return value.permute(0, 2, 3, 4, 1, 5).reshape(BN, 128)
 
 
@@ -121,10 +134,10 @@ def w4a16_kernel(
     x_ptr,  # bf16/fp16 [M, K], contiguous
     w_ptr,  # int32 [NP/64, P*T, 64, 16], contiguous
     meta_ptr,  # int32 [P*T, NP, B], contiguous
-    bias_ptr,  # bf16/fp16 [N], or anything where HAS_BIAS is false
+    bias_ptr,  # bf16/fp16 [N]; not read if HAS_BIAS is false
     y_ptr,  # bf16/fp16 [M, N], contiguous
-    partial_ptr,  # fp32 [parts, M, N], or anything where there is one part
-    done_ptr,  # int32, one zero per tile of y; zero again when the kernel ends
+    partial_ptr,  # fp32 [splits of K, M, N]; not used if SPLIT_K is false
+    done_ptr,  # int32, one counter per tile of y; 0 before and after the kernel
     M,
     N,
     NP,
@@ -135,86 +148,89 @@ def w4a16_kernel(
     B: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    SPLIT_K: tl.constexpr,  # whether there are several parts
+    SPLIT_K: tl.constexpr,  # whether several programs share a tile of y along K
     POST: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BF16: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One tile of y: BM tokens, BN out_features, one part of K. Grid: (tiles of M, tiles of N, parts).
+    """Compute one tile of y, of BM tokens and BN out_features, or its sum over one split of K.
 
-    Sizes are not compiled in: one compilation serves every layer of a model that shares a grid and a configuration.
+    Grid: (tiles of M, tiles of N, splits of K). Sizes are not compiled in, so one compilation serves all linears of a
+    model that share a quantization grid and a tile configuration.
 
-    POST scales the float32 product of each tile of 128 slots (few tokens; exact weights; needs B = 1); otherwise
-    the weights are scaled before the product and rounded as a dense weight would be.
+    With POST, the kernel scales the float32 product of each tile of 128 slots. This keeps the weights exact, needs B =
+    1 and suits few tokens. Without POST, it scales the weights before the product, which rounds them as a dense weight
+    would be.
     """
     tile_m = tl.program_id(0)
     tile_n = tl.program_id(1)
-    part = tl.program_id(2)
+    split = tl.program_id(2)
     rows_n = tile_n * BN + tl.arange(0, BN)
     rows_m = tile_m * BM + tl.arange(0, BM)
     slot = tl.arange(0, 128)
-    num_parts = tl.num_programs(2)
-    per_part = tl.cdiv(P * T, num_parts)
-    first = part * per_part
-    last = tl.minimum(first + per_part, P * T)
-    live_m = rows_m < M
+    num_splits = tl.num_programs(2)
+    tiles_per_split = tl.cdiv(P * T, num_splits)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, P * T)
+    valid_m = rows_m < M
     w_ptrs = w_ptr + ((rows_n // 64) * (P * T * 1024) + (rows_n % 64) * 16)[:, None] + tl.arange(0, 16)[None, :]
     meta_ptrs = meta_ptr + rows_n[:, None] * B + tl.arange(0, B)[None, :]
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * K + slot[:, None]
     sums = tl.zeros((BN, BM), tl.float32)
     for tile in tl.range(first, last, num_stages=STAGES):
         tile_x = tile
-        if P > 1:  # the second plane reads x again; no remainder, which would be a division
+        if P > 1:  # the second plane reads x again; `%` would be a division
             tile_x = tl.where(tile >= T, tile - T, tile)
-        live_x = live_m[None, :]
+        valid_x = valid_m[None, :]
         if RAGGED_K:
-            live_x = live_x & (tile_x * 128 + slot < K)[:, None]
-        # Weights are read once: let them leave the cache first, x stays.
+            valid_x = valid_x & (tile_x * 128 + slot < K)[:, None]
+        # Each weight is read only once, so evict the words from the cache before x.
         word = tl.load(w_ptrs + tile * 1024, eviction_policy="evict_first")
         meta = tl.load(meta_ptrs + tile * (NP * B))
-        x = tl.load(x_ptrs + tile_x * 128, mask=live_x, other=0.0)
+        x = tl.load(x_ptrs + tile_x * 128, mask=valid_x, other=0.0)
         weight = _unpack(word, meta, BN, B, not POST, BF16, INTERPRET)
         if INTERPRET:  # the interpreter has no bfloat16 arithmetic
             weight = weight.to(tl.float32)
             x = x.to(tl.float32)
         if POST:
-            sums += tl.dot(weight, x) * _half(meta, BF16).to(tl.float32)
+            sums += tl.dot(weight, x) * _low_half_as_float(meta, BF16).to(tl.float32)
         else:
             sums = tl.dot(weight, x, sums)
-    live = live_m[None, :] & (rows_n < N)[:, None]
+    valid = valid_m[None, :] & (rows_n < N)[:, None]
     offsets = rows_m.to(tl.int64)[None, :] * N + rows_n[:, None]
     if SPLIT_K:
-        # Every part leaves its sums; whoever comes last adds them in the order of the parts. No float atomics: two runs
-        # agree to the bit. Through the second-level cache, since the first is not coherent between processors.
-        plane = M * N  # split-K serves few rows: the parts together stay below 2**31 sums
-        tl.store(partial_ptr + part * plane + offsets, sums, mask=live, cache_modifier=".cg")
+        # Every program stores its sums. The last one to finish adds all of them in the order of the splits, without
+        # float atomics, so that two runs agree to the bit. The sums go through the second-level cache (.cg), because
+        # the first-level cache is not coherent between processors.
+        plane = M * N  # split-K is used for few rows, so there are fewer than 2**31 sums
+        tl.store(partial_ptr + split * plane + offsets, sums, mask=valid, cache_modifier=".cg")
         tl.debug_barrier()
         tile_y = tile_n * tl.num_programs(0) + tile_m
-        arrived = tl.atomic_add(done_ptr + tile_y, 1, sem="acq_rel", scope="gpu")
-        if arrived == num_parts - 1:
+        num_done_before = tl.atomic_add(done_ptr + tile_y, 1, sem="acq_rel", scope="gpu")
+        if num_done_before == num_splits - 1:
             total = tl.zeros((BN, BM), tl.float32)
-            for other in tl.range(0, num_parts):
-                total += tl.load(partial_ptr + other * plane + offsets, mask=live, other=0.0, cache_modifier=".cg")
-            _store(y_ptr, bias_ptr, offsets, total, rows_n, live, N, HAS_BIAS, BF16, INTERPRET)
+            for other in tl.range(0, num_splits):
+                total += tl.load(partial_ptr + other * plane + offsets, mask=valid, other=0.0, cache_modifier=".cg")
+            _store(y_ptr, bias_ptr, offsets, total, rows_n, valid, N, HAS_BIAS, BF16, INTERPRET)
             tl.store(done_ptr + tile_y, 0)
     else:
-        _store(y_ptr, bias_ptr, offsets, sums, rows_n, live, N, HAS_BIAS, BF16, INTERPRET)
+        _store(y_ptr, bias_ptr, offsets, sums, rows_n, valid, N, HAS_BIAS, BF16, INTERPRET)
 
 
 @triton.jit
 def _store(
-    y_ptr, bias_ptr, offsets, sums, rows_n, live, N, HAS_BIAS: tl.constexpr, BF16: tl.constexpr,
+    y_ptr, bias_ptr, offsets, sums, rows_n, valid, N, HAS_BIAS: tl.constexpr, BF16: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias in float32, round once, store."""
+    """Add the bias in float32, round once, and store."""
     if HAS_BIAS:
         sums += tl.load(bias_ptr + rows_n, mask=rows_n < N, other=0.0).to(tl.float32)[:, None]
     if INTERPRET:
-        tl.store(y_ptr + offsets, _half(_round_bits(sums, BF16), BF16), mask=live)
+        tl.store(y_ptr + offsets, _low_half_as_float(_rounded_bits(sums, BF16), BF16), mask=valid)
     else:
-        tl.store(y_ptr + offsets, sums.to(y_ptr.dtype.element_ty), mask=live)
+        tl.store(y_ptr + offsets, sums.to(y_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -231,7 +247,7 @@ def dequantize_kernel(
     BF16: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """One 64 x 128 tile of the dense weight: computed in float32, rounded once."""
+    """Write one 64 x 128 tile of the dense weight, computed in float32 and rounded once."""
     tile_n = tl.program_id(0)
     tile_k = tl.program_id(1)
     rows_n = tile_n * 64 + tl.arange(0, 64)
@@ -242,16 +258,16 @@ def dequantize_kernel(
         base = (tile_n.to(tl.int64) * (P * T) + tile) * 1024
         word = tl.load(w_ptr + base + tl.arange(0, 64)[:, None] * 16 + tl.arange(0, 16)[None, :])
         meta = tl.load(meta_ptr + (tile * NP + rows_n[:, None]) * B + tl.arange(0, B)[None, :])
-        step = _unpack(word, meta, 64, B, False, BF16, INTERPRET).to(tl.float32)
-        scale = tl.broadcast_to(_half(meta, BF16).to(tl.float32)[:, :, None], (64, B, 128 // B))
-        dense += step * tl.reshape(scale, (64, 128))
+        q = _unpack(word, meta, 64, B, False, BF16, INTERPRET).to(tl.float32)
+        scale = tl.broadcast_to(_low_half_as_float(meta, BF16).to(tl.float32)[:, :, None], (64, B, 128 // B))
+        dense += q * tl.reshape(scale, (64, 128))
     offsets = rows_n.to(tl.int64)[:, None] * K + columns[None, :]
-    live = (rows_n < N)[:, None] & (columns < K)[None, :]
+    valid = (rows_n < N)[:, None] & (columns < K)[None, :]
     if INTERPRET:
-        tl.store(out_ptr + offsets, _half(_round_bits(dense, BF16), BF16), mask=live)
+        tl.store(out_ptr + offsets, _low_half_as_float(_rounded_bits(dense, BF16), BF16), mask=valid)
     else:
-        tl.store(out_ptr + offsets, dense.to(out_ptr.dtype.element_ty), mask=live)
+        tl.store(out_ptr + offsets, dense.to(out_ptr.dtype.element_ty), mask=valid)
 
 
 INTERPRETED = not isinstance(w4a16_kernel, triton.JITFunction)
-"""Whether TRITON_INTERPRET was set when this file was imported: then the kernels run on tensors of the CPU."""
+"""Whether TRITON_INTERPRET was set when this file was imported. The kernels then run on CPU tensors."""

@@ -5,21 +5,22 @@
     llmquant.quantize("folder or hub id", "out", llmquant.Recipe(spec=llmquant.QuantSpec(group_size=64)))
     model = llmquant.load("out")
 
-Importing this loads nothing heavy: each name is looked up in its module when it is first used.
+Importing this package loads nothing heavy: each name is imported from its module on first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from llmquant.version import __version__
+
 if TYPE_CHECKING:
+    from llmquant.conversion import convert
     from llmquant.errors import UserError
-    from llmquant.pipeline.convert import convert
     from llmquant.pipeline.quantize import quantize
     from llmquant.runtime.load import load
     from llmquant.runtime.plugin import transformers_config
     from llmquant.spec import Options, Override, QuantSpec, Recipe
 
-__version__ = "0.1.0"
 __all__ = [
     "Options",
     "Override",
@@ -33,9 +34,9 @@ __all__ = [
     "transformers_config",
 ]
 
-_HOMES = {
+_MODULE_OF = {
     "quantize": "llmquant.pipeline.quantize",
-    "convert": "llmquant.pipeline.convert",
+    "convert": "llmquant.conversion",
     "load": "llmquant.runtime.load",
     "transformers_config": "llmquant.runtime.plugin",
     "Recipe": "llmquant.spec",
@@ -47,9 +48,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'llmquant' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

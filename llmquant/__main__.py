@@ -1,4 +1,4 @@
-"""`python -m llmquant`, and `torchrun -m llmquant`, are the `llmquant` command."""
+"""The entry point of `python -m llmquant` and `torchrun -m llmquant`: the same as the `llmquant` command."""
 
 from llmquant.cli import main
 

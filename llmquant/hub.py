@@ -1,4 +1,4 @@
-"""Which folder a model's name means, a local one or a repository of the Hugging Face hub, and the tokenizer in it."""
+"""Find a model's folder, which may be local or on the Hugging Face hub, and load the tokenizer in it."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmquant.checkpoints.side_files import ADAPTER_FILES, CODE_FILES, KEPT_FILES, NOT_THE_MODEL
-from llmquant.errors import UserError, first_words
-from llmquant.paths import check_readable, typed_path
-from llmquant.remote_code import failure_of_remote_code, named_code, read_object, untrusted
+from llmquant.checkpoints.side_files import ADAPTER_FILES, CODE_FILES, COPIED_FILES, NOT_COPIED_FILES
+from llmquant.errors import UserError, one_line
+from llmquant.paths import check_readable, parse_path
+from llmquant.remote_code import failure_of_remote_code, read_object, remote_code_files, untrusted_code_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Weights as safetensors and what OUT keeps beside them: nothing that has to be unpickled. Code is fetched only where it
-# is trusted.
-WANTED_FILES = ["*.safetensors", *KEPT_FILES, *CODE_FILES]
-# `*` takes slashes too. Sub-folders repeat the weights for other tools; chat templates may lie in one.
-_IN_SUB_FOLDERS = [f"*/{name}" for name in WANTED_FILES if not name.endswith(".jinja")]
-# An adapter's own weights are left, but its configuration says which model it belongs to.
-UNWANTED_FILES = [*_IN_SUB_FOLDERS, *(name for name in NOT_THE_MODEL if name not in ADAPTER_FILES), "adapter_model*"]
-FEW_TOKENS = 1000
-"""A smaller vocabulary is looked at, whether it holds anything but special tokens."""
+# Only safetensors weights and the side files that the output keeps are downloaded, so no file has to be unpickled. Code
+# is downloaded only if it is trusted.
+ALLOWED_PATTERNS = ["*.safetensors", *COPIED_FILES, *CODE_FILES]
+# `*` matches slashes too, so these patterns match files in sub-folders. Sub-folders repeat the weights for other tools,
+# but may hold chat templates.
+_IN_SUB_FOLDERS = [f"*/{name}" for name in ALLOWED_PATTERNS if not name.endswith(".jinja")]
+# The weights of an adapter are not downloaded, but its configuration is, because it names the base model.
+IGNORED_PATTERNS = [
+    *_IN_SUB_FOLDERS,
+    *(name for name in NOT_COPIED_FILES if name not in ADAPTER_FILES),
+    "adapter_model*",
+]
+SMALL_VOCABULARY = 1000
+"""Below this number of tokens, a vocabulary is checked for tokens other than special tokens."""
 _REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def resolve_model(model: str, trust_remote_code: bool = False) -> Path:
-    """The local folder of `model`: itself if it is a folder, else the hub's files under that id.
+    """Return the folder of a model. A hub id is downloaded to the local cache first.
 
-    trust_remote_code: fetch the Python files too. Raises UserError when `model` is neither.
+    model: a local folder, or an id on the Hugging Face hub. trust_remote_code: download Python files too. Raises
+    UserError if `model` is neither.
     """
-    path = typed_path(model)
+    path = parse_path(model)
     if path.is_dir():
         check_readable(path)
         return path
@@ -42,48 +48,48 @@ def resolve_model(model: str, trust_remote_code: bool = False) -> Path:
         raise UserError(f"{model}: no such folder; give a folder with config.json and .safetensors files, or a hub id")
     from huggingface_hub import snapshot_download
 
-    unwanted = UNWANTED_FILES if trust_remote_code else [*UNWANTED_FILES, *CODE_FILES]
+    ignored = IGNORED_PATTERNS if trust_remote_code else [*IGNORED_PATTERNS, *CODE_FILES]
     try:
-        return Path(snapshot_download(model, allow_patterns=WANTED_FILES, ignore_patterns=unwanted))
-    # Network, authorization and cache failures come from several libraries without a common base; told in the message.
+        return Path(snapshot_download(model, allow_patterns=ALLOWED_PATTERNS, ignore_patterns=ignored))
+    # Failures of network, authorization and cache come from several libraries without a common base class.
     except Exception as error:
         raise UserError(
-            f"{model}: no such folder, and the Hugging Face hub does not give it ({first_words(error)}); "
-            f"check the name, the network, and for a gated model `hf auth login`"
+            f"{model}: no such folder, and the Hugging Face hub cannot provide it ({one_line(error)}); "
+            f"check the name and the network, and run `hf auth login` for a gated model"
         ) from error
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder.
+    """Load the tokenizer of a checkpoint folder.
 
-    trust_remote_code: run the tokenizer's own code, if it has some. Raises UserError if the tokenizer is missing,
-    cannot be read, or is code that is not trusted.
+    trust_remote_code: run Python code that comes with the tokenizer. Raises UserError if the tokenizer is missing or
+    cannot be read, or if it needs code that is not trusted.
     """
     from transformers import AutoTokenizer
 
     if not trust_remote_code:
         _check_needs_no_code(folder)
     try:
-        # Trusted code may lie in another repository of the hub; everything else is in the folder.
+        # Trusted code may be in another repository of the hub. Everything else is in the folder.
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
         )
-        tokenizer("A text, to see whether it can be read.")
-        # transformers makes an empty tokenizer of some families' classes where there is no vocabulary.
-        is_small = len(tokenizer) < FEW_TOKENS
+        tokenizer("A text that tests whether the tokenizer works.")
+        # Without a vocabulary file, some classes of transformers create an empty tokenizer.
+        is_small = len(tokenizer) < SMALL_VOCABULARY
         is_empty = is_small and tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens)
-    # A missing or damaged file shows as an OSError, ValueError, JSON or Rust error, by where it is noticed.
+    # A missing or damaged file raises an OSError, a ValueError, or an error of the JSON or Rust parser.
     except Exception as error:
         if (line := failure_of_remote_code(error)) is not None:
             raise UserError(line) from error
-        raise _unreadable(folder, f"{type(error).__name__}: {first_words(error)}") from error
+        raise _unreadable(folder, f"{type(error).__name__}: {one_line(error)}") from error
     if is_empty:
-        raise _unreadable(folder, "no file holds a vocabulary that it could read")
+        raise _unreadable(folder, "no file in the folder holds a vocabulary")
     return tokenizer
 
 
 def _unreadable(folder: Path, reason: str) -> UserError:
-    """The error for a tokenizer that cannot be loaded: packages are missing, or files."""
+    """Return the error for a tokenizer that cannot be loaded, because packages are missing or files are damaged."""
     if (folder / "tokenizer.json").is_file():
         vocabularies = []
     else:
@@ -92,8 +98,8 @@ def _unreadable(folder: Path, reason: str) -> UserError:
         missing = [package for module, package in _readers(file).items() if not _is_installed(module)]
         if missing:
             return UserError(f"{file}: reading this tokenizer needs a package; run `pip install {' '.join(missing)}`")
-    if vocabularies and "tiktoken" in reason:  # transformers' last attempt, whatever the file is
-        reason = f"{vocabularies[0].name} is damaged, or is no vocabulary"
+    if vocabularies and "tiktoken" in reason:  # transformers tries tiktoken last, for any file
+        reason = f"{vocabularies[0].name} is damaged or not a vocabulary"
     return UserError(
         f"{folder}: its tokenizer cannot be loaded ({reason}); "
         f"copy tokenizer.json and tokenizer_config.json from the original model into the folder"
@@ -101,27 +107,32 @@ def _unreadable(folder: Path, reason: str) -> UserError:
 
 
 def _check_needs_no_code(folder: Path) -> None:
-    """UserError if the tokenizer is code of its own. Without the code, transformers would take a class that makes other
-    tokens, and say nothing."""
+    """Raise UserError if the tokenizer needs Python code that comes with it.
+
+    Without that code, transformers would silently use a class that produces other tokens.
+    """
     from transformers.models.auto import tokenization_auto as auto
 
     settings = read_object(folder / "tokenizer_config.json")
-    files = named_code(folder / "tokenizer_config.json", "AutoTokenizer")
+    files = remote_code_files(folder / "tokenizer_config.json", "AutoTokenizer")
     name, model_type = settings.get("tokenizer_class"), str(read_object(folder / "config.json").get("model_type"))
-    # transformers has a class for some families whose configuration still names code.
+    # For some model families, transformers has its own class although the configuration names code.
     has_own_class = model_type in getattr(auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ()) or (
         isinstance(name, str) and auto.tokenizer_class_from_name(name) is not None
     )
     if files and not has_own_class:
-        raise untrusted(folder, "tokenizer", files)
+        raise untrusted_code_error(folder, "tokenizer", files)
 
 
 def _readers(file: Path) -> dict[str, str]:
-    """The packages, by module, with which transformers reads a vocabulary; none if the file is of another kind."""
+    """Return the modules that transformers needs to read a vocabulary file, with the packages that provide them.
+
+    The result is empty if the kind of file is unknown.
+    """
     try:
         with file.open("rb") as opened:
             start = opened.read(1024)
-    except OSError:  # a folder, a link that leads nowhere, or not to be read
+    except OSError:  # a folder, a broken link, or a file without read permission
         return {}
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", start):  # lines of base64 and a number
         return {"tiktoken": "tiktoken"}
@@ -133,5 +144,5 @@ def _readers(file: Path) -> dict[str, str]:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package around it is missing
+    except ModuleNotFoundError:  # the parent package is missing
         return False

@@ -1,4 +1,4 @@
-"""Paths as a user types them, and the folder in which OUT is made."""
+"""Checks of paths that a user gives, and the folder in which the output folder OUT is built."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from llmquant.errors import UserError
 
-MOST_OWN_BYTES = 64 * 2**20
-"""No page, plot or table is larger."""
+MAX_OWN_FILE_BYTES = 64 * 2**20
+"""Upper bound of the size of a page, plot or table that a command writes. A larger file is never overwritten."""
 
 
-def typed_path(path: str | os.PathLike[str]) -> Path:
-    """The path with `~` replaced by the home folder.
+def parse_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path that a user gave, with `~` replaced by the home folder. The path need not exist.
 
-    Raises UserError for an empty path, for bytes that are not UTF-8, for a name that is longer than the file system
-    takes, and for the home of a user who does not exist.
+    Raises UserError if the path is empty, holds bytes that are not UTF-8, is longer than the file system allows, lies
+    in a folder that may not be entered, or begins with the home of an unknown user.
     """
     text = os.fspath(path)
     check_encoding(text)
@@ -38,18 +38,18 @@ def typed_path(path: str | os.PathLike[str]) -> Path:
 
 
 def check_readable(folder: Path) -> None:
-    """UserError if a folder is there and its files may not be listed and opened."""
+    """Raise UserError if a folder exists and its files may not be listed and opened."""
     if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"{folder}: may not be read; check its permissions")
 
 
-def typed_inputs(*names: str | os.PathLike[str]) -> list[Path]:
-    """The typed names that exist on this machine, as paths; hub ids and presets are left out."""
-    return [path for path in map(typed_path, names) if os.path.lexists(path)]
+def existing_paths(*names: str | os.PathLike[str]) -> list[Path]:
+    """Return those names that are paths on this machine. Hub ids and names of presets are left out."""
+    return [path for path in map(parse_path, names) if os.path.lexists(path)]
 
 
 def check_encoding(text: str) -> None:
-    """UserError if a text that was typed holds bytes that are not UTF-8: no report and no manifest can hold them."""
+    """Raise UserError if a name holds bytes that are not UTF-8, because reports and manifests cannot store them."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -57,12 +57,12 @@ def check_encoding(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """The text with an escape such as `\\udcff` in place of each byte that is not UTF-8."""
+    """Return the text with an escape such as `\\udcff` in place of each byte that is not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def real_path(out: Path) -> Path:
-    """The absolute path of OUT without links above it; a link at OUT itself is not followed."""
+    """Return the absolute path of OUT with all links in its parents resolved. A link at OUT itself is not followed."""
     try:
         name = "" if out.name in ("", "..") else out.name
         return Path(os.path.realpath(out.parent if name else out)) / name
@@ -71,21 +71,23 @@ def real_path(out: Path) -> Path:
 
 
 def partial_folder(out: Path) -> Path:
-    """The folder beside OUT in which OUT is made."""
+    """Return the folder beside OUT in which the output is built until it is complete."""
     out = real_path(out)
     return out.parent / f"{out.name or 'root'}.partial"
 
 
-def listed(names: list[str], most: int = 10) -> str:
-    """Names as part of one line."""
-    shown = ", ".join(printable(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def join_names(names: list[str], max_names: int = 10) -> str:
+    """Return names as part of one line: the first `max_names`, and the number of the others."""
+    shown = ", ".join(printable(name) for name in names[:max_names])
+    return shown if len(names) <= max_names else f"{shown} and {len(names) - max_names} more"
 
 
-def check_file(file: Path, option: str, is_own: Callable[[bytes], bool]) -> None:
-    """UserError unless a command may write to a file: nothing is there yet, or what an earlier call of it wrote.
+def check_output_file(file: Path, option: str, is_own: Callable[[bytes], bool]) -> None:
+    """Raise UserError unless a command may write to a file.
 
-    option: the one that names the file. is_own: whether such a content was written by the command.
+    It may write if the file does not exist, is empty, or was written by an earlier call of the same command.
+
+    option: the option that names the file. is_own: returns whether the command wrote a file with the given content.
     """
     if file.is_dir():
         raise UserError(f"{file}: a folder; give {option} the name of a file")
@@ -100,7 +102,7 @@ def check_file(file: Path, option: str, is_own: Callable[[bytes], bool]) -> None
 
 def _is_own(file: Path, is_own: Callable[[bytes], bool]) -> bool:
     try:
-        if not file.is_file() or file.stat().st_size > MOST_OWN_BYTES:
+        if not file.is_file() or file.stat().st_size > MAX_OWN_FILE_BYTES:
             return False
         content = file.read_bytes()
     except OSError:

@@ -1,7 +1,8 @@
-"""What to do with each linear: the grid (`QuantSpec`), the recipe that assigns grids and methods (`Recipe`, with an
-`Override` for some linears), and how a run goes about it (`Options`).
+"""The settings of a run: `QuantSpec`, `Override`, `Recipe` and `Options`.
 
-Plain data, without torch: the command line reads the defaults from here before anything heavy is imported.
+`QuantSpec` is the grid of a linear, `Recipe` chooses grids and methods (with an `Override` for some linears), and
+`Options` holds input, output and device. This module does not import torch: the command line reads the defaults before
+anything heavy is imported.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ from typing import Any
 from llmquant.errors import UserError
 
 SUPPORTED_BITS = (2, 3, 4, 8)
+"""Values of `QuantSpec.bits`."""
 SIZE_UNITS = {"B": 1} | {
     f"{letter}{infix}B": base**power
     for power, letter in enumerate("KMGT", start=1)
     for infix, base in (("", 1000), ("i", 1024))
 }
+"""Bytes of each unit, by its name."""
 
 
 def parse_size(text: str, name: str) -> int:
-    """Bytes that "3GB", "1.5 GiB" or "800000000" stand for; name is that of the option, for the UserError."""
+    """Return the bytes of a size such as "3GB", "1.5 GiB" or "800000000".
+
+    Raises UserError, which names the option by `name`, if the text is not a size.
+    """
     number = text.strip().rstrip(string.ascii_letters).rstrip()
     unit = text.strip()[len(number) :].strip() or "B"
     with contextlib.suppress(ValueError):
@@ -40,9 +46,9 @@ class QuantSpec:
     bits: int = 4
     """Bits of a code."""
     group_size: int = 128
-    """Input columns that share one scale and zero; -1 = all of them. The last group may be shorter."""
+    """Input columns that share one scale and zero-point; -1 for all columns of a row. The last group may be shorter."""
     symmetric: bool = True
-    """Zero-point fixed at 2**(bits-1); otherwise each group has an integer zero-point of its own."""
+    """Whether the zero-point is fixed at 2**(bits-1); otherwise each group has its own integer zero-point."""
 
     def __post_init__(self) -> None:
         if self.bits not in SUPPORTED_BITS:
@@ -63,38 +69,38 @@ class QuantSpec:
         return 2 ** (self.bits - 1)
 
     def num_groups(self, in_features: int) -> int:
-        """Groups along in_features; a shorter last group counts."""
+        """Return the number of groups along in_features, a shorter last group included."""
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)
 
     def effective_group_size(self, in_features: int) -> int:
-        """Columns of a full group: group_size, or all of in_features."""
+        """Return the columns of a full group: group_size, but at most in_features."""
         return in_features if self.group_size == -1 else min(self.group_size, in_features)
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Bits stored per weight: the code, and its share of the scale and (asymmetric) the zero-point."""
+        """Return the stored bits per weight: code, scale and, if asymmetric, zero-point."""
         zero_bits = 0 if self.symmetric else self.bits
         return self.bits + self.num_groups(in_features) * (scale_bits + zero_bits) / in_features
 
     def describe(self) -> str:
-        """Short human form, as in `4-bit g128 sym`."""
+        """Return a short form for humans, such as `4-bit g128 sym`."""
         group = "per-channel" if self.group_size == -1 else f"g{self.group_size}"
         return f"{self.bits}-bit {group} {'sym' if self.symmetric else 'asym'}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Override:
-    """What is different for the linears whose full name matches a pattern."""
+    """A change of the grid for the linears whose full name matches a pattern."""
 
     pattern: str
-    """A shell pattern: `*.down_proj`, `model.layers.0.*`, `lm_head`."""
+    """Shell pattern for the full name of a linear: `*.down_proj`, `model.layers.0.*`, `lm_head`."""
     bits: int | None = None
-    """Bits of a code; None leaves them as they are."""
+    """Bits of a code; None does not change them."""
     group_size: int | None = None
-    """Input columns that share one scale; None leaves it as it is."""
+    """Input columns that share one scale; None does not change it."""
     symmetric: bool | None = None
-    """Whether the zero-point is fixed; None leaves it as it is."""
+    """Whether the zero-point is fixed; None does not change it."""
     skip: bool = False
-    """Leave them in 16 bit."""
+    """Whether the linears stay in 16 bits."""
 
     def __post_init__(self) -> None:
         changes = self.skip + any(value is not None for value in (self.bits, self.group_size, self.symmetric))
@@ -110,7 +116,10 @@ class Override:
 
     @classmethod
     def parse(cls, text: str) -> Override:
-        """An override as the command line has it: `PATTERN:bits=8,group_size=64,asym`, or `PATTERN:skip`."""
+        """Return the override of a command-line value: `PATTERN:bits=8,group_size=64,asym`, or `PATTERN:skip`.
+
+        Raises UserError if the value has another form.
+        """
         pattern, _, changes = text.rpartition(":")
         values: dict[str, Any] = {}
         for change in changes.split(","):
@@ -124,22 +133,22 @@ class Override:
                 ) from None
             key = {"sym": "symmetric", "asym": "symmetric"}.get(key, key)
             if key in values:
-                raise UserError(f"override '{text}': says {key} twice; keep one of them")
+                raise UserError(f"override '{text}': {key} is given twice; keep one of them")
             values[key] = value
         return cls(pattern=pattern, **values)
 
     def __str__(self) -> str:
-        """The command line's form, as in `--override '*.down_proj:bits=8'`."""
+        """Return the command-line form, such as `--override '*.down_proj:bits=8'`."""
         words = [f"{key}={value}" for key in ("bits", "group_size") if (value := getattr(self, key)) is not None]
         words += [word for word, value in _OVERRIDE_WORDS.items() if value is self.symmetric and word != "skip"]
         return f"--override '{self.pattern}:{','.join(words) or 'skip'}'"
 
     def matches(self, name: str) -> bool:
-        """Whether it is about the linear of that full name."""
+        """Whether the pattern matches the full name of a linear."""
         return fnmatchcase(name, self.pattern)
 
     def on(self, spec: QuantSpec) -> QuantSpec:
-        """The grid with what this changes."""
+        """Return a grid with the changes of this override."""
         changes: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
         return replace(spec, **{key: value for key, value in changes.items() if value is not None})
 
@@ -149,88 +158,95 @@ _OVERRIDE_WORDS = {"sym": True, "asym": False, "skip": True}
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {
-        "input_error_target": False,
-        "residual_target": False,
-        "output_feedback": "none",
+        "correct_input_error": False,
+        "correct_residual_error": False,
+        "output_hessian": "none",
         "exact_hessian": False,
     },
     "default": {},
-    "best": {"output_feedback": "network", "descent_sweeps": 4, "refit_scales": True},
+    "best": {"output_hessian": "network", "descent_sweeps": 4, "refit_scales": True},
 }
-"""Steps of a recipe by how much search is spent on it."""
+"""`Recipe` fields that each `--effort` sets. More effort means more computation in the search for codes."""
 METHODS = ("rtn", "gptq", "awq", "awq+gptq")
+"""Values of `Recipe.method`."""
 RANGE_SEARCHES = ("minmax", "mse", "hessian")
-OUTPUT_FEEDBACKS = ("none", "block", "network")
+"""Values of `Recipe.range_search`."""
+OUTPUT_HESSIANS = ("none", "block", "network")
+"""Values of `Recipe.output_hessian`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is quantized: which grid each linear gets, and which steps choose its codes."""
+    """How a model is quantized: the grid of each linear, and the steps that choose its codes.
+
+    The fields from `range_search` on are switches of the search; the values of `EFFORTS` are tested combinations.
+    """
 
     method: str = "gptq"
     """rtn (round to nearest, no data), gptq, awq (scale channels, then round to nearest) or awq+gptq."""
     spec: QuantSpec = QuantSpec()
-    """The grid of every linear."""
+    """Grid of every linear that no override changes."""
     skip: tuple[str, ...] = ()
-    """Shell patterns of linears left in 16 bit, matched against the full name: `*.down_proj`, `model.layers.0.*`."""
+    """Shell patterns for the full names of linears that stay in 16 bits: `*.down_proj`, `model.layers.0.*`."""
     overrides: tuple[Override, ...] = ()
-    """What is different for some linears, in order: each changes what those before it left, so the last word counts. A
-    linear outside the decoder blocks, such as the head, is quantized only if one of these gives it a grid."""
+    """Changes of the grid for some linears. All that match apply in order, so the last one wins. A linear outside the
+    decoder blocks, such as the head, is quantized only if an override gives it a grid."""
     target_bpw: float | None = None
-    """Average stored bits per quantized weight: grids are then chosen linear by linear, by what they cost the model,
-    and `spec` only says whether they are symmetric."""
+    """Upper limit of the average stored bits per quantized weight. Grids are then chosen linear by linear, and `spec`
+    decides only whether they are symmetric."""
     target_bytes: int | None = None
-    """The same by the bytes of all tensors that are written."""
+    """Upper limit of the bytes of all written tensors. It works like `target_bpw`; only one of the two can be set."""
     range_search: str = "hessian"
-    """How a group's range is chosen: minmax, mse, or hessian (weighted by the diagonal of the Hessian)."""
+    """The range of a group is its extremes (minmax), or the shrunken range that minimises the squared rounding error of
+    its weights, unweighted (mse) or weighted by the diagonal of the Hessian (hessian)."""
     activation_order: bool = True
-    """Round the columns with the largest inputs first (static groups), not in their own order."""
+    """GPTQ rounds the columns with the largest inputs first, with static groups; otherwise in their original order."""
     damping: float = 0.2
-    """Added to the diagonal of the Hessian, as a fraction of its mean; raised where the Hessian cannot be factored.
-    It keeps a solution from fitting the calibration text instead of the language."""
+    """The diagonal of the Hessian is raised by this fraction of its mean, or by more if the Hessian cannot be factored.
+    Damping keeps a solution from fitting the calibration text instead of the language."""
     exact_hessian: bool = True
-    """Multiply the inputs in float32; otherwise in the dtype of the network, whose products are rounded to it."""
-    input_error_target: bool = True
-    """Round the weight that makes up for the error already in the linear's input, not the original weight."""
-    residual_target: bool = True
-    """Also make up for the error already in the residual stream that the linear's output is added to."""
+    """The products of the Hessian are computed in float32; otherwise they are rounded to the dtype of the model."""
+    correct_input_error: bool = True
+    """GPTQ rounds a weight that is corrected for the error of its quantized input, instead of the original weight."""
+    correct_residual_error: bool = True
+    """The corrected weight also absorbs the error of the residual stream to which the linear's output is added."""
 
-    output_feedback: str = "block"
-    """Whether rows make up for each other's errors, where the outputs of a linear do not matter each by itself: none;
-    block, by what they mean to the block (queries and keys); or network, by what they mean to the predictions, for
-    which the network runs backward too. Not with AWQ's scales."""
+    output_hessian: str = "block"
+    """How the rows of a linear compensate for each other's rounding errors: not at all (none), by their effect on the
+    output of the decoder block (block), or by their effect on the predictions, for which the whole model runs backward
+    (network). With AWQ, block and network have no effect."""
     descent_sweeps: int = 0
-    """Sweeps of coordinate descent over the codes after GPTQ."""
+    """Number of sweeps of coordinate descent that improve the codes after GPTQ."""
     refit_scales: bool = False
-    """Fit the scales to the codes by least squares between sweeps."""
+    """The scales are fitted to the codes by least squares between the sweeps of coordinate descent."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"method '{self.method}': not one of {', '.join(METHODS)}; use --method gptq")
         if self.range_search not in RANGE_SEARCHES:
             raise UserError(f"range_search '{self.range_search}': not one of {', '.join(RANGE_SEARCHES)}")
-        if self.output_feedback not in OUTPUT_FEEDBACKS:
+        if self.output_hessian not in OUTPUT_HESSIANS:
             raise UserError(
-                f"output_feedback '{self.output_feedback}': not one of {', '.join(OUTPUT_FEEDBACKS)}; use block"
+                f"output_hessian '{self.output_hessian}': not one of {', '.join(OUTPUT_HESSIANS)}; use block"
             )
         if self.target_bpw is not None and self.target_bytes is not None:
             raise UserError(
-                "target_bpw, target_bytes: one of them says how large the result may be; leave out the other"
+                "target_bpw, target_bytes: only one of them can limit the size of the result; leave out the other"
             )
         if self.has_budget and not self.needs_data:
             raise UserError(
-                f"method '{self.method}': grids are chosen to a budget by what the network makes of calibration text; "
+                f"method '{self.method}': grids are chosen for a budget by measurements on calibration text; "
                 "use --method gptq, or leave out --target-bpw and --target-size"
             )
         if not 0 < self.damping < 1:
             raise UserError(f"damping {self.damping}: must lie between 0 and 1; 0.2 is the default")
 
     def overrides_of(self, name: str) -> list[Override]:
-        """The overrides that a linear's full name matches, in order."""
+        """Return the overrides that match a linear's full name, in order."""
         return [override for override in self.overrides if override.matches(name)]
 
     def spec_of(self, name: str) -> QuantSpec | None:
-        """The grid that is asked for a linear, or None where the last override it matches says skip."""
+        """Return the grid that the recipe gives a linear, or None if the last override that matches it is a skip."""
         spec, skipped = self.spec, False
         for override in self.overrides_of(name):
             spec, skipped = override.on(spec), override.skip
@@ -238,77 +254,78 @@ class Recipe:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether every grid it can give is symmetric."""
+        """Whether every grid of the recipe is symmetric."""
         return self.spec.symmetric and not any(override.symmetric is False for override in self.overrides)
 
     @property
     def has_budget(self) -> bool:
-        """Whether grids are chosen linear by linear."""
+        """Whether grids are chosen linear by linear to fit a budget."""
         return self.target_bpw is not None or self.target_bytes is not None
 
     @property
     def needs_data(self) -> bool:
-        """Whether the network has to be run on calibration text."""
+        """Whether the model must run on calibration text."""
         return self.method != "rtn"
 
     @property
-    def smooths(self) -> bool:
-        """Whether input channels are scaled before anything is rounded."""
+    def uses_awq(self) -> bool:
+        """Whether AWQ scales input channels before rounding."""
         return self.method.startswith("awq")
 
     @property
-    def compensates(self) -> bool:
+    def uses_gptq(self) -> bool:
         """Whether GPTQ moves each column's rounding error onto the columns still to come."""
         return self.method.endswith("gptq")
 
     @property
-    def feeds_back(self) -> bool:
-        """Whether rows make up for each other's errors, where that holds."""
-        return self.output_feedback != "none" and self.compensates and not self.smooths
+    def compensates_across_rows(self) -> bool:
+        """Whether rows compensate for each other's errors, in the linears for which a test confirms that it helps."""
+        return self.output_hessian != "none" and self.uses_gptq and not self.uses_awq
 
     @property
     def runs_backward(self) -> bool:
-        """Whether that takes the gradients of the whole network."""
-        return self.feeds_back and self.output_feedback == "network"
+        """Whether cross-row compensation needs the gradients of the whole model."""
+        return self.compensates_across_rows and self.output_hessian == "network"
 
     @property
     def needs_original(self) -> bool:
-        """Whether the original network has to walk beside the quantized one."""
-        return self.compensates and (self.input_error_target or self.residual_target)
+        """Whether the original model must run beside the quantized one."""
+        return self.uses_gptq and (self.correct_input_error or self.correct_residual_error)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a run is done: what it reads, what it writes, and where it computes."""
+    """Input, output and device of a run."""
 
     format: str = "auto"
-    """A name of `FORMATS`, or auto: gptq; compressed-tensors for an asymmetric grid."""
+    """Name of the format in `FORMATS`; auto is gptq, or compressed-tensors for an asymmetric grid."""
     dtype: str = "auto"
-    """Of what is not quantized: auto (as it is), float32, bfloat16 or float16."""
+    """Dtype of the tensors that are not quantized: auto (the checkpoint's), float32, bfloat16 or float16."""
     calibration: str = "auto"
-    """A preset or a text file (`textdata.load_rows`); auto: c4, or python-docs where the hub cannot be reached."""
+    """Preset or text file of the calibration text; auto is c4, or python-docs if the hub cannot be reached."""
     num_samples: int = 128
-    """Windows of calibration text."""
+    """Number of windows of calibration text."""
     seq_len: int = 512
-    """Tokens of a window."""
+    """Number of tokens of a window."""
     seed: int = 0
-    """Of the draw of windows."""
+    """Seed for drawing the windows."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    targets: tuple[str, ...] = ()
-    """Engines that are to load the result (`pipeline.targets.TARGETS`); what one of them would not is refused."""
+    """Device of the computation: auto, cpu, cuda or cuda:N."""
+    engines: tuple[str, ...] = ()
+    """Names of the inference engines that must load the result (`planning.engines.ENGINES`). A plan that one of them
+    would not load is refused."""
     tensor_parallel: int = 1
-    """GPUs over which those engines will split the model."""
+    """Number of GPUs over which the engines split the model."""
     overwrite: bool = False
-    """Replace OUT, once the new one is complete."""
+    """Whether an existing OUT is replaced once the new one is complete."""
     restart: bool = False
-    """Forget what an unfinished run has left."""
+    """Whether the parts of an unfinished run are deleted instead of continued."""
     trust_remote_code: bool = False
-    """Run the Python code that comes with the checkpoint."""
+    """Whether the Python code that comes with the checkpoint may run."""
     verify: bool = True
-    """Compare the finished model with the original on held-out text, and let both continue a few prompts."""
+    """Whether the finished model is compared with the original on held-out text, and both continue a few prompts."""
     max_memory_bytes: int | None = None
-    """Most memory that the run may take (of the GPU, where it computes there). Activations that do not fit go to the
-    disk; None lets them all stay."""
+    """Maximum memory of the run (GPU memory if it computes on a GPU). Activations that do not fit are written to disk;
+    None keeps them all in memory."""
     max_shard_bytes: int = 5 * 10**9
     """Largest size of a written file."""

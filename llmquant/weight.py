@@ -1,6 +1,7 @@
-"""`QuantizedWeight`: the logical result of quantizing one linear, and the seam of the whole project.
+"""`QuantizedWeight`: the result of quantizing one linear, independent of any storage format.
 
-Algorithms make it, formats store it, kernels run it, and none of the three sees the others. Nothing in it is packed.
+Algorithms make it, formats store it and kernels run it. It is their common interface: none of the three imports the
+others. Its tensors are not packed.
 
 Letters: N out_features, K in_features, G groups of group_size columns (the last may be shorter).
 """
@@ -17,7 +18,7 @@ from llmquant.spec import QuantSpec
 
 
 def group_of_column(in_features: int, group_size: int, device: torch.device | None = None) -> Tensor:
-    """Group index of every input column, int64 [K]: `k // group_size`, or 0 everywhere for group_size -1."""
+    """Return the group index of every input column, int64 [K]: `k // group_size`, or 0 for group_size -1."""
     if group_size == -1:
         return torch.zeros(in_features, dtype=torch.int64, device=device)
     return torch.arange(in_features, device=device) // group_size
@@ -28,17 +29,17 @@ class QuantizedWeight:
     """Integer codes and their grid; `weight_NK = scale * (code - zero)`."""
 
     codes_NK: Tensor
-    """uint8 [N, K], values 0 … 2**bits - 1."""
+    """Integer codes, uint8 [N, K], values 0 … 2**bits - 1."""
     scale_NG: Tensor
-    """Floating [N, G], already rounded to the dtype it is stored in. Never zero; negative only beside the
-    middle zero-point, in what other tools made."""
+    """Scales, floating point [N, G], already rounded to the dtype they are stored in. They are never zero, and negative
+    only with the middle zero-point, in checkpoints that other tools wrote."""
     zero_NG: Tensor
-    """uint8 [N, G], values 0 … 2**bits - 1; all 2**(bits-1) when symmetric."""
+    """Zero-points, uint8 [N, G], values 0 … 2**bits - 1; all 2**(bits-1) if symmetric."""
     spec: QuantSpec
-    """The grid."""
+    """Bits, group size and symmetry of the grid."""
     group_index_K: Tensor | None = None
-    """int64 [K], group of each column, or None for `k // group_size`. Only checkpoints that other tools wrote with
-    moving act-order groups have one; ours never do."""
+    """Group of each column, int64 [K], or None for `k // group_size`. Only checkpoints that other tools wrote with
+    act-order groups (g_idx) have one; llmquant writes none."""
 
     def __post_init__(self) -> None:
         out_features, in_features = self.codes_NK.shape
@@ -61,19 +62,19 @@ class QuantizedWeight:
 
     @property
     def group_of_column_K(self) -> Tensor:
-        """int64 [K]: which group each input column belongs to."""
+        """Group index of each input column, int64 [K]."""
         if self.group_index_K is not None:
             return self.group_index_K
         return group_of_column(self.in_features, self.spec.group_size, self.codes_NK.device)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight [N, K]: `scale * (code - zero)` computed in float32, then rounded once to dtype."""
+        """Return the dense weight [N, K]: `scale * (code - zero)` computed in float32, then rounded once to dtype."""
         group_K = self.group_of_column_K
-        step_NK = self.codes_NK.float().sub_(self.zero_NG.float()[:, group_K])
-        return step_NK.mul_(self.scale_NG.float()[:, group_K]).to(dtype)
+        q_NK = self.codes_NK.float().sub_(self.zero_NG.float()[:, group_K])
+        return q_NK.mul_(self.scale_NG.float()[:, group_K]).to(dtype)
 
     def digest(self) -> str:
-        """SHA-256 of codes, scales and zero-points: equal for equal weights, whatever format they went through."""
+        """Return the SHA-256 of codes, scales and zero-points: equal weights have equal digests in every format."""
         scale_NG = self.scale_NG.float()  # exact, so that a format may store scales in another dtype
         pieces = (self.codes_NK, scale_NG, self.zero_NG, self.group_of_column_K)
         sha = hashlib.sha256()
@@ -82,7 +83,7 @@ class QuantizedWeight:
         return sha.hexdigest()
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
-        """The same weight on another device."""
+        """Return the same weight on another device."""
         return QuantizedWeight(
             codes_NK=self.codes_NK.to(device),
             scale_NG=self.scale_NG.to(device),

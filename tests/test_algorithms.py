@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmquant.algorithms import refine
-from llmquant.algorithms.affine import (
+from llmquant.algorithms import coordinate_descent
+from llmquant.algorithms.coordinate_descent import descend, refit_scales
+from llmquant.algorithms.error_correction import ShrinkageTerms, fit_correction, shrinkage_of
+from llmquant.algorithms.gptq import column_order, factor_inverse, finish_solve, gptq_round, half_solve
+from llmquant.algorithms.grid import (
     SHRINK_TO,
     Grid,
     count_unfit_groups,
@@ -19,12 +22,9 @@ from llmquant.algorithms.affine import (
     search_range,
     values_on_grid,
 )
-from llmquant.algorithms.gptq import column_order, factor_inverse, finish_solve, gptq_round, half_solve
-from llmquant.algorithms.refine import descend, refit_scales
 from llmquant.algorithms.statistics import PANEL_COLUMNS, InputStatistics, output_errors
-from llmquant.algorithms.targets import Evidence, correction, share_of
-from llmquant.pipeline import solve as solve_module
-from llmquant.pipeline.solve import Stored, solve_stage, solve_without_data
+from llmquant.solver import quantize_linear
+from llmquant.solver.quantize_linear import StorageLimits, quantize_linears, round_without_data
 from llmquant.spec import QuantSpec, Recipe
 
 SPECS = [
@@ -40,7 +40,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 
 def correlated_inputs(tokens: int, features: int, seed: int = 0) -> Tensor:
-    """Inputs with a few loud and many correlated columns, as activations have."""
+    """Inputs with a few high-activation and many correlated columns, as activations have."""
     mixed = random(tokens, features, seed=seed) + 2 * random(tokens, 4, seed=seed + 1) @ random(
         4, features, seed=seed + 2
     )
@@ -115,21 +115,22 @@ def test_range_search_equals_trying_every_range():
 
 def gptq_column_by_column(weight_KN: Tensor, hessian_KK: Tensor, order: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     """The paper's algorithm as written: the whole inverse Hessian, eliminating one column after the other."""
-    weight, steps = weight_KN.clone(), torch.zeros_like(weight_KN)
+    weight, q = weight_KN.clone(), torch.zeros_like(weight_KN)
     damped = hessian_KK + 0.01 * hessian_KK.diagonal().mean() * torch.eye(len(hessian_KK), dtype=hessian_KK.dtype)
-    left = order.tolist()
-    size = len(left) if spec.group_size == -1 else spec.group_size
-    while left:
-        inverse = torch.linalg.inv(damped[left][:, left])
-        column, group = left[0], left[0] // size
+    remaining = order.tolist()
+    size = len(remaining) if spec.group_size == -1 else spec.group_size
+    while remaining:
+        inverse = torch.linalg.inv(damped[remaining][:, remaining])
+        column, group = remaining[0], remaining[0] // size
         scale, zero = grid.scale_GN[group].to(weight.dtype), grid.zero_GN[group].to(weight.dtype)
-        steps[column] = torch.minimum(torch.maximum(torch.round(weight[column] / scale), -zero), spec.max_code - zero)
-        error = (weight[column] - scale * steps[column]) / inverse[0, 0]
-        weight[left] -= inverse[:, :1] * error
-        left = left[1:]
-    return steps
+        q[column] = torch.minimum(torch.maximum(torch.round(weight[column] / scale), -zero), spec.max_code - zero)
+        error = (weight[column] - scale * q[column]) / inverse[0, 0]
+        weight[remaining] -= inverse[:, :1] * error
+        remaining = remaining[1:]
+    return q
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.bits in (3, 4)], ids=QuantSpec.describe)
 @pytest.mark.parametrize("by_activation", [True, False])
 def test_blocked_equals_column_by_column_code_for_code(spec, by_activation):
@@ -152,7 +153,7 @@ def test_uncorrelated_inputs_make_gptq_round_to_nearest():
     assert torch.equal(gptq_round(weight, factor, grid, spec), round_to_grid(weight, grid, spec))
 
 
-def test_activation_order_processes_loud_columns_first():
+def test_activation_order_processes_high_activation_columns_first():
     hessian = torch.diag(torch.tensor([1.0, 9.0, 4.0, 9.0]))
     assert column_order(hessian).tolist() == [1, 3, 2, 0]
     assert column_order(hessian, by_activation=False).tolist() == [0, 1, 2, 3]
@@ -172,38 +173,38 @@ def test_inverse_factor_is_the_upper_factor_of_the_inverse():
 
 def test_damping_is_raised_until_the_factorization_succeeds():
     hessian = torch.eye(8)
-    hessian[0, 1] = hessian[1, 0] = 1.05  # indefinite: damping .01 and .03 do not mend it, .1 does
+    hessian[0, 1] = hessian[1, 0] = 1.05  # indefinite: damping .01 and .03 are not enough, .1 is
     factor = factor_inverse(hessian, column_order(hessian))
     assert factor.damping == 0.1
     assert factor_inverse(10 * hessian - 10 * torch.eye(8), column_order(hessian)) is None
     assert factor_inverse(hessian * float("nan"), column_order(hessian)) is None
 
 
-def test_column_that_is_never_an_input_is_rounded_on_its_own():
+def test_column_whose_input_is_always_zero_is_rounded_on_its_own():
     x = correlated_inputs(200, 32)
     x[:, 5] = 0
     hessian = x.T @ x / len(x)
     spec, weight = QuantSpec(group_size=16), random(32, 4)
     grid = find_grid(weight, None, spec, torch.float32)
-    steps = gptq_round(weight, factor_inverse(hessian, column_order(hessian)), grid, spec)
-    assert torch.equal(steps[5], round_to_grid(weight, grid, spec)[5])
+    q = gptq_round(weight, factor_inverse(hessian, column_order(hessian)), grid, spec)
+    assert torch.equal(q[5], round_to_grid(weight, grid, spec)[5])
 
 
-# --- statistics and targets ------------------------------------------------------------------------------------------
+# --- statistics and error correction ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("features", [24, PANEL_COLUMNS + 40])
 def test_statistics_are_the_moments_of_all_tokens(features):
     x, original, weight = random(90, features), random(90, features, seed=1), random(features, 6, seed=2)
     statistics = InputStatistics(features, torch.device("cpu"))
-    for statistics.half, rows in enumerate((slice(0, 50), slice(50, 90))):
-        statistics.add(x[rows], original[rows])
+    for split, rows in enumerate((slice(0, 50), slice(50, 90))):
+        statistics.add(x[rows], original[rows], split=split)
     assert statistics.num_tokens == 90
     assert torch.allclose(statistics.hessian_KK, x.T @ x / 90, atol=1e-5)
     assert torch.equal(statistics.hessian_KK, statistics.hessian_KK.T)
-    for half, rows in zip(statistics.moments_KN(weight), (slice(0, 50), slice(50, 90)), strict=True):
+    for moment, rows in zip(statistics.moments_KN(weight), (slice(0, 50), slice(50, 90)), strict=True):
         expected = x[rows].T @ ((original - x)[rows] @ weight) / 90
-        assert torch.allclose(half, expected, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(moment, expected, rtol=1e-4, atol=1e-4)
     assert torch.allclose(statistics.mean_abs_K, x.abs().mean(0), atol=1e-5)
 
 
@@ -211,13 +212,13 @@ def test_statistics_are_the_moments_of_all_tokens(features):
 def test_moment_of_a_writer_to_the_residual_stream_counts_both_gaps(with_original, with_gap):
     x, original, gap, weight = random(90, 24), random(90, 24, seed=1), random(90, 6, seed=2), random(24, 6, seed=3)
     statistics = InputStatistics(24, torch.device("cpu"), writer_NK=weight.T)
-    for statistics.half, rows in enumerate((slice(0, 50), slice(50, 90))):
-        statistics.add(x[rows], original[rows] if with_original else None, gap[rows] if with_gap else None)
+    for split, rows in enumerate((slice(0, 50), slice(50, 90))):
+        statistics.add(x[rows], original[rows] if with_original else None, gap[rows] if with_gap else None, split=split)
     missing = (original - x) @ weight * with_original + gap * with_gap
     assert torch.allclose(sum(statistics.moments_KN(weight)), x.T @ missing / 90, rtol=1e-4, atol=1e-4)
 
 
-def test_without_the_original_network_there_is_no_moment():
+def test_without_inputs_of_the_original_model_there_is_no_moment():
     statistics = InputStatistics(24, torch.device("cpu"))
     statistics.add(random(90, 24))
     assert statistics.moments_KN(random(24, 6)) == []
@@ -240,53 +241,55 @@ def test_float16_inputs_do_not_overflow_the_hessian():
     assert torch.allclose(statistics.hessian_KK, torch.full((2, 2), 3.6e9), rtol=1e-3)
 
 
-def test_corrected_target_is_the_least_squares_weight():
+def test_corrected_weight_is_the_least_squares_weight():
     x, weight = correlated_inputs(400, 20).double(), random(20, 5, dtype=torch.float64)
     original = x + 0.3 * random(400, 20, seed=9).double()
     gap = random(400, 5, seed=8).double()
     hessian = x.T @ x / 400
     factor = factor_inverse(hessian, column_order(hessian), ladder=(1e-12,))
     moment = x.T @ ((original - x) @ weight + gap) / 400
-    change, evidence = correction(factor, [moment])
+    correction, terms = fit_correction(factor, [moment])
     expected = torch.linalg.lstsq(x, original @ weight + gap).solution
-    assert torch.allclose(weight + change, expected, atol=1e-6) and share_of([evidence]) == 1
+    assert torch.allclose(weight + correction, expected, atol=1e-6) and shrinkage_of([terms]) == 1
 
 
 @pytest.mark.parametrize("noise, lowest, highest", [(0.0, 0.95, 1.0), (25.0, 0.3, 0.9), (200.0, 0.0, 0.2)])
-def test_share_of_a_correction_is_the_best_on_other_text(noise, lowest, highest):
-    """What is wrong is partly the same on all text, and partly noise of the tokens that were fitted to."""
+def test_shrinkage_of_a_correction_is_the_best_on_other_text(noise, lowest, highest):
+    """One part of the error is the same on all text, the other is noise of the tokens that were fitted."""
     common, mixing = 0.2 * random(20, 5, seed=7).double(), random(20, 20, seed=9).double()
 
     def text(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         x = random(1000, 20, seed=seed).double() @ mixing
         return x, x @ common + noise * random(1000, 5, seed=seed + 50).double()
 
-    halves = [text(seed) for seed in (1, 2)]
-    hessian = sum(x.T @ x for x, _ in halves) / 2000
+    splits = [text(seed) for seed in (1, 2)]
+    hessian = sum(x.T @ x for x, _ in splits) / 2000
     factor = factor_inverse(hessian, column_order(hessian), ladder=(1e-12,), dtype=torch.float64)
-    whole, evidence = correction(factor, [x.T @ missing / 2000 for x, missing in halves])
-    share = share_of([evidence])
-    assert lowest <= share <= highest
+    whole, terms = fit_correction(factor, [x.T @ missing / 2000 for x, missing in splits])
+    shrinkage = shrinkage_of([terms])
+    assert lowest <= shrinkage <= highest
     others = [text(seed) for seed in range(3, 43)]
 
     def error(correction: torch.Tensor) -> float:
         return sum((missing - x @ correction).square().mean().item() for x, missing in others)
 
-    tried = [error(part * whole) for part in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    assert error(share * whole) <= min(tried) + 0.05 * (max(tried) - min(tried))
+    tried = [error(fraction * whole) for fraction in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert error(shrinkage * whole) <= min(tried) + 0.05 * (max(tried) - min(tried))
 
 
-# --- a stage ---------------------------------------------------------------------------------------------------------
+# --- an input group --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=QuantSpec.describe)
-def test_a_solved_linear_is_never_worse_than_rtn(spec):
+def test_a_quantized_linear_is_never_worse_than_rtn(spec):
     statistics = InputStatistics(64, torch.device("cpu"))
     statistics.add(correlated_inputs(256, 64))
     weights = {"a": random(16, 64), "b": random(8, 64, seed=5)}
-    solved = solve_stage(weights, dict.fromkeys(weights, spec), statistics, Recipe(), Stored(torch.float16))
+    results = quantize_linears(
+        weights, dict.fromkeys(weights, spec), statistics, Recipe(), StorageLimits(torch.float16)
+    )
     hessian = statistics.hessian_KK
-    for name, result in solved.items():
+    for name, result in results.items():
 
         def error(quantized, weight=weights[name]):
             difference = quantized.dequantize() - weight
@@ -298,107 +301,108 @@ def test_a_solved_linear_is_never_worse_than_rtn(spec):
         assert result.error <= rtn * (1 if spec.bits < 8 else 1.001)
 
 
-def test_rows_where_the_search_loses_are_plain_roundings_and_counted(monkeypatch):
+def test_rows_on_which_the_search_loses_are_rtn_rows_and_counted(monkeypatch):
     statistics = InputStatistics(64, torch.device("cpu"))
     statistics.add(correlated_inputs(256, 64))
     weights = {"a": random(16, 64), "b": random(8, 64, seed=5)}
     specs = {"a": QuantSpec(group_size=32), "b": QuantSpec(group_size=16)}
-    good = solve_stage(weights, specs, statistics, Recipe(), Stored(torch.float16))
+    good = quantize_linears(weights, specs, statistics, Recipe(), StorageLimits(torch.float16))
     assert [good[name].rtn_rows for name in weights] == [0, 0]
 
     def ruined(target_KN, *arguments):
-        steps_KN = gptq_round(target_KN, *arguments)
+        q_KN = gptq_round(target_KN, *arguments)
         if target_KN.shape[1] == 8:
-            steps_KN[:, [2, 5]] = 0
-        return steps_KN
+            q_KN[:, [2, 5]] = 0
+        return q_KN
 
-    monkeypatch.setattr(solve_module, "gptq_round", ruined)
-    solved = solve_stage(weights, specs, statistics, Recipe(), Stored(torch.float16))
-    assert [solved[name].rtn_rows for name in weights] == [0, 2]
-    is_rtn_N = (solved["b"].weight.codes_NK == round_to_nearest(weights["b"], specs["b"], torch.float16).codes_NK).all(
+    monkeypatch.setattr(quantize_linear, "gptq_round", ruined)
+    results = quantize_linears(weights, specs, statistics, Recipe(), StorageLimits(torch.float16))
+    assert [results[name].rtn_rows for name in weights] == [0, 2]
+    is_rtn_N = (results["b"].weight.codes_NK == round_to_nearest(weights["b"], specs["b"], torch.float16).codes_NK).all(
         1
     )
     assert is_rtn_N.nonzero().flatten().tolist() == [2, 5]
-    assert solve_without_data(weights["b"], specs["b"], Stored(torch.float16)).rtn_rows is None
+    assert round_without_data(weights["b"], specs["b"], StorageLimits(torch.float16)).rtn_rows is None
 
 
-def test_one_share_is_taken_of_the_corrections_of_linears_that_read_one_input():
+def test_linears_of_one_input_share_the_shrinkage_of_their_corrections():
     weights = {"a": random(24, 64), "b": random(8, 64, seed=6)}
     specs = {"a": QuantSpec(group_size=32), "b": QuantSpec(bits=8, group_size=32)}
     statistics = InputStatistics(64, torch.device("cpu"))
-    for half, x_TK in enumerate(correlated_inputs(512, 64).split(256)):
-        statistics.half = half
-        statistics.add(x_TK, 0.9 * x_TK + random(256, 64, seed=10 + half))
+    for split, x_TK in enumerate(correlated_inputs(512, 64).split(256)):
+        statistics.add(x_TK, 0.9 * x_TK + random(256, 64, seed=10 + split), split=split)
     recipe = Recipe()
-    solved = solve_stage(weights, specs, statistics, recipe, Stored(torch.float16))
+    results = quantize_linears(weights, specs, statistics, recipe, StorageLimits(torch.float16))
     hessian = statistics.hessian_KK
     factor = factor_inverse(hessian, column_order(hessian), (recipe.damping,))
     together = torch.cat([*weights.values()]).T.contiguous()
-    _, evidence = correction(factor, statistics.moments_KN(together))
-    share = share_of([evidence])
-    assert 0.5 < share < 0.99
+    _, terms = fit_correction(factor, statistics.moments_KN(together))
+    shrinkage = shrinkage_of([terms])
+    assert 0.5 < shrinkage < 0.99
     for name in weights:
-        assert solved[name].correction_share == pytest.approx(share, rel=1e-4)
-        alone = solve_stage(weights, specs, statistics, recipe, Stored(torch.float16), [name])
+        assert results[name].correction_shrinkage == pytest.approx(shrinkage, rel=1e-4)
+        alone = quantize_linears(weights, specs, statistics, recipe, StorageLimits(torch.float16), [name])
         assert list(alone) == [name]
-        assert alone[name].weight.digest() == solved[name].weight.digest()
+        assert alone[name].weight.digest() == results[name].weight.digest()
 
-    unmoved, alone = InputStatistics(64, torch.device("cpu")), InputStatistics(64, torch.device("cpu"))
-    unmoved.add(x_TK, x_TK)
-    alone.add(x_TK)
-    for nothing_lost in (unmoved, alone):
-        solved = solve_stage(weights, specs, nothing_lost, recipe, Stored(torch.float16))
-        assert solved["a"].correction_share is None
+    without_drift, without_original = (InputStatistics(64, torch.device("cpu")) for _ in range(2))
+    without_drift.add(x_TK, x_TK)
+    without_original.add(x_TK)
+    for nothing_to_correct in (without_drift, without_original):
+        results = quantize_linears(weights, specs, nothing_to_correct, recipe, StorageLimits(torch.float16))
+        assert results["a"].correction_shrinkage is None
 
 
 @pytest.mark.parametrize("method", ["awq", "awq+gptq"])
-def test_rtn_beside_awq_is_that_of_the_original_weight_on_its_own_inputs(method):
+def test_rtn_error_with_awq_is_the_error_of_rounding_the_unscaled_weight(method):
     x_TK, weight, spec = correlated_inputs(256, 64), random(16, 64), QuantSpec(group_size=32)
     scale_K = torch.exp2(torch.randn(64, generator=torch.Generator().manual_seed(2)))
-    # As what makes the channels of the next linear, its rows are divided too.
-    made_N = torch.exp2(torch.arange(16) % 4)
+    # Its rows make the channels of the next linear, so AWQ divides them too.
+    divisor_N = torch.exp2(torch.arange(16) % 4)
     plain, scaled = InputStatistics(64, x_TK.device), InputStatistics(64, x_TK.device, scale_K=scale_K)
     plain.add(x_TK)
     scaled.add(x_TK / scale_K)
 
-    def solve(weight_NK, statistics):
-        return solve_stage({"a": weight_NK}, {"a": spec}, statistics, Recipe(method=method), Stored(torch.float32))["a"]
+    def quantized(weight_NK, statistics):
+        return quantize_linears(
+            {"a": weight_NK}, {"a": spec}, statistics, Recipe(method=method), StorageLimits(torch.float32)
+        )["a"]
 
-    original = solve(weight, plain).rtn_error
-    assert solve(weight * scale_K, scaled).rtn_error == pytest.approx(original, rel=1e-3)
+    original = quantized(weight, plain).rtn_error
+    assert quantized(weight * scale_K, scaled).rtn_error == pytest.approx(original, rel=1e-3)
     folded = weight * scale_K
-    lost_KN = (round_to_nearest(folded, spec, torch.float32).dequantize() - folded).T
-    of_folded = output_errors(lost_KN, scaled.hessian_KK).sum() / output_errors(folded.T, scaled.hessian_KK).sum()
+    error_KN = (round_to_nearest(folded, spec, torch.float32).dequantize() - folded).T
+    of_folded = output_errors(error_KN, scaled.hessian_KK).sum() / output_errors(folded.T, scaled.hessian_KK).sum()
     assert abs(of_folded.item() / original - 1) > 0.1, "scales that change nothing would show nothing"
 
     rows_N = output_errors((round_to_nearest(weight, spec, torch.float32).dequantize() - weight).T, plain.hessian_KK)
-    expected = (rows_N / made_N**2).sum() / (output_errors(weight.T, plain.hessian_KK) / made_N**2).sum()
-    divided = solve(weight * scale_K / made_N[:, None], scaled)
+    expected = (rows_N / divisor_N**2).sum() / (output_errors(weight.T, plain.hessian_KK) / divisor_N**2).sum()
+    divided = quantized(weight * scale_K / divisor_N[:, None], scaled)
     assert divided.rtn_error == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_share_is_that_of_the_sums_and_stays_within_bounds():
-    assert share_of([Evidence(1.0, 4.0), Evidence(2.0, 2.0)]) == 0.5
-    assert share_of([Evidence(-1.0, 4.0)]) == 0
-    assert share_of([Evidence(5.0, 4.0)]) == 1
-    assert share_of([Evidence(0.0, 0.0)]) == 0
-    assert share_of([Evidence(None, 4.0)]) == 1
+def test_shrinkage_is_the_ratio_of_the_sums_within_bounds():
+    assert shrinkage_of([ShrinkageTerms(1.0, 4.0), ShrinkageTerms(2.0, 2.0)]) == 0.5
+    assert shrinkage_of([ShrinkageTerms(-1.0, 4.0)]) == 0
+    assert shrinkage_of([ShrinkageTerms(5.0, 4.0)]) == 1
+    assert shrinkage_of([ShrinkageTerms(0.0, 0.0)]) == 0
+    assert shrinkage_of([ShrinkageTerms(None, 4.0)]) == 1
 
 
-def test_hessian_that_cannot_be_factored_is_told_and_rounded():
+def test_hessian_that_cannot_be_factored_is_a_fallback_to_rounding():
     statistics = InputStatistics(64, torch.device("cpu"))
     statistics.add(correlated_inputs(256, 64))
     statistics._hessian_KK[0, 1] = 1e9  # indefinite at any damping
-    solved = solve_stage(
-        {"a": random(8, 64)}, {"a": QuantSpec(group_size=32)}, statistics, Recipe(), Stored(torch.float16)
+    results = quantize_linears(
+        {"a": random(8, 64)}, {"a": QuantSpec(group_size=32)}, statistics, Recipe(), StorageLimits(torch.float16)
     )
-    assert "could not be factored" in solved["a"].incidents[0]
+    assert "could not be factored" in results["a"].fallbacks[0]
 
 
-def test_values_are_scale_times_steps():
+def test_values_are_scale_times_integer_levels():
     grid = Grid(torch.tensor([[2.0], [3.0]]), torch.tensor([[8.0], [8.0]]))
-    steps = torch.tensor([[1.0], [-1.0], [2.0]])
-    assert values_on_grid(steps, grid, QuantSpec(group_size=2)).flatten().tolist() == [2.0, -2.0, 6.0]
+    q = torch.tensor([[1.0], [-1.0], [2.0]])
+    assert values_on_grid(q, grid, QuantSpec(group_size=2)).flatten().tolist() == [2.0, -2.0, 6.0]
 
 
 # --- small and large weights ------------------------------------------------------------------------------------------
@@ -419,16 +423,16 @@ def test_a_weight_times_a_power_of_two_gets_the_same_codes(method, power, dtype,
     weight, statistics = random(24, 64), statistics_of(correlated_inputs(200, 64))
     recipe = Recipe(method=method, spec=spec, descent_sweeps=2, refit_scales=True)
 
-    def solved(weight: Tensor) -> solve_module.Solved:
+    def results(weight: Tensor) -> quantize_linear.LinearResult:
         if method == "rtn":
-            return solve_without_data(weight, spec, Stored(dtype))
-        return solve_stage({"w": weight}, {"w": spec}, statistics, recipe, Stored(dtype))["w"]
+            return round_without_data(weight, spec, StorageLimits(dtype))
+        return quantize_linears({"w": weight}, {"w": spec}, statistics, recipe, StorageLimits(dtype))["w"]
 
-    plain, scaled = solved(weight), solved(weight * 2.0**power)
+    plain, scaled = results(weight), results(weight * 2.0**power)
     assert torch.equal(plain.weight.codes_NK, scaled.weight.codes_NK)
     assert torch.equal(plain.weight.zero_NG, scaled.weight.zero_NG)
     assert torch.equal(plain.weight.scale_NG * 2.0**power, scaled.weight.scale_NG)
-    assert scaled.error == pytest.approx(plain.error, rel=1e-5) and not scaled.incidents
+    assert scaled.error == pytest.approx(plain.error, rel=1e-5) and not scaled.fallbacks
 
 
 def test_scales_stay_within_their_dtype():
@@ -463,27 +467,28 @@ def test_groups_beyond_the_range_of_their_scales_are_counted():
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-def test_weights_that_float16_scales_do_not_reach_are_an_incident(method):
+def test_weights_outside_the_range_of_float16_scales_are_a_fallback(method):
     spec, weight = QuantSpec(bits=4, group_size=16), random(8, 64) * 1e-9
     recipe = Recipe(method=method, spec=spec)
     if method == "rtn":
-        solved = solve_without_data(weight, spec, Stored(torch.float16))
+        results = round_without_data(weight, spec, StorageLimits(torch.float16))
     else:
         statistics = statistics_of(correlated_inputs(200, 64))
-        solved = solve_stage({"w": weight}, {"w": spec}, statistics, recipe, Stored(torch.float16))["w"]
-    (told,) = solved.incidents
-    assert told.startswith("32 of 32 groups hold weights too small for float16 scales: ") and "--dtype bfloat16" in told
+        results = quantize_linears({"w": weight}, {"w": spec}, statistics, recipe, StorageLimits(torch.float16))["w"]
+    (fallback,) = results.fallbacks
+    assert fallback.startswith("32 of 32 groups hold weights too small for float16 scales: ")
+    assert "--dtype bfloat16" in fallback
 
 
-# --- refinement ------------------------------------------------------------------------------------------------------
+# --- coordinate descent ----------------------------------------------------------------------------------------------
 
 
-def objective(target: Tensor, steps: Tensor, grid: Grid, hessian: Tensor, spec: QuantSpec) -> Tensor:
-    difference = target - values_on_grid(steps, grid, spec)
+def objective(target: Tensor, q: Tensor, grid: Grid, hessian: Tensor, spec: QuantSpec) -> Tensor:
+    difference = target - values_on_grid(q, grid, spec)
     return (difference * (hessian @ difference)).sum(0)
 
 
-def refinement_case(spec: QuantSpec, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Grid, Tensor]:
+def descent_case(spec: QuantSpec, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Grid, Tensor]:
     x = correlated_inputs(300, 100).to(dtype)
     hessian = x.T @ x / len(x) + 0.1 * torch.eye(100, dtype=dtype)
     target = random(100, 12, dtype=dtype)
@@ -494,34 +499,32 @@ def refinement_case(spec: QuantSpec, dtype: torch.dtype = torch.float64) -> tupl
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.bits == 4], ids=QuantSpec.describe)
 def test_coordinate_descent_blocked_equals_column_by_column(spec):
-    target, steps, grid, hessian = refinement_case(spec)
-    slow = steps.clone()
+    target, q, grid, hessian = descent_case(spec)
+    slow = q.clone()
     size = 100 if spec.group_size == -1 else spec.group_size
     for column in range(100):
         scale, zero = grid.scale_GN[column // size], grid.zero_GN[column // size]
-        pull = hessian[column] @ (target - values_on_grid(slow, grid, spec))
-        wanted = torch.round(slow[column] + pull / hessian[column, column] / scale)
-        slow[column] = torch.minimum(torch.maximum(wanted, -zero), spec.max_code - zero)
+        residual = hessian[column] @ (target - values_on_grid(slow, grid, spec))
+        best = torch.round(slow[column] + residual / hessian[column, column] / scale)
+        slow[column] = torch.minimum(torch.maximum(best, -zero), spec.max_code - zero)
     for block_columns in (1, 7, 128):
-        assert torch.equal(descend(target, steps, grid, hessian, spec, block_columns), slow)
-    assert (objective(target, slow, grid, hessian, spec) <= objective(target, steps, grid, hessian, spec)).all()
-    assert (
-        objective(target, slow, grid, hessian, spec).sum() < 0.8 * objective(target, steps, grid, hessian, spec).sum()
-    )
+        assert torch.equal(descend(target, q, grid, hessian, spec, block_columns), slow)
+    assert (objective(target, slow, grid, hessian, spec) <= objective(target, q, grid, hessian, spec)).all()
+    assert objective(target, slow, grid, hessian, spec).sum() < 0.8 * objective(target, q, grid, hessian, spec).sum()
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.bits == 4], ids=QuantSpec.describe)
 def test_refitted_scales_are_the_least_squares_ones(spec, monkeypatch):
-    monkeypatch.setattr(refine, "LARGEST_CHANGE", 100.0)
-    target, steps, grid, hessian = refinement_case(spec)
+    monkeypatch.setattr(coordinate_descent, "MAX_SCALE_CHANGE", 100.0)
+    target, q, grid, hessian = descent_case(spec)
     # Codes of slightly smaller scales, so that the best scales are near and within the allowed change.
     shrunk = Grid(0.95 * grid.scale_GN, grid.zero_GN)
-    refit = refit_scales(target, steps, shrunk, hessian, spec, torch.float64)
-    assert (objective(target, steps, refit, hessian, spec) <= objective(target, steps, shrunk, hessian, spec)).all()
+    refit = refit_scales(target, q, shrunk, hessian, spec, torch.float64)
+    assert (objective(target, q, refit, hessian, spec) <= objective(target, q, shrunk, hessian, spec)).all()
     root = torch.linalg.cholesky(hessian).T
     size = 100 if spec.group_size == -1 else spec.group_size
     groups = torch.arange(100) // size
     for row in range(12):
-        design = torch.stack([root @ (steps[:, row] * (groups == g)) for g in range(len(grid.scale_GN))], dim=1)
+        design = torch.stack([root @ (q[:, row] * (groups == g)) for g in range(len(grid.scale_GN))], dim=1)
         best = torch.linalg.lstsq(design, root @ target[:, row]).solution
         assert torch.allclose(refit.scale_GN[:, row].double(), best, rtol=0.02)

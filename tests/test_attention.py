@@ -1,24 +1,23 @@
-"""Attention of one token on the CPU: what the kernel computes, and where a loaded model uses it."""
+"""CPU attention: the kernels for one token and for whole prompts, and their use by a loaded model."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_kernels import relative_error
-from test_llvm import processor, threads  # noqa: F401  (fixtures)
+from kernel_cases import relative_error
 
 import llmquant
 from llmquant.kernels import jit, llvm_attention
 from llmquant.runtime import attention
 
-pytestmark = pytest.mark.skipif(jit.why_not() is not None, reason=str(jit.why_not()))
+pytest_plugins = ("processors",)
+pytestmark = pytest.mark.skipif(jit.unavailable_reason() is not None, reason=str(jit.unavailable_reason()))
 
 SHAPES = {
     "one token in the cache": (1, 4, 4, 1, 64),
@@ -30,7 +29,7 @@ SHAPES = {
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q as attention code makes it, k a part of a longer cache, v transposed."""
+    """q as attention code creates it, k a slice of a longer cache, v transposed."""
     num_sequences, num_heads, num_groups, length, head_dim = shape
     generator = torch.Generator().manual_seed(length)
     q = torch.randn(num_sequences, 1, num_heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
@@ -40,7 +39,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, to
 
 
 def truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scaling: float) -> torch.Tensor:
-    """Softmax and sums in float64 [S, 1, H, D]."""
+    """The exact result: softmax and sums in float64 [S, L, H, D]."""
     shared = q.shape[1] // k.shape[1]
     k, v = (value.double().repeat_interleave(shared, dim=1) for value in (k, v))
     scores = q.double() @ k.transpose(2, 3) * scaling
@@ -49,10 +48,11 @@ def truth(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor 
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.usefixtures("processor")
-def test_error_is_at_most_that_of_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_error_is_at_most_that_of_torch(dtype, shape):
     q, k, v = inputs(shape, dtype)
     mask = torch.rand(shape[0], 1, 1, shape[3], generator=torch.Generator().manual_seed(0)) > 0.4
     mask[..., -1] = True
@@ -64,7 +64,7 @@ def test_error_is_at_most_that_of_torch(dtype: torch.dtype, shape: tuple[int, ..
         assert llvm_attention.refuses_one(q, k, v, seen) is None
         y = llvm_attention.attend_one(q, k, v, seen, scaling)
         assert y.dtype == dtype and y.shape == exact.shape
-        # In 16 bits the result is rounded and nothing else; in float32 the polynomial counts, too.
+        # In 16 bits, only the result is rounded. In float32, the error of the polynomial counts too.
         bound = 1.05 * relative_error(plain, exact) if dtype != torch.float32 else 2e-6
         assert relative_error(y, exact) <= max(bound, 1e-9)
 
@@ -79,10 +79,10 @@ CAUSAL = {
 
 
 @pytest.mark.parametrize("shape", CAUSAL.values(), ids=CAUSAL)
-def test_causal_error_is_that_of_torch_and_rows_stand_alone(shape: tuple[int, ...]) -> None:
+def test_causal_error_is_at_most_that_of_torch_and_rows_are_independent(shape):
     q, k, v = inputs(shape, torch.bfloat16)
     q = torch.randn(shape[0], shape[3], shape[1], shape[4]).bfloat16().transpose(1, 2)
-    if not jit.multiplies_bfloat16():
+    if not jit.has_bfloat16_dot_product():
         pytest.skip("this processor does not multiply bfloat16")
     later = torch.ones(shape[3], shape[3], dtype=torch.bool).tril()
     for scaling in (shape[4] ** -0.5, 1.5):
@@ -92,7 +92,7 @@ def test_causal_error_is_that_of_torch_and_rows_stand_alone(shape: tuple[int, ..
         ).transpose(1, 2)
         y = llvm_attention.attend_causal(q, k, v, scaling)
         assert relative_error(y, exact) <= 1.05 * relative_error(plain, exact)
-        # The first tokens know nothing of how many follow.
+        # The outputs of the first tokens do not depend on the number of tokens that follow.
         for length in {6, 7, shape[3] // 2, shape[3] - 1} & set(range(6, shape[3])):
             start = llvm_attention.attend_causal(q[:, :, :length], k[:, :, :length], v[:, :, :length], scaling)
             assert torch.equal(start, y[:, :length]), length
@@ -109,7 +109,7 @@ def test_causal_error_is_that_of_torch_and_rows_stand_alone(shape: tuple[int, ..
         (lambda q, k, v: (q[:, :3], k, v, None), "3 heads share 2"),
     ],
 )
-def test_what_is_not_plainly_causal_is_refused(change: Callable[..., tuple], why: str) -> None:
+def test_causal_kernel_refuses_other_attention(change, why):
     _, k, v = inputs((3, 4, 2, 64, 32), torch.bfloat16)
     q = torch.randn(3, 4, 64, 32).bfloat16()
     with pytest.raises(AssertionError, match=why):
@@ -117,7 +117,7 @@ def test_what_is_not_plainly_causal_is_refused(change: Callable[..., tuple], why
         assert refusal is None, refusal
 
 
-def test_threads_change_no_bit(threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_threads_change_no_bit(threads, monkeypatch):
     monkeypatch.setattr(llvm_attention, "GRAIN", 1)
     q, k, v = inputs((2, 6, 3, 2000, 64), torch.bfloat16)
     results = []
@@ -134,7 +134,7 @@ def test_threads_change_no_bit(threads: Callable[[int], None], monkeypatch: pyte
         assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_scores_far_apart_and_far_from_zero_stay_finite() -> None:
+def test_scores_far_apart_and_far_from_zero_stay_finite():
     q = torch.full((1, 1, 1, 16), 100.0)
     k = torch.linspace(-100, 100, 40)[None, None, :, None].expand(1, 1, 40, 16).contiguous()
     v = torch.arange(40.0)[None, None, :, None].expand(1, 1, 40, 16).contiguous()
@@ -157,7 +157,7 @@ def test_scores_far_apart_and_far_from_zero_stay_finite() -> None:
         (lambda q, k, v: (q, k, v, torch.ones(3, 4, 1, 16, dtype=torch.bool)), r"\(3, 4, 1, 16\)"),
     ],
 )
-def test_what_it_does_not_take_it_refuses(change: Callable[..., tuple], why: str) -> None:
+def test_one_token_kernel_refuses_unsupported_inputs(change, why):
     with pytest.raises(AssertionError, match=why):
         refusal = llvm_attention.refuses_one(*change(*inputs((3, 4, 2, 16, 32), torch.bfloat16)))
         assert refusal is None, refusal
@@ -165,7 +165,7 @@ def test_what_it_does_not_take_it_refuses(change: Callable[..., tuple], why: str
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of q that the kernel was given."""
+    """The shapes of q in all calls of the kernels."""
     seen: list[tuple[int, ...]] = []
     for name in ("attend_one", "attend_causal"):
         attend = getattr(llvm_attention, name)
@@ -180,17 +180,18 @@ def quantized(make: Any, architecture: str, out: Path, **sizes: int) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
-def test_a_loaded_model_decodes_with_it_and_says_the_same(
-    architecture: str, tiny_model: Any, tmp_path: Path, counted: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loaded_model_uses_the_kernels_and_its_logits_stay_close(
+    architecture, tiny_model, tmp_path, counted, monkeypatch
+):
     folder = quantized(tiny_model, architecture, tmp_path / "out", head_dim=32)
     model = llmquant.load(folder, device="cpu")
     assert model.config._attn_implementation == attention.NAME
     monkeypatch.setattr("llmquant.runtime.load.use_attention", lambda model: None)
     plain = llmquant.load(folder, device="cpu")
     assert plain.config._attn_implementation == "sdpa"
-    # The second text is shorter: its padding, on the left, must not be seen.
+    # The second text is shorter. Its padding, on the left, must be masked.
     tokens = torch.arange(5, 101).view(2, 48)
     seen = torch.ones_like(tokens)
     seen[1, :5] = 0
@@ -206,14 +207,14 @@ def test_a_loaded_model_decodes_with_it_and_says_the_same(
     with torch.inference_mode():
         whole = [each(tokens).logits for each in (model, plain)]
     torch.testing.assert_close(*whole, rtol=0.05, atol=0.05)
-    assert (2, 4, 48, 32) in counted or not jit.multiplies_bfloat16()
+    assert (2, 4, 48, 32) in counted or not jit.has_bfloat16_dot_product()
     counted.clear()
     with torch.enable_grad():
         model(inputs_embeds=torch.randn(1, 1, 64).bfloat16().requires_grad_()).logits.sum().backward()
     assert not counted
 
 
-def test_a_text_that_sees_nothing_gets_zeros() -> None:
+def test_a_fully_masked_sequence_gets_zeros():
     q, k, v = inputs((2, 4, 2, 16, 32), torch.bfloat16)
     seen = torch.ones(2, 1, 1, 16, dtype=torch.bool)
     seen[1] = False
@@ -221,7 +222,8 @@ def test_a_text_that_sees_nothing_gets_zeros() -> None:
     assert torch.equal(y[0], llvm_attention.attend_one(q, k, v, None, 0.2)[0]) and not y[1].any()
 
 
-def test_a_pickled_model_speaks_in_a_new_process(tiny_model: Any, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_pickled_model_runs_in_a_new_process(tiny_model, tmp_path):
     model = llmquant.load(quantized(tiny_model, "llama", tmp_path / "out", head_dim=32), device="cpu")
     tokens = torch.arange(5, 55)[None]
     torch.save((model, tokens, model(tokens).logits.detach()), tmp_path / "model.pt")
@@ -233,27 +235,28 @@ def test_a_pickled_model_speaks_in_a_new_process(tiny_model: Any, tmp_path: Path
     assert done.returncode == 0, done.stderr
 
 
-def test_models_that_look_at_the_name_of_their_attention_keep_it(tiny_model: Any, tmp_path: Path) -> None:
+def test_models_that_compare_the_name_of_their_attention_keep_it(tiny_model, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def settled(config: Any) -> str:
+    def chosen_attention(config: Any) -> str:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         attention.use_attention(model, torch.device("cpu"))
         return model.config._attn_implementation
 
-    assert settled(AutoConfig.for_model("llama", num_hidden_layers=1)) == attention.NAME
+    assert chosen_attention(AutoConfig.for_model("llama", num_hidden_layers=1)) == attention.NAME
     sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 128}
     for kind in ("deepseek_v32", "glm_moe_dsa"):
         try:
             config = AutoConfig.for_model(kind, **sizes)
-        except ValueError:  # older transformers do not know it
+        except ValueError:  # older versions of transformers lack this model
             continue
-        assert settled(config) == "sdpa"
+        assert chosen_attention(config) == "sdpa"
 
 
-def test_models_that_ask_for_more_are_served_by_torch(tiny_model: Any, tmp_path: Path, counted: list) -> None:
-    """Heads of 8 fill no vector; gemma2 caps its scores and stays with its own attention."""
+@pytest.mark.slow
+def test_models_with_unsupported_attention_use_torch(tiny_model, tmp_path, counted):
+    """Heads of width 8 are narrower than a vector. gemma2 caps its scores and keeps its own attention."""
     narrow = llmquant.load(quantized(tiny_model, "llama", tmp_path / "narrow", head_dim=8), device="cpu")
     capped = llmquant.load(quantized(tiny_model, "gemma2", tmp_path / "capped"), device="cpu")
     for model in (narrow, capped):

@@ -1,4 +1,4 @@
-"""AWQ: the search equals its slow form; what is folded is what is written; scales that do not help are undone."""
+"""AWQ: the search equals its slow form; folded parameters are written; scales that do not help are undone."""
 
 from __future__ import annotations
 
@@ -12,21 +12,28 @@ from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
-from llmquant.algorithms.affine import round_to_nearest
-from llmquant.algorithms.awq import Reader, Search, candidate_scales, scaled_error, search_scale
+from llmquant.algorithms.awq import (
+    ConsumerLinears,
+    ScaleSearchResult,
+    candidate_scales,
+    scale_of_channels,
+    scaled_error,
+    search_scale,
+)
+from llmquant.algorithms.error_correction import fit_correction
 from llmquant.algorithms.gptq import column_order, factor_inverse
+from llmquant.algorithms.grid import round_to_nearest
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.algorithms.targets import correction
-from llmquant.models import folding
-from llmquant.pipeline import smoothing
+from llmquant.models import scale_folding
 from llmquant.pipeline.quantize import quantize
-from llmquant.pipeline.smoothing import exact_scale
 from llmquant.runtime.load import load
+from llmquant.solver import awq_scaling
+from llmquant.solver.awq_scaling import exact_scale
 from llmquant.spec import Options, QuantSpec, Recipe
 
 
 def few(text):
-    """Options of a quick run."""
+    """Return the options of a quick run."""
     return Options(calibration=text, num_samples=4, seq_len=40, verify=False)
 
 
@@ -42,15 +49,17 @@ def inputs(num_tokens: int = 200, width: int = 48, seed: int = 0) -> torch.Tenso
     return x_TK
 
 
-def reader(x_TK: torch.Tensor, num_out: int = 24, spec: QuantSpec = SPEC, row_K: torch.Tensor | None = None) -> Reader:
+def consumer(
+    x_TK: torch.Tensor, num_out: int = 24, spec: QuantSpec = SPEC, row_K: torch.Tensor | None = None
+) -> ConsumerLinears:
     moments = InputStatistics(x_TK.shape[1], x_TK.device)
     moments.add(x_TK)
     weight_NK = torch.randn(num_out, x_TK.shape[1], generator=torch.Generator().manual_seed(num_out))
     rows = torch.arange(x_TK.shape[1]) if row_K is None else row_K
-    return Reader(weight_NK, spec, moments.hessian_KK, moments.mean_abs_K, rows)
+    return ConsumerLinears(weight_NK, spec, moments.hessian_KK, moments.mean_abs_K, rows)
 
 
-def slow_search(x_TK: torch.Tensor, one: Reader) -> tuple[torch.Tensor, float]:
+def slow_search(x_TK: torch.Tensor, one: ConsumerLinears) -> tuple[torch.Tensor, float]:
     """Section 3.2 of the paper, candidate by candidate, on the tokens themselves."""
     mean_K = x_TK.abs().mean(0)
     grouped = one.weight_NK.view(one.weight_NK.shape[0], -1, one.spec.group_size).abs()
@@ -74,17 +83,17 @@ def slow_search(x_TK: torch.Tensor, one: Reader) -> tuple[torch.Tensor, float]:
 @pytest.mark.parametrize("spec", [SPEC, QuantSpec(bits=4, group_size=24, symmetric=False)])
 def test_search_equals_its_slow_form_on_the_tokens(spec):
     x_TK = inputs()
-    one = reader(x_TK, spec=spec)
+    one = consumer(x_TK, spec=spec)
     search = search_scale([one], 48, torch.float32)
     scale_K, error = slow_search(x_TK, one)
     assert torch.allclose(search.scale_R, scale_K, rtol=1e-5)
     assert search.loss == pytest.approx(error, rel=1e-3)
-    assert search.loss < 0.7 * search.plain_loss
+    assert search.loss < 0.7 * search.unscaled_loss
 
 
 def test_error_from_moments_is_the_error_of_the_outputs():
     x_TK, scale_K = inputs(), torch.rand(48) + 0.5
-    one = reader(x_TK)
+    one = consumer(x_TK)
     rounded = round_to_nearest(one.weight_NK * scale_K, SPEC, torch.float16).dequantize(torch.float32)
     expected = ((x_TK / scale_K) @ rounded.T - x_TK @ one.weight_NK.T).square().sum(1).mean().item()
     got = scaled_error(one.weight_NK.T.contiguous(), scale_K, one.hessian_KK, SPEC, torch.float16)
@@ -92,44 +101,46 @@ def test_error_from_moments_is_the_error_of_the_outputs():
 
 
 def test_columns_of_large_inputs_get_the_large_scales():
-    scale_K = search_scale([reader(inputs())], 48, torch.float32).scale_R
+    scale_K = search_scale([consumer(inputs())], 48, torch.float32).scale_R
     others = torch.ones(48, dtype=torch.bool)
     others[OUTLIERS] = False
     assert scale_K[OUTLIERS].min() > scale_K[others].max()
 
 
 def test_weights_already_on_the_grid_are_not_scaled():
-    one = reader(inputs())
+    one = consumer(inputs())
     exact_NK = round_to_nearest(one.weight_NK, SPEC, torch.float32).dequantize(torch.float32)
-    search = search_scale([Reader(exact_NK, SPEC, one.hessian_KK, one.mean_abs_K, one.row_K)], 48, torch.float32)
+    search = search_scale(
+        [ConsumerLinears(exact_NK, SPEC, one.hessian_KK, one.mean_abs_K, one.row_K)], 48, torch.float32
+    )
     assert torch.equal(search.scale_R, torch.ones(48))
-    assert search.loss == search.plain_loss < 1e-6
+    assert search.loss == search.unscaled_loss < 1e-6
 
 
 def test_rows_that_make_several_channels_scale_them_alike_and_unknown_channels_stay():
     row_K = torch.arange(48) % 16
     row_K[5] = -1
-    one = reader(inputs(), row_K=row_K)
+    one = consumer(inputs(), row_K=row_K)
     scales = list(candidate_scales([one], 20))
     assert len(scales) == 40
     assert all(torch.equal(scale_R[16:], torch.ones(4)) for scale_R in scales)
     expected = torch.stack([one.mean_abs_K[row_K == row].mean() for row in range(16)])
     ratio_R = scales[20][:16] / expected**0.5
     assert torch.allclose(ratio_R, ratio_R[0].expand(16))
-    assert one.scale_K(scales[20])[5] == 1
+    assert scale_of_channels(scales[20], row_K)[5] == 1
 
 
-def test_two_readers_of_one_input_are_one_matrix():
+def test_two_consumers_of_one_input_are_one_matrix():
     x_TK = inputs()
-    q, k = reader(x_TK, 24), reader(x_TK, 8)
-    both = Reader(torch.cat([q.weight_NK, k.weight_NK]), SPEC, q.hessian_KK, q.mean_abs_K, q.row_K)
+    q, k = consumer(x_TK, 24), consumer(x_TK, 8)
+    both = ConsumerLinears(torch.cat([q.weight_NK, k.weight_NK]), SPEC, q.hessian_KK, q.mean_abs_K, q.row_K)
     apart, together = search_scale([q, k], 48, torch.float32), search_scale([both], 48, torch.float32)
     assert torch.allclose(apart.scale_R, together.scale_R)
     assert apart.loss == pytest.approx(together.loss, rel=1e-5)
 
 
 def test_search_on_every_other_row_finds_nearly_what_all_rows_would():
-    one = reader(inputs(), num_out=2048)
+    one = consumer(inputs(), num_out=2048)
     search = search_scale([one], 48, torch.float32)
     whole = scaled_error(one.weight_NK.T.contiguous(), search.scale_R, one.hessian_KK, SPEC, torch.float32)
     assert search.loss == pytest.approx(whole, rel=0.1)
@@ -150,12 +161,12 @@ def test_norms_are_divided_exactly(offset):
     assert torch.allclose(exact_R[near].log(), scale_R[near].log(), atol=0.05)
 
 
-def test_targets_are_those_of_the_undivided_inputs():
+def test_corrections_with_scales_are_the_corrections_without():
     x_TK, residual_TR = inputs(), torch.randn(200, 24)
     original_TK = x_TK + 0.1 * torch.randn(200, 48)
     scale_K = torch.exp(torch.randn(48, generator=torch.Generator().manual_seed(1)))
     weight_KN = torch.randn(48, 24)
-    targets = []
+    corrected = []
     for divisor_K in (None, scale_K):
         t_K = torch.ones(48) if divisor_K is None else divisor_K
         scaled_KN = weight_KN * t_K[:, None]
@@ -163,10 +174,10 @@ def test_targets_are_those_of_the_undivided_inputs():
         moments.add(x_TK / t_K, original_TK, residual_TR)
         hessian_KK = moments.hessian_KK
         factor = factor_inverse(hessian_KK, column_order(hessian_KK), (0.05,), torch.float64, divisor_K)
-        change_KN, _ = correction(factor, moments.moments_KN(scaled_KN))
-        targets.append((scaled_KN + change_KN) / t_K[:, None])
-    assert torch.allclose(targets[0].float(), targets[1].float(), rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(targets[0].float(), weight_KN, atol=1e-2)
+        correction_KN, _ = fit_correction(factor, moments.moments_KN(scaled_KN))
+        corrected.append((scaled_KN + correction_KN) / t_K[:, None])
+    assert torch.allclose(corrected[0].float(), corrected[1].float(), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(corrected[0].float(), weight_KN, atol=1e-2)
 
 
 # --- the whole path --------------------------------------------------------------------------------------------------
@@ -174,7 +185,7 @@ def test_targets_are_those_of_the_undivided_inputs():
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A short file to calibrate on: reading a preset takes longer than the rest of a test."""
+    """A short calibration text: reading a preset takes longer than the rest of a test."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(topics["assignment"])
     return str(path)
@@ -187,7 +198,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
 
 
 def outlier_model(tiny_model, tmp_path: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A tiny model whose norms blow up a few channels, as those of real ones do."""
+    """A tiny model whose norms enlarge a few channels, like the norms of real models."""
     folder = tmp_path / "outliers"
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama", num_hidden_layers=3))
     with torch.no_grad():
@@ -203,19 +214,20 @@ def outlier_model(tiny_model, tmp_path: Path, dtype: torch.dtype = torch.float32
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_keeps_its_function_when_scales_are_folded(
     architecture, tiny_model, text, tmp_path, monkeypatch
 ):
-    def far_from_one(readers, num_rows, *_):
+    def far_from_one(consumers, num_rows, *_):
         used_R = torch.zeros(num_rows, dtype=torch.bool)
-        for one in readers:
+        for one in consumers:
             used_R[one.row_K[one.row_K >= 0]] = True
         scale_R = torch.exp2(2 * torch.rand(num_rows, generator=torch.Generator().manual_seed(num_rows)) - 1)
-        return Search(torch.where(used_R, scale_R, 1.0), 0.0, 1.0)
+        return ScaleSearchResult(torch.where(used_R, scale_R, 1.0), 0.0, 1.0)
 
-    monkeypatch.setattr(smoothing, "search_scale", far_from_one)
-    monkeypatch.setattr(smoothing.Smoother, "_error", lambda *_: next(errors))
+    monkeypatch.setattr(awq_scaling, "search_scale", far_from_one)
+    monkeypatch.setattr(awq_scaling.AwqScaler, "_output_error", lambda *_: next(errors))
     errors = iter(range(100))
     original = tiny_model(architecture)
     report = quantize(
@@ -224,8 +236,8 @@ def test_every_architecture_keeps_its_function_when_scales_are_folded(
         Recipe(method="awq+gptq", spec=QuantSpec(bits=8, group_size=32)),
         few(text),
     )
-    assert not report.incidents
-    assert not any("undone" in remark.what for remark in report.remarks)
+    assert not report.fallbacks
+    assert not any("undone" in note.what for note in report.notes)
     before, after = (load_file(path / "model.safetensors") for path in (original, tmp_path / "out"))
     norms_differ = any(not torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
     assert norms_differ == (architecture != "olmo2"), "which has no norm in front of a linear"
@@ -248,14 +260,14 @@ def test_awq_leaves_less_error_than_rtn_and_writes_the_folded_norms(tiny_model, 
 
 def test_scales_that_make_the_block_worse_are_undone(tiny_model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        smoothing,
+        awq_scaling,
         "search_scale",
-        lambda readers, num_rows, *_: Search(torch.logspace(-3, 3, num_rows), loss=0.0, plain_loss=1.0),
+        lambda consumers, num_rows, *_: ScaleSearchResult(torch.logspace(-3, 3, num_rows), loss=0.0, unscaled_loss=1.0),
     )
     original = tiny_model("llama")
     recipe = Recipe(method="awq", spec=QuantSpec(group_size=32))
     report = quantize(original, tmp_path / "out", recipe, few(text))
-    assert [remark.where for remark in report.remarks if "undone" in remark.what] == [
+    assert [note.where for note in report.notes if "undone" in note.what] == [
         "model.layers.0",
         "model.layers.1",
     ]
@@ -270,21 +282,22 @@ def test_inputs_that_cannot_be_scaled_are_listed(tiny_model, text, tmp_path):
         Recipe(method="awq", spec=QuantSpec(group_size=32)),
         few(text),
     )
-    assert not report.incidents
-    left = [remark.where for remark in report.remarks if "not scaled" in remark.what]
-    assert left == ["transformer.h.0.mlp.dense_4h_to_h", "transformer.h.1.mlp.dense_4h_to_h"]
+    assert not report.fallbacks
+    unscaled = [note.where for note in report.notes if "not scaled" in note.what]
+    assert unscaled == ["transformer.h.0.mlp.dense_4h_to_h", "transformer.h.1.mlp.dense_4h_to_h"]
 
 
+@pytest.mark.slow
 def test_a_run_with_folds_is_continued_to_the_same_bytes(tiny_model, text, tmp_path, monkeypatch):
     original = outlier_model(tiny_model, tmp_path, torch.bfloat16)
     recipe = Recipe(method="awq+gptq", spec=QuantSpec(group_size=32))
     probed = []
 
-    def find_folds(bench):
-        probed.append(bench.parameters["input_layernorm.weight"])
-        return folding.find_folds(bench)
+    def find_folds(probe):
+        probed.append(probe.parameters["input_layernorm.weight"])
+        return scale_folding.find_folds(probe)
 
-    monkeypatch.setattr(smoothing, "find_folds", find_folds)
+    monkeypatch.setattr(awq_scaling, "find_folds", find_folds)
     whole = quantize(original, tmp_path / "whole", recipe, few(text))
     before, after = (load_file(path / "model.safetensors") for path in (original, tmp_path / "whole"))
     assert any(not torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
@@ -292,16 +305,16 @@ def test_a_run_with_folds_is_continued_to_the_same_bytes(tiny_model, text, tmp_p
     class Died(Exception):
         pass
 
-    def die_in_block_two(index, total, step, error):
-        if index == 2:
+    def die_in_block_two(progress):
+        if progress.done == 2:
             raise Died
 
     with pytest.raises(Died):
-        quantize(original, tmp_path / "out", recipe, few(text), on_step=die_in_block_two)
+        quantize(original, tmp_path / "out", recipe, few(text), on_progress=die_in_block_two)
     continued = quantize(original, tmp_path / "out", recipe, few(text))
     assert_same_bytes(tmp_path / "whole", tmp_path / "out")
     assert continued.linears == whole.linears
-    assert continued.remarks == whole.remarks
-    # A block may show less than another (a ReLU that nothing opens), so all three runs must have probed the same one.
+    assert continued.notes == whole.notes
+    # One block may show fewer folds than another (a ReLU that no token opens), so all runs must probe the same one.
     assert len(probed) == 3
     assert all(torch.equal(norm, before["model.layers.0.input_layernorm.weight"].float()) for norm in probed)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import llmquant
 from llmquant.checkpoints.manifest import read_manifest
-from llmquant.console.progress import PHASES
-from llmquant.pipeline.report import read_report
+from llmquant.progress import Phase
+from llmquant.report.schema import read_report
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FEW = ("--calibration", "python-docs", "--samples", "4", "--seq-len", "32", "--group-size", "32")
@@ -38,7 +38,7 @@ def only_pickle(model: Path) -> None:
 
 
 def into_shards(model: Path) -> None:
-    """The checkpoint in two files with an index."""
+    """Split the checkpoint into two files with an index."""
     tensors = load_file(model / WEIGHTS)
     names = sorted(tensors)
     weight_map = {}
@@ -76,8 +76,8 @@ def with_value(name: str, value: float) -> Callable[[Path], None]:
 
 
 def already_quantized(model: Path) -> None:
-    said = {"quant_method": "awq", "bits": 4, "group_size": 128}
-    edit_json(model / "config.json", lambda config: config.update(quantization_config=said))
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    edit_json(model / "config.json", lambda config: config.update(quantization_config=quantization))
     tensors = load_file(model / WEIGHTS)
     tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(64, 12, dtype=torch.int32)
     save_file(tensors, model / WEIGHTS, metadata={"format": "pt"})
@@ -125,7 +125,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "already quantized": (already_quantized, (), "already quantized (quant_method 'awq')"),
     "unknown data set": (nothing, ("--calibration", "nonesuch"), "nonesuch: not a known data set and no such file"),
     "missing text": (nothing, ("--calibration", "no/such.txt"), "no/such.txt: no such file"),
-    "text too short": (nothing, ("--samples", "1000000"), "and 1000000 are asked for; give a longer text"),
+    "text too short": (nothing, ("--samples", "1000000"), "and 1000000 are requested; give a longer text"),
     "no samples": (nothing, ("--samples", "0"), "samples 0: at least 1 is needed"),
     "seq-len above the model's": (nothing, ("--seq-len", "257"), "seq_len 257: the model takes 256 tokens at most"),
     "no seq-len": (nothing, ("--seq-len", "0"), "seq_len 0: at least 1 token is needed; use --seq-len 256"),
@@ -157,7 +157,7 @@ ONLY_WITH_WEIGHTS = {case for case in DAMAGES if "NaN" in case or "inf " in case
 
 @pytest.fixture
 def folder(tiny_model, tmp_path) -> Path:
-    """A folder with a whole checkpoint called model, and nothing else."""
+    """A folder that holds only an intact checkpoint, in the folder `model`."""
     shutil.copytree(tiny_model("llama"), tmp_path / "model")
     return tmp_path
 
@@ -165,7 +165,11 @@ def folder(tiny_model, tmp_path) -> Path:
 def refused(code: int, streams: tuple[str, str], message: str) -> None:
     out, error = streams
     progress = ("block ", "calibration text: ")
-    lines = [line for line in error.splitlines() if line not in PHASES and not line.startswith(progress)]
+    lines = [
+        line
+        for line in error.splitlines()
+        if line not in {phase.value for phase in Phase} and not line.startswith(progress)
+    ]
     assert code == 2, error
     assert out == ""
     assert len(lines) == 1, error
@@ -174,6 +178,7 @@ def refused(code: int, streams: tuple[str, str], message: str) -> None:
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGES)
 def test_bad_input_is_one_line_and_leaves_nothing(case, folder, monkeypatch, capsys):
     damage, options, message = DAMAGES[case]
@@ -185,18 +190,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, folder, monkeypatch, cap
     assert sorted(file.name for file in folder.iterdir()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(DAMAGES.keys() - ONLY_WITH_WEIGHTS))
-def test_dry_run_refuses_the_same_in_the_same_words(case, folder, monkeypatch, capsys):
+def test_dry_run_refuses_the_same_input_with_the_same_message(case, folder, monkeypatch, capsys):
     damage, options, message = DAMAGES[case]
     damage(folder / "model")
     monkeypatch.chdir(folder)
-    said = []
+    errors = []
     for dry in ((), ("--dry-run",)):
         code = command(monkeypatch, "quantize", folder / "model", folder / "out", *FEW, *options, *dry, "--quiet")
         assert code == 2
-        said.append(capsys.readouterr().err)
-    assert said[0] == said[1]
-    assert message in said[1]
+        errors.append(capsys.readouterr().err)
+    assert errors[0] == errors[1]
+    assert message in errors[1]
 
 
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
@@ -231,7 +237,8 @@ def test_a_disk_that_is_too_small_is_refused(dry, folder, monkeypatch, capsys):
     assert sorted(file.name for file in folder.iterdir()) == ["model"]
 
 
-def test_a_disk_that_fills_keeps_what_is_done_for_the_next_run(folder, monkeypatch, capsys):
+@pytest.mark.slow
+def test_finished_blocks_are_kept_for_the_next_run_if_the_disk_fills(folder, monkeypatch, capsys):
     from llmquant.checkpoints import writer
 
     write, calls = writer.write_atomically, []
@@ -253,14 +260,15 @@ def test_a_disk_that_fills_keeps_what_is_done_for_the_next_run(folder, monkeypat
     assert sorted(file.name for file in folder.iterdir()) == ["model", "out"]
 
 
-def test_a_damaged_weight_says_that_the_work_on_it_is_gone(folder, monkeypatch, capsys):
+def test_error_about_a_damaged_weight_says_that_the_partial_output_is_removed(folder, monkeypatch, capsys):
     with_value(UP_1, float("nan"))(folder / "model")
     assert command(monkeypatch, "quantize", folder / "model", folder / "out", *FEW) == 2
-    assert "(what this run had made of it is removed)" in capsys.readouterr().err
+    assert "(the output of this run is removed)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["no such path", "only a pickle", "NaN in a linear", "unknown bits"])
-def test_bad_input_in_a_process_of_its_own(case, folder):
+def test_bad_input_in_a_separate_process(case, folder):
     damage, options, message = DAMAGES[case]
     damage(folder / "model")
     before = sorted(file.name for file in folder.iterdir())
@@ -287,13 +295,16 @@ def test_bad_input_in_a_process_of_its_own(case, folder):
         (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "256"], "use --max-new-tokens 255 or less"),
         (["generate", "MODEL", "--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens 0: must be at least 1"),
         (["generate", "MODEL", "--prompt", "x", "--temperature", "-1"], "temperature -1.0: must not be negative"),
-        (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p 2.0: must lie between 0 and 1"),
+        (["generate", "MODEL", "--prompt", "x", "--top-p", "2"], "top_p 2.0: must be above 0 and at most 1"),
         (["generate", "MODEL", "--prompt", "x", "--top-k", "0"], "top_k 0: must be at least 1"),
-        (["generate", "MODEL", "--prompt", "x", "--greedy", "--top-k", "3"], "do not go with --greedy"),
-        (["generate", "MODEL", "--prompt", "x", "--backend", "torch"], "is not quantized, its linears are torch's"),
+        (
+            ["generate", "MODEL", "--prompt", "x", "--greedy", "--top-k", "3"],
+            "greedy: does not sample; omit --greedy, or omit --temperature",
+        ),
+        (["generate", "MODEL", "--prompt", "x", "--backend", "torch"], "is not quantized, so PyTorch runs its linears"),
         (["generate", "MODEL", "--prompt", "x", "--batch-size", "0"], "batch_size 0: must be at least 1"),
         (["inspect", "no/such"], "no/such: no such folder"),
-        (["inspect", "MODEL", "--backends"], "is not quantized, its linears are torch's"),
+        (["inspect", "MODEL", "--backends"], "is not quantized, so PyTorch runs its linears"),
         (["verify", "MODEL"], "no llmquant.json; only checkpoints that llmquant wrote can be verified"),
     ],
 )
@@ -325,7 +336,7 @@ def test_values_of_another_type_in_config_json_are_one_line(fields, message, tin
 def test_folder_that_may_not_be_read_is_one_line(arguments, tmp_path, monkeypatch, capsys):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    # Permissions do not bind the user that runs the tests, if that is root.
+    # Permissions do not apply if root runs the tests.
     monkeypatch.setattr("llmquant.paths.os.access", lambda path, mode: Path(path).name != "model")
     code = command(monkeypatch, *arguments.replace("MODEL", "model").split())
     refused(code, capsys.readouterr(), "model: may not be read; check its permissions")

@@ -14,7 +14,7 @@ import llmquant
 from llmquant.console.bench import plot_bench, print_bench
 from llmquant.kernels.dispatch import BACKENDS
 from llmquant.runtime import explain
-from llmquant.runtime.bench import Bench, Run, Workload, held_bytes
+from llmquant.runtime.bench import BenchmarkResult, BenchmarkRun, Workload, memory_footprint_bytes
 
 SHORT = ("--prompt-tokens", "8", "--new-tokens", "3", "--repeats", "1", "--device", "cpu", "--quiet")
 
@@ -27,26 +27,25 @@ def small(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_bench_runs_every_kernel_that_takes_the_linears_and_the_original(
-    small: Path, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_bench_runs_every_usable_kernel_and_the_original(small, tiny_model, tmp_path, monkeypatch, capsys):
     original, plot = tiny_model("llama", dtype=torch.bfloat16), tmp_path / "bench.svg"
     arguments = ["bench", small, "--against", original, "--backend", "all", "--plot", plot, "--json", *SHORT]
     assert command(monkeypatch, *arguments) == 0
-    told = json.loads(capsys.readouterr().out)
+    result = json.loads(capsys.readouterr().out)
     choice = next(iter(explain.explain_backends(small, device="cpu").values()))
-    taking = [name for name in BACKENDS if name not in choice.refusals]
-    assert [run["kernel"] for run in told["runs"]] == [*taking, "dense"]
-    assert told["runs"][-1]["decode_speedup"] == told["runs"][-1]["prefill_speedup"] == 1
-    first, base = told["runs"][0], told["runs"][-1]
+    usable = [name for name in BACKENDS if name not in choice.refusals]
+    assert [run["kernel"] for run in result["runs"]] == [*usable, "dense"]
+    assert result["runs"][-1]["decode_speedup"] == result["runs"][-1]["prefill_speedup"] == 1
+    first, base = result["runs"][0], result["runs"][-1]
     ratio = first["decode_tokens_per_second"] / base["decode_tokens_per_second"]
     assert first["decode_speedup"] == pytest.approx(ratio)
-    assert base["weight_bytes"] == held_bytes(llmquant.load(original, device="cpu"))
+    assert base["weight_bytes"] == memory_footprint_bytes(llmquant.load(original, device="cpu"))
     assert plot.read_text().startswith("<?xml")
 
 
-def two_runs() -> Bench:
-    run = Run(
+def example_result() -> BenchmarkResult:
+    run = BenchmarkRun(
         model="folder/small",
         kernel="cpu",
         load_seconds=1.25,
@@ -55,16 +54,20 @@ def two_runs() -> Bench:
         prefill_tokens_per_second=240.0,
         decode_tokens_per_second=66.0,
     )
-    base = Run(**vars(run) | {"kernel": "dense", "prefill_tokens_per_second": 160.0, "decode_tokens_per_second": 30.0})
-    return Bench(runs=(run, base), against="original", workload=Workload(), device="a CPU", dtype="bfloat16", torch="2")
+    base = BenchmarkRun(
+        **vars(run) | {"kernel": "dense", "prefill_tokens_per_second": 160.0, "decode_tokens_per_second": 30.0}
+    )
+    return BenchmarkResult(
+        runs=(run, base), against="original", workload=Workload(), device="a CPU", dtype="bfloat16", torch="2"
+    )
 
 
-def test_table_and_plot_say_how_many_times_as_fast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_bench(two_runs())
+def test_table_and_plot_show_the_speedup(tmp_path, capsys):
+    print_bench(example_result())
     printed = " ".join(capsys.readouterr().out.split())
     assert "66.0 (2.20x)" in printed and "240.0 (1.50x)" in printed and "233 MB" in printed
     for name in ("a.svg", "b.svg"):
-        plot_bench(two_runs(), tmp_path / name)
+        plot_bench(example_result(), tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
@@ -77,36 +80,34 @@ def test_table_and_plot_say_how_many_times_as_fast(tmp_path: Path, capsys: pytes
         (["bench", "SMALL", "--prompt-tokens", "999"], "and the model's context is 256"),
         (["bench", "SMALL", "--backend", "nonesuch"], "backend 'nonesuch'"),
         (["tune", "SMALL", "--device", "cpu"], "runs on NVIDIA GPUs, not on cpu"),
-        (["generate", "SMALL", "--prompt", "x", "--device", "cpu", "--compile"], "compile: is for GPUs"),
+        (["generate", "SMALL", "--prompt", "x", "--device", "cpu", "--compile"], "compile: needs a GPU"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(
-    arguments: list[str],
-    message: str,
-    small: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_user_errors_are_reported_in_one_line(
+    arguments,
+    message,
+    small,
+    monkeypatch,
+    capsys,
+):
     assert command(monkeypatch, *[small if word == "SMALL" else word for word in arguments]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("llmquant: "))
     assert message in line
 
 
-def test_tune_measures_every_shape_once(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With a stand-in for the GPU."""
+def test_tune_measures_every_shape_once(small, tmp_path, monkeypatch, capsys):
+    """The GPU measurement is replaced by a stub."""
     tuned = []
 
-    def tune(layers: list, dtype: torch.dtype, device: torch.device, *, path: Path | None, report: Any) -> Path:
-        tuned.extend(layers)
+    def tune_tiles(shapes: list, dtype: torch.dtype, device: torch.device, *, path: Path | None, report: Any) -> Path:
+        tuned.extend(shapes)
         report("a line")
         return path or tmp_path / "default.json"
 
-    monkeypatch.setattr(explain, "tune", tune)
+    monkeypatch.setattr(explain, "tune_tiles", tune_tiles)
     monkeypatch.setattr(explain, "BACKENDS", {"triton": BACKENDS["torch"]})
     assert command(monkeypatch, "tune", small, "--device", "cpu", "--out", tmp_path / "table.json") == 0
     streams = capsys.readouterr()
     assert streams.out == f"{tmp_path / 'table.json'}\n" and "a line" in streams.err
-    shapes = {(64, 64), (32, 64), (96, 64), (64, 96)}
-    assert {(layer.out_features, layer.in_features) for layer in tuned} == shapes and len(tuned) == len(shapes)
+    sizes = {(64, 64), (32, 64), (96, 64), (64, 96)}
+    assert {(shape.out_features, shape.in_features) for shape in tuned} == sizes and len(tuned) == len(sizes)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from llmquant.errors import UserError
-from llmquant.models.blocks import find_blocks, is_linear, routers_of, run_own
+from llmquant.models.blocks import find_blocks, is_linear, routers_of, run_model_code
 from llmquant.pipeline.quantize import dry_run
 from llmquant.spec import Options, QuantSpec, Recipe
 
@@ -59,7 +59,7 @@ class Factored(nn.Linear):
 
 
 class Plain(nn.Linear):
-    """Only its class is another one."""
+    """A subclass that changes nothing."""
 
 
 def changed_instance() -> nn.Linear:
@@ -80,7 +80,7 @@ def parametrized() -> nn.Linear:
 
 
 @pytest.mark.parametrize(
-    ("module", "right"),
+    ("module", "expected"),
     [
         (nn.Linear(8, 4), True),
         (nn.Linear(8, 4, bias=False, device="meta"), True),
@@ -103,10 +103,10 @@ def parametrized() -> nn.Linear:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_linear_is_what_computes_a_linear_and_nothing_else(module, right):
-    assert is_linear(module) is right
-    with torch.device("meta"):  # as where transformers builds models
-        assert is_linear(module) is right
+def test_is_linear_only_if_the_module_computes_a_linear_and_nothing_else(module, expected):
+    assert is_linear(module) is expected
+    with torch.device("meta"):  # as when transformers builds models
+        assert is_linear(module) is expected
 
 
 def layer(**children: nn.Module) -> nn.Module:
@@ -127,7 +127,7 @@ def expert() -> nn.Module:
     return layer(up=nn.Linear(8, 16), down=nn.Linear(16, 8))
 
 
-def test_routers_and_gates_beside_experts_are_found():
+def test_routers_and_gates_next_to_experts_are_found():
     block = layer(
         attention=layer(q=nn.Linear(8, 8), k=nn.Linear(8, 4), o=nn.Linear(8, 8)),
         mlp=layer(
@@ -146,12 +146,12 @@ def test_router_of_a_list_of_experts_is_found():
     assert routers_of(block).keys() == {"mlp.gate"}
 
 
-def test_router_is_found_by_its_name_where_its_outputs_are_not_the_experts():
+def test_router_is_found_by_its_name_if_its_outputs_are_not_the_experts():
     block = layer(mlp=layer(router_gate=nn.Linear(8, 6), up=nn.Linear(8, 16)))
     assert routers_of(block).keys() == {"mlp.router_gate"}
 
 
-def test_linears_without_experts_are_no_routers():
+def test_linears_without_experts_are_not_routers():
     block = layer(
         attention=layer(k=nn.Linear(8, 4), relative=layer(q=nn.Linear(8, 4))),
         convolution=nn.Conv1d(4, 4, 3),
@@ -192,19 +192,19 @@ class Network(nn.Module):
         return self.decoder
 
 
-def test_blocks_are_looked_for_below_the_text_decoder():
+def test_blocks_are_searched_below_the_text_decoder():
     tower = layer(layers=listed(*(TowerBlock(64) for _ in range(4))))
     model = Network(layer(layers=listed(Block(), Block())), tower=tower)
     assert find_blocks(model) == ("decoder.layers", ["decoder.layers.0", "decoder.layers.1"])
 
 
-def test_tower_inside_the_decoder_is_not_its_blocks():
+def test_vision_tower_inside_the_decoder_is_not_its_list_of_blocks():
     tower = layer(layers=listed(TowerBlock()))
     model = Network(layer(layers=listed(Block(), Block()), image=layer(tower=tower)))
     assert find_blocks(model)[0] == "decoder.layers"
 
 
-def test_list_of_plain_linears_is_no_list_of_blocks():
+def test_list_of_plain_linears_is_not_a_list_of_blocks():
     model = Network(layer(layers=listed(Block(), Block()), projections=listed(nn.Linear(64, 64))))
     assert find_blocks(model)[0] == "decoder.layers"
 
@@ -225,7 +225,7 @@ def test_list_of_plain_linears_is_no_list_of_blocks():
         (layer(layers=nn.ModuleDict({"0": Block()})), "no list of decoder blocks"),
     ],
 )
-def test_blocks_that_cannot_be_walked_are_refused_by_name(decoder, message):
+def test_blocks_that_cannot_run_in_order_are_refused_by_name(decoder, message):
     with pytest.raises(UserError, match=message):
         find_blocks(Network(decoder))
 
@@ -255,18 +255,18 @@ def test_blocks_that_cannot_be_walked_are_refused_by_name(decoder, message):
         ),
     ],
 )
-def test_models_that_cannot_be_quantized_are_refused_in_the_plan(small_model, tmp_path, model_type, values, message):
+def test_models_that_cannot_be_quantized_are_refused_by_a_dry_run(small_model, tmp_path, model_type, values, message):
     with pytest.raises(UserError, match=message):
         dry_run(small_model(model_type, **values), tmp_path / "out", ROUND)
 
 
-def test_architecture_that_transformers_itself_names_is_a_language_model(small_model, tmp_path):
+def test_architecture_name_that_transformers_writes_is_accepted_as_a_language_model(small_model, tmp_path):
     model = small_model("bert-generation", is_decoder=True)
     assert json.loads((model / "config.json").read_text())["architectures"] == ["BertGenerationDecoder"]
     assert dry_run(model, tmp_path / "out", ROUND).quantized
 
 
-def test_model_without_a_bound_on_positions_takes_any_seq_len(small_model, tmp_path):
+def test_model_without_a_bound_on_positions_accepts_any_seq_len(small_model, tmp_path):
     model = small_model("xlnet", max_position_embeddings=None, d_inner=128, d_head=16)
     plan = dry_run(model, tmp_path / "out", Recipe(spec=QuantSpec(group_size=32)), Options(calibration="python-docs"))
     assert plan.config.max_position_embeddings == -1 and plan.options.seq_len > 1
@@ -275,16 +275,16 @@ def test_model_without_a_bound_on_positions_takes_any_seq_len(small_model, tmp_p
 # --- a forward pass that fails ---------------------------------------------------------------------------------------
 
 
-def test_error_of_the_models_own_code_is_a_user_error():
+def test_error_in_the_models_code_becomes_a_user_error():
     with pytest.raises(UserError, match=r"Linear: the model's own forward pass fails \(RuntimeError: ") as caught:
-        run_own(nn.Linear(2, 2), lambda: nn.Linear(2, 2)(torch.ones(3)))
+        run_model_code(nn.Linear(2, 2), lambda: nn.Linear(2, 2)(torch.ones(3)))
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_error_of_a_hook_of_ours_is_no_user_error():
+def test_error_in_a_hook_of_llmquant_does_not_become_a_user_error():
     module = nn.Linear(2, 2)
-    ours = {"__name__": "llmquant.models.walk"}
-    exec("def hook(module, args):\n    raise KeyError('ours')", ours)
-    module.register_forward_pre_hook(ours["hook"])
+    llmquant_globals = {"__name__": "llmquant.models.blockwise_forward"}
+    exec("def hook(module, args):\n    raise KeyError('hook')", llmquant_globals)
+    module.register_forward_pre_hook(llmquant_globals["hook"])
     with pytest.raises(KeyError):
-        run_own(module, lambda: module(torch.ones(2)))
+        run_model_code(module, lambda: module(torch.ones(2)))

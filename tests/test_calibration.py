@@ -1,4 +1,4 @@
-"""The draw of calibration tokens and the account of it."""
+"""The draw of calibration tokens, and its summary."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import torch
 from tiny_models import BOS, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-import llmquant.pipeline.calibration as calibration
+import llmquant.data.calibration as calibration
+from llmquant.data.calibration import calibration_tokens, preview_calibration
+from llmquant.data.sources import PYTHON_DOCS, TextRows
 from llmquant.errors import UserError
-from llmquant.pipeline.calibration import calibration_tokens, preview
-from llmquant.textdata import PYTHON_DOCS, TextRows
 
 
 @pytest.fixture
@@ -41,11 +41,11 @@ def test_seed_decides_the_draw(text_file):
     assert not torch.equal(draw(0), draw(1))
 
 
-def test_audit_accounts_for_every_token_and_row(text_file):
+def test_summary_counts_every_token_and_row(text_file):
     tokenizer = tiny_tokenizer()
-    audit = calibration_tokens(tokenizer, text_file, num_samples=10, seq_len=32).audit()
+    summary = calibration_tokens(tokenizer, text_file, num_samples=10, seq_len=32).summary()
     num_tokens = len(tokenizer(Path(text_file).read_text())["input_ids"])
-    assert json.loads(json.dumps(audit)) == {
+    assert json.loads(json.dumps(summary)) == {
         "source": text_file,
         "seed": 0,
         "num_samples": 10,
@@ -57,8 +57,8 @@ def test_audit_accounts_for_every_token_and_row(text_file):
         "num_tokens_used": 320,
         "num_windows_available": num_tokens // 32,
         "num_tokens_left_over": num_tokens % 32,
-        "incidents": [],
-        "remarks": [],
+        "fallbacks": [],
+        "notes": [],
     }
 
 
@@ -75,61 +75,61 @@ def test_every_sample_starts_as_the_tokenizer_starts_a_text(text_file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 5000}, r"text\.txt: \d+ tokens make \d+ samples of 32, and 5000 are asked for.*--samples \d+"),
+        ({"num_samples": 5000}, r"text\.txt: \d+ tokens make \d+ samples of 32, and 5000 are requested.*--samples \d+"),
         ({"seq_len": 100_000}, "make 0 samples of 100000"),
         ({"num_samples": 0}, "samples 0: at least 1"),
         ({"seq_len": 0}, "seq_len 0: no room for text"),
     ],
 )
-def test_too_much_to_ask_is_refused(text_file, options, message):
+def test_calibration_that_a_text_cannot_give_is_refused(text_file, options, message):
     with pytest.raises(UserError, match=message):
         calibration_tokens(tiny_tokenizer(), text_file, **{"num_samples": 10, "seq_len": 32} | options)
 
 
-def test_auto_reads_the_broad_preset_where_there_is_a_hub(monkeypatch):
-    asked = []
+def test_auto_reads_c4_if_the_hub_can_be_reached(monkeypatch):
+    requested = []
 
     def load_rows(source, split):
-        asked.append((source, split))
+        requested.append((source, split))
         return TextRows(source=source, rows=["some words"] * 50, joiner=" ")
 
     monkeypatch.setattr(calibration, "load_rows", load_rows)
     drawn = calibration_tokens(tiny_tokenizer(), num_samples=2, seq_len=16)
-    assert asked == [("c4", "train")]
-    assert (drawn.source, drawn.incidents) == ("c4", ())
+    assert requested == [("c4", "train")]
+    assert (drawn.source, drawn.fallbacks) == ("c4", ())
 
 
-def remarks_on(tmp_path, text, tokenizer=None, name="text.txt"):
+def notes_on(tmp_path, text, tokenizer=None, name="text.txt"):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    return calibration_tokens(tokenizer or tiny_tokenizer(), str(tmp_path / name), num_samples=2, seq_len=16).remarks
+    return calibration_tokens(tokenizer or tiny_tokenizer(), str(tmp_path / name), num_samples=2, seq_len=16).notes
 
 
-def test_text_that_is_unlike_language_is_remarked_on(tmp_path):
-    assert remarks_on(tmp_path, "".join(f"x{number} = {number} ** 2\n" for number in range(100))) == ()
-    assert remarks_on(tmp_path, "the same words again\n" * 50) == (
-        "98% of the text are rows that repeat an earlier one; a more varied text calibrates better",
+def test_text_that_is_unlike_language_gives_a_note(tmp_path):
+    assert notes_on(tmp_path, "".join(f"x{number} = {number} ** 2\n" for number in range(100))) == ()
+    assert notes_on(tmp_path, "the same words again\n" * 50) == (
+        "98% of the text is in rows that repeat an earlier row; a more varied text calibrates better",
     )
-    (tokens_per_character,) = remarks_on(tmp_path, "従来の言葉" * 50)
+    (tokens_per_character,) = notes_on(tmp_path, "従来の言葉" * 50)
     assert tokens_per_character.startswith("3.0 tokens per character: the tokenizer hardly knows this script")
     tokenizer = tiny_tokenizer()
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(tokenizer("q")["input_ids"][0])
-    (unknown,) = remarks_on(tmp_path, "qqqx" * 50, tokenizer)
+    (unknown,) = notes_on(tmp_path, "qqqx" * 50, tokenizer)
     assert unknown == "75% of the tokens are q: the tokenizer does not know this script"
     lines = "".join(json.dumps({"text": f"row {number}, cut \ud83d"}) + "\n" for number in range(50))
-    (replaced,) = remarks_on(tmp_path, lines, name="rows.jsonl")
+    (replaced,) = notes_on(tmp_path, lines, name="rows.jsonl")
     assert replaced.endswith("read as U+FFFD: 50")
 
 
-def test_preview_is_the_account_of_the_draw(text_file):
-    account, tokens_SL = preview(tiny_tokenizer(), text_file, 10, 32, 3)
+def test_preview_is_the_summary_of_the_draw(text_file):
+    summary, tokens_SL = preview_calibration(tiny_tokenizer(), text_file, 10, 32, 3)
     drawn = calibration_tokens(tiny_tokenizer(), text_file, 10, 32, 3)
-    assert account == drawn.audit()
+    assert summary == drawn.summary()
     assert torch.equal(tokens_SL, drawn.tokens_SL)
 
 
-def test_auto_without_a_hub_falls_back_and_says_so():
+def test_auto_without_a_hub_falls_back_to_the_python_docs():
     drawn = calibration_tokens(tiny_tokenizer(), num_samples=128, seq_len=512)
     assert drawn.source == PYTHON_DOCS
-    (incident,) = drawn.incidents
-    assert incident.startswith("calibrated on python-docs, because c4 cannot be read")
-    assert drawn.audit()["incidents"] == [incident]
+    (fallback,) = drawn.fallbacks
+    assert fallback.startswith("calibrated on python-docs, because c4 cannot be read")
+    assert drawn.summary()["fallbacks"] == [fallback]

@@ -1,4 +1,4 @@
-"""scripts/check_pins: each failed resolution becomes one line that names the cause; no network."""
+"""scripts/dev/check_pins.py without a network: the error lines, the environment markers and the pins themselves."""
 
 import os
 import runpy
@@ -7,7 +7,7 @@ import sys
 import pytest
 from paths import ROOT
 
-check_pins = runpy.run_path(str(ROOT / "scripts" / "check_pins"))
+check_pins = runpy.run_path(str(ROOT / "scripts/dev/check_pins.py"))
 
 CONTRADICTION = """\
 Collecting torch>=2.8
@@ -41,21 +41,21 @@ ERROR: No matching distribution found for numpy==2.4.6
         ("Killed\n", "pip failed: Killed"),
     ],
 )
-def test_a_failed_resolution_is_one_line_that_names_the_cause(output, line):
+def test_conflict_returns_one_line_with_the_cause(output, line):
     assert check_pins["conflict"](output) == line
 
 
-def test_markers_of_this_machine_are_those_of_its_combination():
+def test_marker_environment_equals_that_of_this_machine():
     if sys.platform != "linux":
-        pytest.skip("compares the variables of Linux")
+        pytest.skip("compares the markers of Linux")
     from packaging.markers import default_environment
 
     here = default_environment()
     there = check_pins["marker_environment"](here["python_version"], f"Linux {os.uname().machine}")
-    described = {"platform_release", "platform_version", "python_full_version", "implementation_version"}
+    depend_on_the_release = {"platform_release", "platform_version", "python_full_version", "implementation_version"}
     assert there.keys() == here.keys()
-    assert {name: there[name] for name in there.keys() - described} == {
-        name: here[name] for name in here.keys() - described
+    assert {name: there[name] for name in there.keys() - depend_on_the_release} == {
+        name: here[name] for name in here.keys() - depend_on_the_release
     }
 
 

@@ -1,4 +1,4 @@
-"""What is read is what lies there, and what cannot be read is named."""
+"""Tensors are read exactly as stored, and a file that cannot be read is named."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_parts import REQUEST, write_checkpoint
-from hostile_files import SHARDS, edit_json, edit_tensor, good_checkpoint, write_json
+from malformed_files import SHARDS, edit_json, edit_tensor, good_checkpoint, write_json
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmquant.checkpoints import reader as reader_module
-from llmquant.checkpoints.header import DTYPES
+from llmquant.checkpoints.header import SAFETENSORS_DTYPES
 from llmquant.checkpoints.quantized import (
     find_quantized_modules,
     parsed_quantization,
@@ -32,9 +31,10 @@ from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
 
-def test_every_dtype_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+def test_every_dtype_is_read_as_the_safetensors_library_reads_it(tmp_path):
     tensors = {
-        name: torch.zeros(2, 3).to(dtype) if dtype == torch.bool else _filled(dtype) for name, dtype in DTYPES.items()
+        name: torch.zeros(2, 3).to(dtype) if dtype == torch.bool else _filled(dtype)
+        for name, dtype in SAFETENSORS_DTYPES.items()
     }
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
@@ -53,8 +53,8 @@ def _filled(dtype: torch.dtype) -> Tensor:
     return torch.arange(6 * dtype.itemsize, dtype=torch.uint8).view(dtype).reshape(2, 3)
 
 
-def test_reading_does_not_count_the_file(tmp_path: Path) -> None:
-    """Reads a 64 MiB file tensor by tensor in a fresh process and asks how much more it held at its peak."""
+def test_reading_does_not_map_the_file_into_memory(tmp_path):
+    """Read a 64 MiB file tensor by tensor in a new process, and check its peak memory."""
     save_file({f"t{i}": torch.zeros(2**20, dtype=torch.float32) for i in range(16)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     script = (
@@ -70,7 +70,7 @@ def test_reading_does_not_count_the_file(tmp_path: Path) -> None:
     assert int(result.stdout) < 12 * 1024  # KiB
 
 
-def test_a_hub_cache_of_links_is_read(tmp_path: Path) -> None:
+def test_the_links_of_a_hub_cache_are_followed(tmp_path):
     repository = tmp_path / "models--someone--tiny"
     snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
     snapshot.mkdir(parents=True)
@@ -82,7 +82,7 @@ def test_a_hub_cache_of_links_is_read(tmp_path: Path) -> None:
     assert CheckpointReader(snapshot).read("a").tolist() == [1, 1]
 
 
-def test_file_hashes_identify_the_inputs(tmp_path: Path) -> None:
+def test_file_hashes_identify_the_inputs(tmp_path):
     write_checkpoint(tmp_path / "out")
     reader = CheckpointReader(tmp_path / "out")
     assert reader.file_hashes() == {
@@ -99,7 +99,7 @@ def test_file_hashes_identify_the_inputs(tmp_path: Path) -> None:
     # AWQ's configuration cannot say symmetric.
     [(name, symmetric) for name in FORMATS for symmetric in (True, False) if (name, symmetric) != ("awq", True)],
 )
-def test_quantized_modules_are_found_and_read(tmp_path: Path, name: str, symmetric: bool) -> None:
+def test_quantized_modules_are_found_and_read(tmp_path, name, symmetric):
     format, spec = FORMATS[name], QuantSpec(bits=4, group_size=16, symmetric=symmetric)
     weights = {f"layers.{i}.up": _random_weight(spec, 32, 48 + 16 * i) for i in range(2)}
     with PartialCheckpoint.open(tmp_path / "out", REQUEST) as partial:
@@ -132,28 +132,28 @@ def _random_weight(spec: QuantSpec, out_features: int, in_features: int) -> Quan
     )
 
 
-# --- what cannot be read ---------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [("nothing", "nothing: no such folder"), ("file", "file: a file; give the folder"), ("folder", "no config.json")],
 )
-def test_paths_that_are_no_checkpoint_are_refused(tmp_path: Path, path: str, message: str) -> None:
+def test_paths_without_a_checkpoint_are_refused(tmp_path, path, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=message):
         CheckpointReader(tmp_path / path)
 
 
-def test_a_plain_checkpoint_is_not_quantized(tmp_path: Path) -> None:
+def test_a_plain_checkpoint_is_not_quantized(tmp_path):
     folder = good_checkpoint(tmp_path / "model")
     edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
     with pytest.raises(UserError, match="no quantization_config"):
         validate_quantized(CheckpointReader(folder))
 
 
-def test_quantize_config_of_old_tools_is_found(tmp_path: Path) -> None:
+def test_quantize_config_of_old_tools_is_found(tmp_path):
     folder = good_checkpoint(tmp_path / "model")
     edit_json(folder / "config.json", lambda config: config.pop("quantization_config"))
     write_json(folder / "quantize_config.json", {"bits": 4, "group_size": 16, "desc_act": False, "sym": False})
@@ -161,7 +161,7 @@ def test_quantize_config_of_old_tools_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["awq", "compressed-tensors"])
-def test_other_formats_are_checked_too(tmp_path: Path, name: str) -> None:
+def test_other_formats_are_checked_too(tmp_path, name):
     folder = good_checkpoint(tmp_path / "model", name)
     assert len(validate_quantized(CheckpointReader(folder))) == 2
     packed = FORMATS[name].suffixes[0]
@@ -170,16 +170,16 @@ def test_other_formats_are_checked_too(tmp_path: Path, name: str) -> None:
         validate_quantized(CheckpointReader(folder))
 
 
-@pytest.mark.parametrize("how", ["vanished", "truncated", "replaced", "rewritten"])
-def test_files_that_change_while_they_are_used_are_noticed(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("change", ["removed", "truncated", "replaced", "rewritten"])
+def test_files_that_change_during_use_are_detected(tmp_path, change):
     folder = good_checkpoint(tmp_path / "model")
     reader = CheckpointReader(folder)
     file, content = folder / SHARDS[0], (folder / SHARDS[0]).read_bytes()
-    if how == "vanished":
+    if change == "removed":
         file.unlink()
-    elif how == "truncated":
+    elif change == "truncated":
         os.truncate(file, 900)
-    elif how == "replaced":
+    elif change == "replaced":
         (folder / "new").write_bytes(content)
         (folder / "new").replace(file)
     else:
@@ -192,12 +192,12 @@ def test_files_that_change_while_they_are_used_are_noticed(tmp_path: Path, how: 
         list(reader.chunks(name))
 
 
-def test_an_unknown_tensor_is_named(tmp_path: Path) -> None:
+def test_an_unknown_tensor_is_named(tmp_path):
     with pytest.raises(UserError, match="no tensor ghost"):
         CheckpointReader(good_checkpoint(tmp_path / "model")).read("ghost")
 
 
-def test_a_huge_json_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_json_file_is_refused_unread(tmp_path, monkeypatch):
     folder = good_checkpoint(tmp_path / "model")
     monkeypatch.setattr(reader_module, "MAX_JSON_BYTES", 10)
     with pytest.raises(UserError, match=re.escape("config.json: ")):

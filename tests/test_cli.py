@@ -1,4 +1,4 @@
-"""The command line: quick, one line for what a user can cause, and the numbers of the functions beneath."""
+"""The command line starts quickly, prints one line for a user error, and prints the figures of the functions."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def plain_loader(monkeypatch):
-    """The loader that `evaluate` imports, for plain checkpoints only."""
+    """Replace the loader of `evaluate` with that of transformers, and return it."""
 
     def load(path, *, device="auto", dtype="auto", backend="auto", trust_remote_code=False):
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
@@ -62,12 +62,12 @@ def test_help_takes_less_than_half_a_second():
         assert run("--help").returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    # The processor's time, and the best of three: other work on the machine is not the command's doing.
+    # CPU time and the best of three, because other work on the machine must not count.
     assert min(seconds) < 0.5
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["eval", "--help"], ["--version"]])
-def test_help_loads_nothing_heavy(arguments):
+def test_help_loads_no_large_library(arguments):
     code = (
         "import sys; sys.argv = ['llmquant', *sys.argv[1:]]\n"
         "from llmquant.cli import main\n"
@@ -86,6 +86,7 @@ def test_version():
     assert run("--version").stdout == __version__ + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,12 +112,13 @@ def test_usage_errors_have_exit_code_2_and_no_traceback(arguments):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_interrupt_is_one_line():
     code = (
         "import sys, os, signal, llmquant.hub\n"
         "def interrupted(*model): os.kill(os.getpid(), signal.SIGINT)\n"
         "llmquant.hub.resolve_model = interrupted\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells let what runs behind them ignore it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells make background commands ignore it
         "sys.argv = ['llmquant', 'eval', 'x']\n"
         "from llmquant.cli import main; main()"
     )
@@ -126,13 +128,14 @@ def test_interrupt_is_one_line():
 
 
 def without_times(measured):
-    """What stays the same from run to run."""
+    """Return the figures that do not change from run to run."""
     if isinstance(measured, dict):
         return {key: without_times(value) for key, value in measured.items() if key != "tokens_per_second"}
     return measured
 
 
-def test_eval_prints_what_the_functions_measure(two_models, tiny_model, text_file, plain_loader, monkeypatch, capsys):
+@pytest.mark.slow
+def test_eval_prints_the_figures_of_the_functions(two_models, tiny_model, text_file, plain_loader, monkeypatch, capsys):
     from transformers import AutoTokenizer
 
     original, other = two_models
@@ -171,6 +174,7 @@ def test_eval_prints_what_the_functions_measure(two_models, tiny_model, text_fil
     assert (strided["stride"], strided["num_tokens"]) == (32, 63 + 3 * 32)
 
 
+@pytest.mark.slow
 def test_eval_holds_one_model_at_a_time(two_models, text_file, plain_loader, monkeypatch):
     alive = []
     present = weakref.WeakSet()
@@ -187,9 +191,8 @@ def test_eval_holds_one_model_at_a_time(two_models, text_file, plain_loader, mon
     assert alive == [0, 0, 0, 0]
 
 
-def test_eval_of_conversations_puts_them_into_the_chat_template(
-    two_models, tmp_path, plain_loader, monkeypatch, capsys
-):
+@pytest.mark.slow
+def test_eval_of_conversations_applies_the_chat_template(two_models, tmp_path, plain_loader, monkeypatch, capsys):
     from transformers import AutoTokenizer
 
     talk = [{"role": "user", "content": "for x in"}, {"role": "assistant", "content": "range(10)"}]
@@ -212,7 +215,7 @@ def test_eval_of_conversations_puts_them_into_the_chat_template(
     assert command(monkeypatch, *options, "--chat") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["models"][0]["perplexity"]["mean_loss"] == expected.mean_loss
-    assert printed["remarks"] == ["lone surrogates (halves of characters that were cut in two) read as U+FFFD: 1"]
+    assert printed["notes"] == ["lone surrogates (halves of characters that were cut in two) read as U+FFFD: 1"]
     assert command(monkeypatch, *options[:-1], "--chat") == 0
     assert "read as U+FFFD: 1" in " ".join(capsys.readouterr().out.split())
 
@@ -223,7 +226,7 @@ def test_eval_of_conversations_puts_them_into_the_chat_template(
     assert "python-docs: holds no conversations" in capsys.readouterr().err
 
 
-def test_eval_of_conversations_that_the_template_refuses(two_models, tmp_path, monkeypatch, capsys):
+def test_eval_of_a_conversation_that_the_template_rejects_is_one_line(two_models, tmp_path, monkeypatch, capsys):
     model = tmp_path / "model"
     shutil.copytree(two_models[0], model)
     (model / "chat_template.jinja").write_text(
@@ -262,7 +265,7 @@ def test_progress_is_plain_lines_without_a_terminal_and_nothing_when_quiet(
     assert capsys.readouterr().err == ""
 
 
-def test_eval_window_is_the_models_context_where_that_is_shorter(
+def test_eval_windows_are_no_longer_than_the_context_of_the_model(
     two_models, text_file, plain_loader, monkeypatch, capsys
 ):
     assert command(monkeypatch, "eval", two_models[0], "--dataset", text_file, "--windows", "1", "--json") == 0

@@ -1,4 +1,4 @@
-"""`llmquant convert`: from format to format without a new rounding, or a line that says what would be lost."""
+"""`llmquant convert` changes the format without rounding again, or refuses with a line that names the loss."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES, verify_fi
 from llmquant.checkpoints.quantized import parsed_quantization, read_quantized, validate_quantized
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.checkpoints.writer import PartialCheckpoint
+from llmquant.conversion import convert
 from llmquant.errors import UserError
 from llmquant.formats.registry import FORMATS
-from llmquant.pipeline.convert import convert
 from llmquant.pipeline.quantize import quantize
 from llmquant.spec import Options, Override, QuantSpec, Recipe
 from llmquant.weight import QuantizedWeight
@@ -31,25 +31,27 @@ NAMES = list(FORMATS)
 
 @pytest.fixture(scope="module")
 def quantized(tiny_model, tmp_path_factory):
-    """(format, architecture, spec, overrides…) -> what `quantize` wrote, made once; not to be written into."""
-    made: dict[object, Path] = {}
+    """A function that returns a folder written by `quantize`. Tests share the folders and must not write into them."""
+    folders: dict[object, Path] = {}
 
     def make(format: str, architecture: str = "llama", spec: QuantSpec = SYM, dtype=torch.float16, **recipe) -> Path:
         key = (format, architecture, spec, dtype, repr(recipe))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("quantized") / "out"
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("quantized") / "out"
             model = tiny_model(architecture, dtype=dtype)
-            quantize(model, made[key], Recipe(method="rtn", spec=spec, **recipe), Options(format=format, verify=False))
-        return made[key]
+            quantize(
+                model, folders[key], Recipe(method="rtn", spec=spec, **recipe), Options(format=format, verify=False)
+            )
+        return folders[key]
 
     return make
 
 
 def assert_same(a: Path, b: Path) -> None:
-    """The same files: tensors bit for bit, whatever their order; all else byte for byte, but for how it was made."""
-    own = {MANIFEST_FILE, *REPORT_FILES}
-    names = {file.name for file in a.iterdir()} - own
-    assert names == {file.name for file in b.iterdir()} - own
+    """Assert that two checkpoints have equal tensors, and equal other files except for the manifest and reports."""
+    ignored = {MANIFEST_FILE, *REPORT_FILES}
+    names = {file.name for file in a.iterdir()} - ignored
+    assert names == {file.name for file in b.iterdir()} - ignored
     for name in names - {"model.safetensors"}:
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
     tensors, others = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
@@ -61,19 +63,21 @@ def assert_same(a: Path, b: Path) -> None:
 # --- exact -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), [*itertools.pairwise([*NAMES, *NAMES[::-1]])])
-def test_converting_gives_what_quantizing_gives(source, target, quantized, tmp_path):
+def test_converting_equals_quantizing_to_the_format(source, target, quantized, tmp_path):
     recipe = {"skip": ("*.1.self_attn.o_proj",)}
     converted = convert(quantized(source, **recipe), tmp_path / "out", target)
     assert_same(tmp_path / "out", quantized(target, **recipe))
     assert verify_files(tmp_path / "out") == []
     assert (converted.source_format, converted.format, converted.num_linears) == (source, target, 13)
-    assert converted.remarks == ()
+    assert converted.notes == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_neox", "qwen2"])
 @pytest.mark.parametrize(("source", "target"), [("awq", "compressed-tensors"), ("compressed-tensors", "awq")])
-def test_asymmetric_grids_transposed_and_renamed_linears_and_tied_heads(
+def test_asymmetric_grids_of_transposed_and_renamed_linears_and_tied_heads(
     architecture, source, target, quantized, tmp_path
 ):
     convert(quantized(source, architecture, ASYM), tmp_path / "out", target)
@@ -86,8 +90,9 @@ def test_mixed_precision_and_a_quantized_head_are_kept(quantized, tmp_path):
     assert_same(tmp_path / "out", quantized("compressed-tensors", **recipe))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_dense_is_what_the_codes_stand_for_and_loads_anywhere(architecture, quantized, tmp_path):
+def test_dense_weights_are_dequantized_and_load_in_transformers(architecture, quantized, tmp_path):
     small = quantized("gptq", architecture)
     convert(small, tmp_path / "dense", "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float16)
@@ -114,7 +119,7 @@ def test_dense_in_another_dtype_casts_everything(quantized, tmp_path):
 
 
 def rewrite(folder: Path, out: Path, edit, format: str, **config: object) -> Path:
-    """A copy of a checkpoint whose linears went through edit(name, weight), packed as another tool would."""
+    """Return a copy of a checkpoint with `edit(name, weight)` applied to its linears, packed like another tool."""
     reader = CheckpointReader(folder)
     modules = validate_quantized(reader)
     packed = {tensor for module in modules.values() for tensor in module.tensors.values()}
@@ -145,7 +150,7 @@ def test_act_order_stays_in_gptq_and_is_refused_elsewhere(quantized, tmp_path):
     other = rewrite(quantized("gptq"), tmp_path / "other", shuffled, "gptq", desc_act=True)
     convert(other, tmp_path / "out", "gptq_v2")
     parsed = parsed_quantization(CheckpointReader(tmp_path / "out"))
-    assert parsed.grid_of("model.layers.0.mlp.up_proj").moving_groups
+    assert parsed.grid_of("model.layers.0.mlp.up_proj").act_order_groups
     before, after = CheckpointReader(other), CheckpointReader(tmp_path / "out")
     theirs, ours = validate_quantized(before), validate_quantized(after)
     assert theirs.keys() == ours.keys()
@@ -157,7 +162,7 @@ def test_act_order_stays_in_gptq_and_is_refused_elsewhere(quantized, tmp_path):
     convert(other, tmp_path / "dense", "dense")
 
 
-def test_what_a_format_cannot_hold_is_refused_by_name_before_anything_is_written(quantized, tmp_path):
+def test_a_weight_that_the_format_cannot_hold_is_refused_before_anything_is_written(quantized, tmp_path):
     def zero_zero(name: str, weight: QuantizedWeight) -> QuantizedWeight:
         weight.zero_NG[0, 0] = 0
         return weight
@@ -181,38 +186,39 @@ def test_what_a_format_cannot_hold_is_refused_by_name_before_anything_is_written
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_scales_that_engines_would_round_are_remarked(quantized, tmp_path):
+def test_scales_that_engines_would_round_are_noted(quantized, tmp_path):
     def float16_scales(name: str, weight: QuantizedWeight) -> QuantizedWeight:
         return replace(weight, scale_NG=(weight.scale_NG.float() * 1.0009765625).half())
 
     other = rewrite(quantized("awq", dtype=torch.bfloat16), tmp_path / "other", float16_scales, "awq")
     converted = convert(other, tmp_path / "out", "compressed-tensors")
-    assert "scales that are not exact in bfloat16" in converted.remarks[0]
+    assert "scales that are not exact in bfloat16" in converted.notes[0]
     assert CheckpointReader(tmp_path / "out").info("model.layers.0.mlp.up_proj.weight_scale").dtype == torch.float16
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_conversion_that_died_is_continued_to_the_same_bytes(quantized, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_an_interrupted_conversion_is_continued_to_the_same_bytes(quantized, tmp_path, monkeypatch):
     source, add = quantized("gptq"), PartialCheckpoint.add_part
     convert(source, tmp_path / "whole", "awq")
 
-    class Died(Exception):
+    class Interrupted(Exception):
         pass
 
-    def die(self, name, *more):
+    def interrupt(self, name, *more):
         if name == "block-00001":
-            raise Died
+            raise Interrupted
         return add(self, name, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PartialCheckpoint, "add_part", die)
-        with pytest.raises(Died):
+        patch.setattr(PartialCheckpoint, "add_part", interrupt)
+        with pytest.raises(Interrupted):
             convert(source, tmp_path / "out", "awq")
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        patch.setattr("llmquant.pipeline.convert.read_quantized", None)  # refused before any linear is read
+        patch.setattr("llmquant.conversion.read_quantized", None)  # refused before any linear is read
         with pytest.raises(UserError, match=r"convert was 'awq', is 'gptq_v2'.*--restart"):
             convert(source, tmp_path / "out", "gptq_v2")
     written = []
@@ -226,7 +232,7 @@ def test_a_conversion_that_died_is_continued_to_the_same_bytes(quantized, tmp_pa
     assert_same(tmp_path / "out", tmp_path / "whole")
 
 
-def test_a_result_that_does_not_come_back_is_not_called_done(quantized, tmp_path, monkeypatch):
+def test_a_result_that_reads_back_differently_is_not_published(quantized, tmp_path, monkeypatch):
     from llmquant.checkpoints import writer
 
     good = writer._tensor_bytes
@@ -245,18 +251,18 @@ def test_a_result_that_does_not_come_back_is_not_called_done(quantized, tmp_path
     assert not (tmp_path / "awq").exists() and not (tmp_path / "dense").exists()
 
 
-def test_the_manifest_keeps_how_the_source_was_made(quantized, tmp_path):
+def test_the_manifest_includes_that_of_the_source(quantized, tmp_path):
     convert(quantized("gptq"), tmp_path / "out", "awq")
     manifest = json.loads((tmp_path / "out" / "llmquant.json").read_text())
     assert manifest["request"]["convert"] == "awq"
     assert manifest["source"]["request"]["recipe"]["method"] == "rtn"
 
 
-def test_one_linear_at_a_time_is_read(quantized, tmp_path, monkeypatch):
-    """A block's packed tensors are held until they are written, dense ones of other linears are not."""
+def test_only_one_linear_at_a_time_is_held(quantized, tmp_path, monkeypatch):
+    """The packed tensors of a block are held until they are written, but the weights of other linears are not."""
     alive: set[int] = set()
     most = 0
-    from llmquant.pipeline import convert as module
+    from llmquant import conversion as module
 
     real = module.read_quantized
 
@@ -278,7 +284,7 @@ def test_one_linear_at_a_time_is_read(quantized, tmp_path, monkeypatch):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_prints_what_the_function_says(quantized, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_the_result_of_the_function(quantized, tmp_path, monkeypatch, capsys):
     source = quantized("gptq")
     capsys.readouterr()
     assert command(monkeypatch, "convert", source, tmp_path / "a", "--format", "awq") == 0
@@ -300,14 +306,14 @@ def test_the_command_prints_what_the_function_says(quantized, tmp_path, monkeypa
         (["--format", "dense", "--dtype", "int8"], "dtype 'int8': not one of auto"),
     ],
 )
-def test_bad_requests_are_one_line(arguments, message, quantized, tmp_path, monkeypatch, capsys):
+def test_bad_arguments_are_a_one_line_error(arguments, message, quantized, tmp_path, monkeypatch, capsys):
     source = quantized("gptq")
     capsys.readouterr()
     assert command(monkeypatch, "convert", source, tmp_path / "out", *arguments, "--quiet") == 2
     assert capsys.readouterr().err.startswith(f"llmquant: {message}")
 
 
-def test_sources_and_outs_that_cannot_be_are_refused(quantized, tiny_model, tmp_path):
+def test_a_source_that_is_not_quantized_and_an_existing_out_are_refused(quantized, tiny_model, tmp_path):
     with pytest.raises(UserError, match="not quantized, so there is nothing to convert"):
         convert(tiny_model("llama"), tmp_path / "out", "gptq")
     convert(quantized("gptq"), tmp_path / "out", "awq")

@@ -1,7 +1,7 @@
-"""The same inputs, options and machine give the same bytes; and OUT says what they were.
+"""The same inputs, options and machine give the same bytes, and the manifest in OUT records them.
 
-That a resumed run does too is held by `test_faults.py`, with activations on the disk by `test_memory.py`, with several
-ranks by `test_ranks.py`.
+Other tests cover resumed runs (`test_faults.py`), activations on the disk (`test_memory.py`), and several ranks
+(`test_ranks.py`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from faults import contents
+from folders import artifact_bytes
 from safetensors.torch import load_file, save_file
 
 from llmquant import __version__
+from llmquant.data.calibration import calibration_tokens
 from llmquant.hub import load_tokenizer
-from llmquant.models import walk
+from llmquant.models import blockwise_forward
+from llmquant.pipeline import finish
 from llmquant.pipeline import quantize as pipeline
-from llmquant.pipeline.calibration import calibration_tokens
 from llmquant.spec import Options, QuantSpec, Recipe
+
+pytestmark = pytest.mark.slow
 
 RECIPE = Recipe(spec=QuantSpec(group_size=32))
 MANIFEST = "llmquant.json"
@@ -30,22 +33,22 @@ MANIFEST = "llmquant.json"
 
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Options:
-    monkeypatch.setattr(pipeline, "write_page", lambda report, file: None)
+    monkeypatch.setattr(finish, "write_page", lambda report, file: None)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"It was a dark and stormy night, the {number}th in a row." for number in range(60)))
     return Options(calibration=str(text), num_samples=10, seq_len=32, verify=False)
 
 
-def test_twice_gives_the_same_bytes_also_where_fewer_sequences_run_between_two_trims(
+def test_two_runs_give_the_same_bytes_for_any_number_of_sequences_between_trims(
     options, tiny_model, tmp_path, monkeypatch
 ):
     pipeline.quantize(tiny_model("llama"), tmp_path / "one", RECIPE, options)
-    monkeypatch.setattr(walk, "SEQUENCES_BETWEEN_TRIMS", 1)
+    monkeypatch.setattr(blockwise_forward, "SEQUENCES_BETWEEN_TRIMS", 1)
     pipeline.quantize(tiny_model("llama"), tmp_path / "two", RECIPE, options)
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert artifact_bytes(tmp_path / "one") == artifact_bytes(tmp_path / "two")
 
 
-def test_shards_in_another_order_on_the_disk_give_the_same_weights(options, tiny_model, tmp_path):
+def test_order_of_tensors_in_the_shards_does_not_change_the_weights(options, tiny_model, tmp_path):
     model, other = tiny_model("llama"), tmp_path / "other"
     shutil.copytree(model, other)
     tensors = load_file(model / "model.safetensors")
@@ -60,15 +63,15 @@ def test_shards_in_another_order_on_the_disk_give_the_same_weights(options, tiny
     outs = []
     for number, path in enumerate((model, other)):
         pipeline.quantize(path, tmp_path / f"out-{number}", RECIPE, options)
-        outs.append(contents(tmp_path / f"out-{number}"))
+        outs.append(artifact_bytes(tmp_path / f"out-{number}"))
     manifests = [json.loads(out.pop(MANIFEST)) for out in outs]
     assert outs[0] == outs[1]
     assert manifests[0]["files"] == manifests[1]["files"]
-    assert manifests[0]["request"].pop("model") != manifests[1]["request"].pop("model"), "its files are others"
+    assert manifests[0]["request"].pop("model") != manifests[1]["request"].pop("model"), "the files of the model differ"
     assert manifests[0] == manifests[1]
 
 
-def test_manifest_says_what_was_asked_and_holds_every_hash(options, tiny_model, tmp_path):
+def test_manifest_records_the_request_and_every_hash(options, tiny_model, tmp_path):
     model, out = tiny_model("llama"), tmp_path / "out"
     pipeline.quantize(model, out, RECIPE, options)
     manifest = json.loads((out / MANIFEST).read_text())
@@ -87,7 +90,7 @@ def test_manifest_says_what_was_asked_and_holds_every_hash(options, tiny_model, 
     tokens = calibration_tokens(load_tokenizer(model), options.calibration, 10, 32).tokens_SL
     assert request["calibration"]["sha256"] == hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
     assert (request["calibration"]["num_samples"], request["calibration"]["seed"]) == (10, 0)
-    written = contents(out)
+    written = artifact_bytes(out)
     del written[MANIFEST]
     assert {name: record["sha256"] for name, record in manifest["files"].items()} == {
         name: hashlib.sha256(content).hexdigest() for name, content in written.items()

@@ -1,4 +1,4 @@
-"""Tensors that are copied keep their dtype and their bytes, and models are loaded in the dtypes of transformers."""
+"""Copied tensors keep their dtype and bytes, and models load in the same dtypes as in transformers."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from commands import command
-from manual import short_manual
 from safetensors.torch import load_file, save_file
+from short_text import short_manual
 from tiny_models import random_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from llmquant.checkpoints.copies import check_copies, tensor_digest
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.checkpoints.writer import TensorStream
+from llmquant.checkpoints.writer import StreamedTensor
+from llmquant.conversion import convert
 from llmquant.errors import UserError
 from llmquant.formats.registry import FORMATS
+from llmquant.humanize import dtype_name
 from llmquant.models.skeleton import Skeleton, read_config
+from llmquant.pipeline import finish
 from llmquant.pipeline import quantize as pipeline
-from llmquant.pipeline.convert import convert
-from llmquant.pipeline.parts import verify_copies
+from llmquant.pipeline.output import verify_copies
 from llmquant.pipeline.quantize import quantize
 from llmquant.pipeline.verify import reopen
 from llmquant.runtime.load import load
@@ -37,14 +39,14 @@ FLOAT32 = ("layernorm.weight", "model.norm.weight")
 
 @pytest.fixture(autouse=True, scope="module")
 def manual():
-    """The calibration text of every run here."""
+    """Use a short calibration text for every run in this module."""
     with short_manual():
         yield
 
 
 @pytest.fixture
 def mixed(tiny_model, tmp_path: Path) -> Path:
-    """A bfloat16 checkpoint whose norms are float32 numbers that bfloat16 would round."""
+    """A bfloat16 checkpoint whose norms are float32 values that bfloat16 would round."""
     model = Path(shutil.copytree(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "model"))
     tensors = load_file(model / WEIGHTS)
     generator = torch.Generator().manual_seed(1)
@@ -64,9 +66,9 @@ def is_copied(name: str) -> bool:
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
-def test_copied_tensors_keep_their_dtype(mixed: Path, tmp_path: Path, method: str) -> None:
+def test_copied_tensors_keep_their_dtype(mixed, tmp_path, method):
     original = load_file(mixed / WEIGHTS)
-    plan = pipeline.prepare(mixed, tmp_path / "out", recipe(method), FEW)
+    plan = pipeline.checked_plan(mixed, tmp_path / "out", recipe(method), FEW)
     quantize(mixed, tmp_path / "out", recipe(method), FEW)
     written = load_file(tmp_path / "out" / WEIGHTS)
     assert plan.output_bytes == sum(tensor.nbytes for tensor in written.values())
@@ -80,7 +82,7 @@ def test_copied_tensors_keep_their_dtype(mixed: Path, tmp_path: Path, method: st
     assert config["dtype"] == "bfloat16" and written["model.layers.0.mlp.up_proj.scales"].dtype == torch.bfloat16
 
 
-def test_folded_norms_in_float32_are_exact_in_the_dtype_of_the_network(mixed: Path, tmp_path: Path) -> None:
+def test_folded_norms_in_float32_are_exact_in_the_dtype_of_the_model(mixed, tmp_path):
     original = load_file(mixed / WEIGHTS)
     quantize(mixed, tmp_path / "out", recipe("awq"), FEW)
     written = load_file(tmp_path / "out" / WEIGHTS)
@@ -90,18 +92,18 @@ def test_folded_norms_in_float32_are_exact_in_the_dtype_of_the_network(mixed: Pa
     assert ((scaled.bfloat16().float() - scaled) / scaled).abs().max() < 1e-6
 
 
-def test_a_dtype_that_is_given_holds_for_every_floating_tensor(mixed: Path, tmp_path: Path) -> None:
+def test_the_dtype_option_applies_to_every_floating_point_tensor(mixed, tmp_path):
     options = Options(verify=False, dtype="bfloat16")
-    plan = pipeline.prepare(mixed, tmp_path / "out", recipe("rtn"), options)
+    plan = pipeline.checked_plan(mixed, tmp_path / "out", recipe("rtn"), options)
     report = quantize(mixed, tmp_path / "out", recipe("rtn"), options)
     original, written = load_file(mixed / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert plan.output_bytes == sum(tensor.nbytes for tensor in written.values())
-    assert not report.incidents
+    assert not report.fallbacks
     for name in filter(is_copied, original):
         assert torch.equal(written[name], original[name].bfloat16()), name
 
 
-def test_values_that_a_given_dtype_cannot_hold_are_refused(mixed: Path, tmp_path: Path) -> None:
+def test_values_that_overflow_the_dtype_option_are_refused(mixed, tmp_path):
     tensors = load_file(mixed / WEIGHTS)
     tensors["model.norm.weight"][3] = 1e6
     tensors["mtp.norm.weight"] = torch.tensor([1e6])
@@ -111,11 +113,13 @@ def test_values_that_a_given_dtype_cannot_hold_are_refused(mixed: Path, tmp_path
     tensors["model.norm.weight"][3] = 1
     save_file(tensors, mixed / WEIGHTS)
     quantize(mixed, tmp_path / "other", recipe("rtn"), Options(verify=False, dtype="float16"))
-    assert load_file(tmp_path / "other" / WEIGHTS)["mtp.norm.weight"].item() == torch.inf, "not the model's: unchecked"
+    assert load_file(tmp_path / "other" / WEIGHTS)["mtp.norm.weight"].item() == torch.inf, (
+        "the model does not use this tensor, so it is not checked"
+    )
 
 
-def test_a_run_with_another_dtype_option_is_not_continued(mixed: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(pipeline, "quantize_without_data", lambda *arguments: 1 / 0)
+def test_a_run_with_another_dtype_option_is_not_continued(mixed, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "round_blocks", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quantize(mixed, tmp_path / "out", recipe("rtn"), Options(verify=False))
     monkeypatch.undo()
@@ -123,7 +127,7 @@ def test_a_run_with_another_dtype_option_is_not_continued(mixed: Path, tmp_path:
         quantize(mixed, tmp_path / "out", recipe("rtn"), Options(verify=False, dtype="bfloat16"))
 
 
-def test_what_the_network_rounds_is_an_incident(mixed: Path, tmp_path: Path, monkeypatch) -> None:
+def test_rounding_a_tensor_to_the_dtype_of_the_model_is_a_fallback(mixed, tmp_path, monkeypatch):
     few = (
         "--calibration",
         "python-docs",
@@ -139,17 +143,17 @@ def test_what_the_network_rounds_is_an_incident(mixed: Path, tmp_path: Path, mon
     arguments = ("quantize", mixed, tmp_path / "out", *few, "--no-verify", "--strict")
     assert command(monkeypatch, *arguments) == 1
     content = json.loads((tmp_path / "out" / "quantize_report.json").read_text())
-    told = {incident["where"]: incident["what"] for incident in content["incidents"]}
-    assert sorted(told) == sorted(name for name in load_file(mixed / WEIGHTS) if name.endswith(FLOAT32))
-    assert set(told.values()) == {
-        "kept in float32; calibration and comparison ran with it rounded to bfloat16, as transformers loads it"
+    what_of = {fallback["where"]: fallback["what"] for fallback in content["fallbacks"]}
+    assert sorted(what_of) == sorted(name for name in load_file(mixed / WEIGHTS) if name.endswith(FLOAT32))
+    assert set(what_of.values()) == {
+        "stored in float32; calibration and comparison used it rounded to bfloat16, as transformers loads it"
     }
 
 
-def test_float32_tensors_that_bfloat16_holds_are_no_incident(mixed: Path, tmp_path: Path) -> None:
+def test_float32_tensors_that_bfloat16_represents_exactly_are_no_fallback(mixed, tmp_path):
     tensors = {name: tensor.bfloat16().to(tensor.dtype) for name, tensor in load_file(mixed / WEIGHTS).items()}
     save_file(tensors, mixed / WEIGHTS)
-    assert not quantize(mixed, tmp_path / "out", recipe("gptq"), FEW).incidents
+    assert not quantize(mixed, tmp_path / "out", recipe("gptq"), FEW).fallbacks
 
 
 # --- byte for byte ---------------------------------------------------------------------------------------------------
@@ -166,9 +170,9 @@ def change_byte(file: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_one_changed_byte_of_a_copied_tensor_is_seen(mixed: Path, tmp_path: Path, dtype: str) -> None:
+def test_one_changed_byte_of_a_copied_tensor_is_detected(mixed, tmp_path, dtype):
     out, options = tmp_path / "out", Options(verify=False, dtype=dtype)
-    plan = pipeline.prepare(mixed, tmp_path / "other", recipe("rtn"), options)
+    plan = pipeline.checked_plan(mixed, tmp_path / "other", recipe("rtn"), options)
     quantize(mixed, out, recipe("rtn"), options)
     verify_copies(out, plan, {})
     for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"):
@@ -180,27 +184,27 @@ def test_one_changed_byte_of_a_copied_tensor_is_seen(mixed: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])
-def test_a_run_whose_copies_are_damaged_does_not_finish(mixed: Path, tmp_path: Path, monkeypatch, method) -> None:
-    """The byte changes after the shards were written; the folded norms of AWQ are compared too."""
-    verify_codes, name = pipeline.verify_codes, "model.layers.1.input_layernorm.weight"
+def test_a_run_whose_copies_are_damaged_does_not_finish(mixed, tmp_path, monkeypatch, method):
+    """The byte changes after the shards are written. The check covers the folded norms of AWQ too."""
+    verify_codes, name = finish.verify_codes, "model.layers.1.input_layernorm.weight"
 
     def damaged(folder, *arguments) -> None:
         verify_codes(folder, *arguments)
         change_byte(folder / WEIGHTS, name)
 
-    monkeypatch.setattr(pipeline, "verify_codes", damaged)
+    monkeypatch.setattr(finish, "verify_codes", damaged)
     with pytest.raises(UserError, match=f"tensor '{name}' does not come back"):
         quantize(mixed, tmp_path / "out", recipe(method), FEW)
     assert not (tmp_path / "out").exists()
 
 
-def test_copies_of_another_shape_or_dtype_and_missing_ones_are_seen(tmp_path: Path) -> None:
+def test_copies_of_another_shape_or_dtype_and_missing_copies_are_detected(tmp_path):
     value = torch.arange(6, dtype=torch.int16)
     save_file({"a": value}, tmp_path / WEIGHTS)
     (tmp_path / "config.json").write_text("{}")
 
-    def stream(dtype: torch.dtype, *shape: int) -> TensorStream:
-        return TensorStream(dtype=dtype, shape=shape, chunks=lambda: [value.view(torch.uint8).numpy().data])
+    def stream(dtype: torch.dtype, *shape: int) -> StreamedTensor:
+        return StreamedTensor(dtype=dtype, shape=shape, chunks=lambda: [value.view(torch.uint8).numpy().data])
 
     check_copies(tmp_path, {"a": stream(torch.int16, 6)})
     check_copies(tmp_path, {"a": tensor_digest(value)})
@@ -210,8 +214,8 @@ def test_copies_of_another_shape_or_dtype_and_missing_ones_are_seen(tmp_path: Pa
             check_copies(tmp_path, expected)
 
 
-def test_conversion_compares_copies_too(mixed: Path, tmp_path: Path, monkeypatch) -> None:
-    from llmquant.pipeline import convert as module
+def test_conversion_verifies_copies_too(mixed, tmp_path, monkeypatch):
+    from llmquant import conversion as module
 
     quantize(mixed, tmp_path / "out", recipe("rtn"), Options(verify=False))
     converted = convert(tmp_path / "out", tmp_path / "ct", "compressed-tensors")
@@ -238,33 +242,34 @@ def transformers_dtypes(path: Path, dtype: torch.dtype) -> dict[str, torch.dtype
     return dtypes_of(AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_parameters_have_the_dtypes_of_transformers(mixed: Path, tmp_path: Path, monkeypatch, dtype: str) -> None:
-    """Of a class that keeps some parameters in float32 beside 16-bit ones, and others only beside float16."""
+def test_parameters_have_the_dtypes_of_transformers(mixed, tmp_path, monkeypatch, dtype):
+    """The class keeps some parameters in float32 in any 16-bit model, and others only in a float16 model."""
     monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["input_layernorm"])
     monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules", ["model.norm", "layers.*.post_attention"])
-    wanted = transformers_dtypes(mixed, getattr(torch, dtype))
-    assert len(set(wanted.values())) == (1 if dtype == "float32" else 2)
-    assert dtypes_of(load(mixed, dtype=dtype)) == wanted
+    expected = transformers_dtypes(mixed, getattr(torch, dtype))
+    assert len(set(expected.values())) == (1 if dtype == "float32" else 2)
+    assert dtypes_of(load(mixed, dtype=dtype)) == expected
     skeleton = Skeleton.open(
         CheckpointReader(mixed), read_config(mixed), torch.device("cpu"), getattr(torch, dtype), False
     )
     skeleton.load("")
-    assert dtypes_of(skeleton.model) == wanted
+    assert dtypes_of(skeleton.model) == expected
     out = tmp_path / "out"
     quantize(mixed, out, recipe("rtn"), Options(verify=False))
-    copied = {name: dtype for name, dtype in wanted.items() if is_copied(name)}
+    copied = {name: dtype for name, dtype in expected.items() if is_copied(name)}
     packed = FORMATS["gptq"].suffixes
     loaded = {name: dtype for name, dtype in dtypes_of(load(out, dtype=dtype)).items() if not name.endswith(packed)}
     assert loaded == copied
 
 
-def test_the_reopened_model_has_the_dtypes_of_the_one_that_calibrates(mixed: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_reopened_model_has_the_dtypes_of_the_calibrated_model(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["input_layernorm", "1.mlp.gate_proj"])
-    # Processors without AVX-512 compare models in float32, which is another matter.
-    monkeypatch.setattr("llmquant.pipeline.verify.measuring_dtype", lambda computed, device: computed)
+    # CPUs without AVX-512 compare models in float32, which this test does not cover.
+    monkeypatch.setattr("llmquant.pipeline.verify.comparison_dtype", lambda computed, device: computed)
     options = Options(verify=False)
-    plan = pipeline.prepare(mixed, tmp_path / "other", recipe("rtn"), options)
+    plan = pipeline.checked_plan(mixed, tmp_path / "other", recipe("rtn"), options)
     quantize(mixed, tmp_path / "out", recipe("rtn"), options)
     reopened = reopen(tmp_path / "out", plan)
     for skeleton in (plan.skeleton, reopened):
@@ -273,7 +278,7 @@ def test_the_reopened_model_has_the_dtypes_of_the_one_that_calibrates(mixed: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_that_keeps_its_norms_in_float32_loads_as_in_transformers(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_model_that_keeps_its_norms_in_float32_loads_as_in_transformers(tmp_path, dtype):
     config = AutoConfig.for_model(
         "afmoe",
         vocab_size=512,
@@ -288,17 +293,16 @@ def test_a_model_that_keeps_its_norms_in_float32_loads_as_in_transformers(tmp_pa
     )
     random_model(config, dtype=dtype).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    name = str(dtype).removeprefix("torch.")
-    wanted = transformers_dtypes(tmp_path / "model", dtype)
-    assert (torch.float32 in wanted.values()) == (dtype == torch.float16)
-    assert dtypes_of(load(tmp_path / "model", dtype=name)) == wanted
+    expected = transformers_dtypes(tmp_path / "model", dtype)
+    assert (torch.float32 in expected.values()) == (dtype == torch.float16)
+    assert dtypes_of(load(tmp_path / "model", dtype=dtype_name(dtype))) == expected
 
 
-def test_a_packed_model_is_loaded_in_the_dtype_of_its_config(mixed: Path, tmp_path: Path) -> None:
-    """Once its linears are packed, most floating bytes may be those of the tensors that were kept in float32."""
+def test_a_packed_model_loads_in_the_dtype_of_its_config(mixed, tmp_path):
+    """Once the linears are packed, most floating-point bytes may belong to tensors that are stored in float32."""
     tensors = load_file(mixed / WEIGHTS)
     wide = {name: tensor.float() if is_copied(name) else tensor for name, tensor in tensors.items()}
-    # Linears count for less than embeddings in a model as small as this.
+    # In a model this small, linears have fewer bytes than embeddings.
     narrow = {
         name: tensor for name, tensor in wide.items() if name not in ("lm_head.weight", "model.embed_tokens.weight")
     }
@@ -318,8 +322,9 @@ def test_a_packed_model_is_loaded_in_the_dtype_of_its_config(mixed: Path, tmp_pa
 # --- small weights ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["gptq", "gptq_v2", "compressed-tensors"])
-def test_a_checkpoint_of_small_weights_gets_the_codes_of_the_large_one(tiny_model, tmp_path: Path, format: str) -> None:
+def test_scaling_all_weights_down_does_not_change_the_codes(tiny_model, tmp_path, format):
     plain = tiny_model("llama", dtype=torch.bfloat16)
     small = Path(shutil.copytree(plain, tmp_path / "small"))
     scaled = {
@@ -328,20 +333,20 @@ def test_a_checkpoint_of_small_weights_gets_the_codes_of_the_large_one(tiny_mode
     save_file(scaled, small / WEIGHTS)
     options = Options(verify=False, format=format)
     for name, path in (("a", plain), ("b", small)):
-        assert not quantize(path, tmp_path / name, recipe("rtn"), options).incidents
-    ours, theirs = load_file(tmp_path / "b" / WEIGHTS), load_file(tmp_path / "a" / WEIGHTS)
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor * 2.0**-20 if "scale" in name else tensor), name
-    # Activations of 1e-6 leave a bfloat16 model alone.
+        assert not quantize(path, tmp_path / name, recipe("rtn"), options).fallbacks
+    small_tensors, plain_tensors = load_file(tmp_path / "b" / WEIGHTS), load_file(tmp_path / "a" / WEIGHTS)
+    for name, tensor in plain_tensors.items():
+        assert torch.equal(small_tensors[name], tensor * 2.0**-20 if "scale" in name else tensor), name
+    # A bfloat16 model stays finite with activations of 1e-6.
     assert load(tmp_path / "b")(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
-def test_small_weights_in_float16_scales_are_an_incident_that_names_the_linear(tiny_model, tmp_path: Path) -> None:
+def test_weights_too_small_for_float16_scales_are_a_fallback_that_names_the_linear(tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "model"))
     tensors = load_file(model / WEIGHTS)
     tensors["model.layers.1.mlp.up_proj.weight"] *= 1e-6
     save_file(tensors, model / WEIGHTS)
     report = quantize(model, tmp_path / "out", recipe("rtn"), Options(verify=False, format="awq"))
-    (incident,) = report.incidents
-    assert incident.where == "model.layers.1.mlp.up_proj"
-    assert incident.what.startswith("192 of 192 groups hold weights too small for float16 scales")
+    (fallback,) = report.fallbacks
+    assert fallback.where == "model.layers.1.mlp.up_proj"
+    assert fallback.what.startswith("192 of 192 groups hold weights too small for float16 scales")

@@ -1,4 +1,4 @@
-"""The predicted duration of a run: from timings of shapes, without a weight being read."""
+"""The estimated duration of a run, from timings of shapes, without reading weights."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from itertools import count
 
 import pytest
 
-from llmquant.pipeline import duration
-from llmquant.pipeline.duration import estimate
+from llmquant.estimates import duration
+from llmquant.estimates.duration import estimate_duration
 from llmquant.pipeline.quantize import dry_run
 from llmquant.spec import EFFORTS, Options, QuantSpec, Recipe
+
+pytestmark = pytest.mark.slow
 
 GROUP_32 = QuantSpec(group_size=32)
 
@@ -27,8 +29,8 @@ def plan_of(tiny_model, tmp_path, monkeypatch):
     return plan
 
 
-def test_twice_the_samples_take_twice_the_statistics_and_forward_passes_and_the_same_solving(plan_of):
-    few, many = (estimate(plan_of(num_samples=samples, seq_len=64)).steps for samples in (16, 32))
+def test_twice_the_samples_double_statistics_and_forward_passes_but_not_solving(plan_of):
+    few, many = (estimate_duration(plan_of(num_samples=samples, seq_len=64)).steps for samples in (16, 32))
     for step in ("statistics", "forward"):
         assert many[step] == pytest.approx(2 * few[step]), step
     assert many["solving"] == few["solving"] > 0
@@ -36,25 +38,24 @@ def test_twice_the_samples_take_twice_the_statistics_and_forward_passes_and_the_
 
 
 def test_a_run_without_data_has_no_forward_passes_before_its_verification(plan_of):
-    steps = estimate(plan_of(Recipe(method="rtn", spec=GROUP_32))).steps
+    steps = estimate_duration(plan_of(Recipe(method="rtn", spec=GROUP_32))).steps
     assert steps["forward"] == 0 and steps["solving"] > 0 and steps["verifying"] > 0
-    assert "verifying" not in estimate(plan_of(Recipe(method="rtn", spec=GROUP_32), verify=False)).steps
+    assert "verifying" not in estimate_duration(plan_of(Recipe(method="rtn", spec=GROUP_32), verify=False)).steps
 
 
-def test_efforts_add_the_steps_that_they_run(plan_of):
+def test_each_effort_has_the_steps_that_it_runs(plan_of):
     fast, default, best = (
-        estimate(plan_of(Recipe(spec=GROUP_32, **EFFORTS[effort]), num_samples=16, seq_len=64)).steps
+        estimate_duration(plan_of(Recipe(spec=GROUP_32, **EFFORTS[effort]), num_samples=16, seq_len=64)).steps
         for effort in ("fast", "default", "best")
     )
-    assert default["forward"] == pytest.approx(
-        2 * fast["forward"]
-    )  # the original network runs beside the quantized one
+    # The default runs the original model beside the quantized one.
+    assert default["forward"] == pytest.approx(2 * fast["forward"])
     assert not {"outputs", "gradients"} & fast.keys()
     assert default["outputs"] > 0 and best["gradients"] > 0
     assert best.keys() & {"outputs"} == set()
 
 
-def test_a_linear_wider_than_what_is_timed_is_scaled_by_its_width(tiny_model, tmp_path, monkeypatch):
+def test_a_linear_wider_than_the_timed_width_is_scaled_by_its_width(tiny_model, tmp_path, monkeypatch):
     ticks = count()
     monkeypatch.setattr(duration, "perf_counter", lambda: float(next(ticks)))
     monkeypatch.setattr(duration, "MAX_COLUMNS", 64)
@@ -63,7 +64,7 @@ def test_a_linear_wider_than_what_is_timed_is_scaled_by_its_width(tiny_model, tm
     def steps(width):
         model = tiny_model("llama", intermediate_size=width)
         skip = ("*.self_attn.*", "*.gate_proj", "*.up_proj")
-        return estimate(dry_run(model, tmp_path / "out", Recipe(spec=GROUP_32, skip=skip), options)).steps
+        return estimate_duration(dry_run(model, tmp_path / "out", Recipe(spec=GROUP_32, skip=skip), options)).steps
 
     # Only down_proj is left: its inputs are twice as many, its outputs the same.
     narrow, wide = steps(64), steps(128)

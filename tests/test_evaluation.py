@@ -1,4 +1,4 @@
-"""Perplexity and divergence: equal to plain loops in float64, and to what can be worked out by hand."""
+"""Perplexity and divergence equal plain loops in float64, and hand-worked examples."""
 
 import json
 import math
@@ -11,15 +11,22 @@ from transformers import AutoConfig
 
 from llmquant.errors import UserError
 from llmquant.eval import perplexity as perplexity_module
-from llmquant.eval.data import cut, first_target, token_windows
-from llmquant.eval.divergence import BLOCK_TOKENS, divergence, mean_interval, record, student_975, token_divergence
-from llmquant.eval.halves import Halves
-from llmquant.eval.perplexity import perplexity, summarize, token_losses
+from llmquant.eval.body_and_head import BodyAndHead
+from llmquant.eval.data import cut_windows, first_scored_token, token_windows
+from llmquant.eval.divergence import (
+    BLOCK_TOKENS,
+    divergence,
+    mean_interval,
+    record_reference,
+    student_975,
+    token_divergence,
+)
+from llmquant.eval.perplexity import perplexity, summarize_losses, token_losses
 from llmquant.models.skeleton import context_length
 
 
 class FixedLogits(nn.Module):
-    """Answers every window with the same logits."""
+    """A model that returns the same logits for every window."""
 
     def __init__(self, logits_LV: torch.Tensor):
         super().__init__()
@@ -34,7 +41,7 @@ def random_windows(num_windows=3, seq_len=40, seed=0):
 
 
 def plain_losses(logits_LV, tokens_L):
-    """-log softmax of every next token, one by one, in float64."""
+    """-log softmax of every next token, one after the other, in float64."""
     losses = []
     for position in range(len(tokens_L) - 1):
         row = logits_LV[position].double()
@@ -55,7 +62,7 @@ def plain_losses(logits_LV, tokens_L):
         ("whisper", 448),
     ],
 )
-def test_context_length_is_the_bound_of_the_configuration_if_it_sets_one(model_type, length):
+def test_context_length_is_the_bound_in_the_config_or_infinite(model_type, length):
     assert context_length(AutoConfig.for_model(model_type)) == length
 
 
@@ -106,7 +113,7 @@ def test_divergence_equals_plain_loop_in_float64():
     assert json.loads(json.dumps(measured.to_dict()))["model"]["num_tokens"] == 117
 
 
-def test_perplexity_of_a_guess_is_the_size_of_the_vocabulary():
+def test_perplexity_of_a_uniform_guess_is_the_size_of_the_vocabulary():
     measured = perplexity(FixedLogits(torch.full((40, VOCAB_SIZE), 3.0)), random_windows())
     assert measured.perplexity == pytest.approx(VOCAB_SIZE, rel=1e-6)
     assert measured.standard_error == pytest.approx(0, abs=1e-3)
@@ -116,7 +123,7 @@ def test_divergence_of_known_distributions():
     reference_TV = torch.tensor([[0.5, 0.25, 0.25], [0.9, 0.1, 0.0]]).log()
     model_TV = torch.tensor([[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]]).log()
     kl_T, same_T = token_divergence(reference_TV, model_TV)
-    # 0.5 ln 2 - 0.25 ln 2, and 0.9 ln (9/8): the token of probability 0 adds nothing.
+    # 0.5 ln 2 - 0.25 ln 2, and 0.9 ln (9/8): the token with probability 0 adds nothing.
     assert kl_T.tolist() == pytest.approx([0.25 * math.log(2), 0.9 * math.log(9 / 8)], rel=1e-5)
     assert same_T.tolist() == [False, True]
 
@@ -143,24 +150,24 @@ def test_chunks_do_not_change_the_result(architecture, chunk, monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_halves_give_the_logits_of_the_whole_and_hold_few_of_them(architecture):
+def test_body_and_head_give_the_logits_of_the_model_a_few_positions_at_a_time(architecture):
     model = random_model(ARCHITECTURES[architecture]())
     windows_BL = random_windows(2)
     with torch.inference_mode():
         whole_BLV = model(input_ids=windows_BL).logits
     widths = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: widths.append(out.shape[:-1].numel()))
-    halves = Halves(model)
-    hidden_BLD = halves.hidden(windows_BL)
+    body_and_head = BodyAndHead(model)
+    hidden_BLD = body_and_head.hidden_states(windows_BL)
     assert hidden_BLD.shape == (2, 40, 64)
-    halves.forget_body()
+    body_and_head.free_body()
     for hidden_LD, whole_LV in zip(hidden_BLD, whole_BLV, strict=True):
-        parts = torch.cat([halves.logits(hidden_CD) for hidden_CD in hidden_LD.split(7)])
-        assert torch.allclose(parts, whole_LV, rtol=1e-4, atol=1e-4)
+        logits_LV = torch.cat([body_and_head.logits(hidden_CD) for hidden_CD in hidden_LD.split(7)])
+        assert torch.allclose(logits_LV, whole_LV, rtol=1e-4, atol=1e-4)
     assert max(widths) == 7
 
 
-def test_a_model_whose_logits_are_not_made_of_its_bodys_states_is_taken_as_a_whole():
+def test_a_model_whose_logits_depend_on_more_than_the_hidden_states_runs_as_a_whole():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -177,11 +184,11 @@ def test_a_model_whose_logits_are_not_made_of_its_bodys_states_is_taken_as_a_who
     windows_WL = random_windows()
     with torch.inference_mode():
         losses = [plain_losses(model(tokens_L[None], False).logits[0], tokens_L) for tokens_L in windows_WL]
-    assert Halves(model).hidden(windows_WL[:1]).shape == (1, 40, VOCAB_SIZE)
+    assert BodyAndHead(model).hidden_states(windows_WL[:1]).shape == (1, 40, VOCAB_SIZE)
     assert perplexity(model, windows_WL).mean_loss == pytest.approx(math.fsum(map(math.fsum, losses)) / 117, rel=1e-6)
 
 
-def test_batches_do_not_change_the_result():
+def test_batch_size_does_not_change_the_result():
     config = ARCHITECTURES["llama"]()
     model, reference, windows_WL = random_model(config, seed=1), random_model(config), random_windows(5)
     expected = divergence(model, reference, windows_WL)
@@ -192,12 +199,12 @@ def test_batches_do_not_change_the_result():
         perplexity(model, windows_WL, batch_size=0)
 
 
-def test_a_reference_is_run_once_for_several_models():
+def test_a_recorded_reference_serves_several_models():
     config = ARCHITECTURES["llama"]()
     reference, windows_WL = random_model(config), random_windows()
     expected = [divergence(random_model(config, seed=seed), reference, windows_WL) for seed in (1, 2)]
-    recorded = record(reference, windows_WL)
-    recorded.halves.forget_body()
+    recorded = record_reference(reference, windows_WL)
+    recorded.body_and_head.free_body()
     assert not list(reference.model.children())
     assert [divergence(random_model(config, seed=seed), recorded, windows_WL) for seed in (1, 2)] == expected
 
@@ -206,7 +213,7 @@ def test_a_reference_is_run_once_for_several_models():
 def test_strided_windows_score_every_token_once_from_the_longest_context(stride):
     model = random_model(ARCHITECTURES["llama"]())
     tokens_T = torch.randint(2, VOCAB_SIZE, (100,), generator=torch.Generator().manual_seed(0))
-    windows_WL = cut(tokens_T, 40, stride)
+    windows_WL = cut_windows(tokens_T, 40, stride)
     losses, end = [], 1
     with torch.inference_mode():
         for begin in range(0, 100 - 40 + 1, stride):
@@ -220,15 +227,15 @@ def test_strided_windows_score_every_token_once_from_the_longest_context(stride)
     assert (measured.num_windows, measured.stride) == (len(windows_WL), stride)
 
 
-def test_first_target_of_overlapping_windows():
-    assert [first_target(index, 8, 3) for index in (0, 1, 2)] == [1, 5, 5]
-    assert [first_target(index, 8, 8) for index in (0, 1)] == [1, 1]
+def test_first_scored_token_of_overlapping_windows():
+    assert [first_scored_token(index, 8, 3) for index in (0, 1, 2)] == [1, 5, 5]
+    assert [first_scored_token(index, 8, 8) for index in (0, 1)] == [1, 1]
 
 
 @pytest.mark.parametrize("stride", [0, 41])
-def test_stride_that_repeats_or_leaves_out_text_is_refused(stride):
+def test_stride_that_stands_still_or_skips_text_is_refused(stride):
     with pytest.raises(UserError, match=rf"stride {stride}: must lie between 1 and the window's 40 tokens"):
-        cut(torch.arange(100), 40, stride)
+        cut_windows(torch.arange(100), 40, stride)
 
 
 def test_loss_is_computed_in_float32_for_a_half_precision_model():
@@ -270,10 +277,10 @@ def test_models_with_different_vocabularies_are_refused():
 
 def test_one_window_has_no_standard_error():
     windows_WL = torch.zeros(1, 8, dtype=torch.int64)
-    assert summarize([torch.ones(7, dtype=torch.float64)], windows_WL, None, 1.0).standard_error is None
+    assert summarize_losses([torch.ones(7, dtype=torch.float64)], windows_WL, None, 1.0).standard_error is None
 
 
-def test_on_window_is_told_of_every_window():
+def test_on_window_is_called_after_every_window():
     seen = []
     perplexity(FixedLogits(torch.zeros(40, VOCAB_SIZE)), random_windows(), lambda *step: seen.append(step))
     assert seen == [(1, 3), (2, 3), (3, 3)]
@@ -292,20 +299,20 @@ def test_windows_are_consecutive_pieces_of_the_tokenized_text():
 @pytest.mark.parametrize(
     ("seq_len", "num_windows", "message"),
     [
-        (32, 9, r"short\.txt: 13 tokens make 0 windows of 32, and 9 are asked for"),
-        (64, None, "0 windows of 64, and 1 are asked for"),
+        (32, 9, r"short\.txt: 13 tokens make 0 windows of 32, but 9 are requested"),
+        (64, None, "0 windows of 64, but 1 are requested"),
         (1, None, "seq_len 1: at least 2"),
         (8, 0, "windows 0: at least 1"),
     ],
 )
-def test_windows_that_cannot_be_made_are_refused(seq_len, num_windows, message):
+def test_windows_that_the_text_cannot_fill_are_refused(seq_len, num_windows, message):
     with pytest.raises(UserError, match=message):
         token_windows(tiny_tokenizer(), "a " * 12, seq_len, num_windows, source="short.txt")
 
 
 @pytest.mark.model
-def test_measures_of_the_real_model_equal_plain_loops(smollm2):
-    """Against itself in bfloat16: a small divergence, which exact arithmetic must reproduce."""
+def test_perplexity_and_divergence_of_a_real_model_equal_plain_loops(smollm2):
+    """The model in bfloat16 against itself in float32: exact arithmetic must reproduce the small divergence."""
     from pydoc_data.topics import topics
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -325,14 +332,14 @@ def test_measures_of_the_real_model_equal_plain_loops(smollm2):
     assert measured.reference.perplexity == pytest.approx(math.exp(math.fsum(losses) / len(losses)), rel=1e-6)
     assert 1e-5 < measured.kl_mean < 0.05
     assert measured.kl_mean == pytest.approx(math.fsum(kls) / len(kls), rel=1e-3)
-    # A model that read garbage would be far above.
+    # The perplexity of a model with damaged weights would be far higher.
     assert 2 < measured.reference.perplexity < 40
     assert measured.reference == perplexity(reference, windows_WL)
 
 
 @pytest.mark.model
 def test_eval_of_a_quantized_checkpoint_against_the_original_equals_a_plain_loop(smollm2, tmp_path):
-    """The loop runs transformers' own model on the weights that the codes stand for."""
+    """The loop runs transformers' own model on the dequantized weights."""
     from pydoc_data.topics import topics
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -340,7 +347,7 @@ def test_eval_of_a_quantized_checkpoint_against_the_original_equals_a_plain_loop
     import llmquant
     from llmquant.checkpoints.quantized import read_quantized, validate_quantized
     from llmquant.checkpoints.reader import CheckpointReader
-    from llmquant.pipeline.evaluate import evaluate
+    from llmquant.runtime.evaluate import evaluate
 
     recipe = llmquant.Recipe(method="rtn", spec=llmquant.QuantSpec(group_size=64))
     llmquant.quantize(smollm2, tmp_path / "small", recipe, llmquant.Options(verify=False))
@@ -369,26 +376,28 @@ def test_eval_of_a_quantized_checkpoint_against_the_original_equals_a_plain_loop
 # --- intervals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (71, 1.994)])
-def test_quantile_of_students_t_is_that_of_the_tables(freedom, quantile):
-    assert student_975(freedom) == pytest.approx(quantile, rel=0.01)
+@pytest.mark.parametrize(
+    ("degrees_of_freedom", "quantile"), [(3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042), (71, 1.994)]
+)
+def test_quantile_of_students_t_equals_the_published_table(degrees_of_freedom, quantile):
+    assert student_975(degrees_of_freedom) == pytest.approx(quantile, rel=0.01)
 
 
-def test_interval_by_hand():
+def test_interval_equals_a_hand_worked_example():
     values = [torch.tensor([1.0, 1.0, 3.0, 3.0]).repeat_interleave(BLOCK_TOKENS)]
     low, high = mean_interval(values)
-    # Means 1, 1, 3, 3: their mean 2, their variance 4 / 3, its root over 4 blocks 1 / sqrt(3).
+    # The block means 1, 1, 3, 3 have mean 2 and variance 4 / 3; the standard error over 4 blocks is 1 / sqrt(3).
     assert (low + high) / 2 == pytest.approx(2)
     assert (high - low) / 2 == pytest.approx(student_975(3) * 3**-0.5)
     assert mean_interval([values[0][: 3 * BLOCK_TOKENS]]) is None, "three blocks are too few"
     assert mean_interval([torch.ones(10), torch.ones(7), torch.ones(7), torch.ones(7)]) == pytest.approx((1, 1))
 
 
-def test_interval_holds_the_mean_as_often_as_it_says_though_neighbours_are_alike():
-    generator, held = torch.Generator().manual_seed(0), 0
+def test_interval_covers_the_mean_about_95_percent_of_the_time_for_correlated_tokens():
+    generator, covered = torch.Generator().manual_seed(0), 0
     for _ in range(200):
         noise = torch.randn(9, 511 + 8, generator=generator)
-        windows = list(noise.unfold(1, 9, 1).sum(-1))  # each value is like its eight neighbours
+        windows = list(noise.unfold(1, 9, 1).sum(-1))  # each value is correlated with its eight neighbours
         low, high = mean_interval(windows)
-        held += low < 0 < high
-    assert 180 <= held <= 198
+        covered += low < 0 < high
+    assert 180 <= covered <= 198

@@ -1,4 +1,4 @@
-"""Formats hold a weight exactly, in the very words that other tools write, and refuse damaged tensors by name."""
+"""Formats store a weight exactly, in the same words as other tools, and refuse damaged tensors by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmquant.errors import UserError
-from llmquant.formats.format import Format
 from llmquant.formats.registry import FORMATS
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 from llmquant.weight import QuantizedWeight
@@ -22,7 +21,7 @@ ALL_FORMATS = pytest.mark.parametrize("format", FORMATS.values(), ids=list(FORMA
 def golden_weight(
     bits: int, out_features: int, in_features: int, group_size: int, *, first_zero: int
 ) -> QuantizedWeight:
-    """Codes (k + 2n) mod 2^b; zeros (n + g) mod (2^b - first_zero) + first_zero."""
+    """Return a weight with codes (k + 2n) mod 2^b and zero-points (n + g) mod (2^b - first_zero) + first_zero."""
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=False)
     row_N1, num_groups = torch.arange(out_features)[:, None], spec.num_groups(in_features)
     zero_NG = (row_N1 + torch.arange(num_groups)) % (2**bits - first_zero) + first_zero
@@ -78,7 +77,7 @@ def hex_words(words: Tensor) -> str:
         (2, "E4E4E4E4 E4E4E4E4", "4E4E4E4E", "24924924 49249249", "49249249"),
     ],
 )
-def test_gptq_words_match_golden(bits: int, column: str, next_column: str, zeros: str, next_zero: str) -> None:
+def test_gptq_words_match_golden(bits, column, next_column, zeros, next_zero):
     tensors = FORMATS["gptq"].pack(golden_weight(bits, 32, 32, 16, first_zero=1))
     assert hex_words(tensors["qweight"][:3, 0]) == column
     assert hex_words(tensors["qweight"][0, 1]) == next_column
@@ -91,12 +90,12 @@ def test_gptq_words_match_golden(bits: int, column: str, next_column: str, zeros
     ("name", "bits", "word"),
     [("gptq", 4, "77777777"), ("gptq", 8, "7F7F7F7F"), ("gptq_v2", 4, "88888888"), ("gptq_v2", 8, "80808080")],
 )
-def test_gptq_symmetric_zeros_match_golden(name: str, bits: int, word: str) -> None:
+def test_gptq_symmetric_zeros_match_golden(name, bits, word):
     tensors = FORMATS[name].pack(random_weight(QuantSpec(bits=bits, group_size=32), 32, 64))
     assert set(hex_words(tensors["qzeros"]).split()) == {word}
 
 
-def test_awq_words_match_golden() -> None:
+def test_awq_words_match_golden():
     weight = golden_weight(4, 32, 32, 16, first_zero=0)
     tensors = FORMATS["awq"].pack(weight)
     assert hex_words(tensors["qweight"][:2, 0]) == "EA62C840 FB73D951"
@@ -112,12 +111,12 @@ def test_awq_words_match_golden() -> None:
         (3, 32, ["88FAC688 C688FAC6 FAC688FA"]),
     ],
 )
-def test_compressed_tensors_words_match_golden(bits: int, in_features: int, rows: list[str]) -> None:
+def test_compressed_tensors_words_match_golden(bits, in_features, rows):
     packed = FORMATS["compressed-tensors"].pack(golden_weight(bits, 8, in_features, -1, first_zero=0))["weight_packed"]
     assert [hex_words(row) for row in packed[: len(rows)]] == rows
 
 
-def test_compressed_tensors_zero_points_match_golden() -> None:
+def test_compressed_tensors_zero_points_match_golden():
     pack = FORMATS["compressed-tensors"].pack
     assert hex_words(pack(golden_weight(4, 8, 32, 16, first_zero=0))["weight_zero_point"]) == "76543210 87654321"
     twelve = pack(golden_weight(4, 12, 32, 16, first_zero=0))["weight_zero_point"]
@@ -125,7 +124,7 @@ def test_compressed_tensors_zero_points_match_golden() -> None:
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
-def test_compressed_tensors_is_the_transpose_of_gptq_v2(bits: int) -> None:
+def test_compressed_tensors_is_the_transpose_of_gptq_v2(bits):
     weight = random_weight(QuantSpec(bits=bits, group_size=32, symmetric=False), 64, 96)
     gptq, compressed = FORMATS["gptq_v2"].pack(weight), FORMATS["compressed-tensors"].pack(weight)
     assert torch.equal(compressed["weight_packed"], gptq["qweight"].T)
@@ -135,7 +134,7 @@ def test_compressed_tensors_is_the_transpose_of_gptq_v2(bits: int) -> None:
 
 @ALL_FORMATS
 @given(data=st.data())
-def test_packing_round_trips_or_says_why_not(format: Format, data: st.DataObject) -> None:
+def test_packing_round_trips_or_is_refused_with_a_reason(format, data):
     spec = QuantSpec(
         bits=data.draw(st.sampled_from(SUPPORTED_BITS)),
         group_size=data.draw(st.sampled_from([-1, 8, 32, 40, 128])),
@@ -168,7 +167,7 @@ def test_packing_round_trips_or_says_why_not(format: Format, data: st.DataObject
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq_v2"])
-def test_moving_groups_survive_gptq(name: str) -> None:
+def test_act_order_groups_round_trip_in_gptq(name):
     spec = QuantSpec(bits=4, group_size=16)
     base = random_weight(spec, 32, 64)
     order_K = torch.randperm(64, generator=torch.Generator().manual_seed(1)) // 16
@@ -179,11 +178,11 @@ def test_moving_groups_survive_gptq(name: str) -> None:
     assert again.group_index_K is not None
     assert_same(again, weight)
     for other in ("awq", "compressed-tensors"):
-        with pytest.raises(UserError, match="moving order"):
+        with pytest.raises(UserError, match="act-order groups"):
             FORMATS[other].pack(weight)
 
 
-def test_gptq_v1_refuses_a_zero_point_of_zero_and_v2_holds_it() -> None:
+def test_gptq_v1_refuses_a_zero_point_of_zero_and_v2_stores_it():
     weight = golden_weight(4, 32, 32, 16, first_zero=0)
     with pytest.raises(UserError, match="gptq_v2"):
         FORMATS["gptq"].pack(weight)
@@ -191,21 +190,21 @@ def test_gptq_v1_refuses_a_zero_point_of_zero_and_v2_holds_it() -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_v1_words_that_gptqmodel_made_by_subtraction_are_undone(bits: int) -> None:
-    """It subtracts 0x1111… from whole words, which borrows across codes where a zero-point is 0."""
+def test_v1_zero_points_that_gptqmodel_computed_by_subtraction_are_restored(bits):
+    """GPTQModel subtracts 0x1111… from whole words. A zero-point of 0 then borrows from the next field."""
     weight = random_weight(QuantSpec(bits=bits, group_size=16, symmetric=False), 32, 32)
     tensors = FORMATS["gptq_v2"].pack(weight)
     tensors["qzeros"] = tensors["qzeros"] - sum(1 << shift for shift in range(0, 32, bits))
     assert_same(FORMATS["gptq"].unpack(tensors, weight.spec, 32, 32), weight)
 
 
-def test_v2_read_as_v1_is_noticed_when_symmetric() -> None:
+def test_symmetric_v2_tensors_read_as_v1_are_refused():
     weight = random_weight(QuantSpec(bits=4, group_size=32), 32, 32)
     with pytest.raises(UserError, match=r"qzeros: .* checkpoint_format"):
         FORMATS["gptq"].unpack(FORMATS["gptq_v2"].pack(weight), weight.spec, 32, 32)
 
 
-def test_scales_are_never_rounded_again() -> None:
+def test_scales_are_never_rounded_again():
     spec = QuantSpec(bits=4, group_size=32)
     weight = random_weight(spec, 32, 32, dtype=torch.bfloat16)
     assert FORMATS["gptq"].pack(weight)["scales"].dtype == torch.bfloat16
@@ -221,7 +220,7 @@ def test_scales_are_never_rounded_again() -> None:
     assert FORMATS["compressed-tensors"].pack(single)["weight_scale"].dtype == torch.float32
 
 
-def test_compressed_tensors_reads_zero_points_of_one_byte() -> None:
+def test_compressed_tensors_reads_zero_points_of_one_byte():
     weight = random_weight(QuantSpec(bits=4, group_size=16, symmetric=False), 8, 32)
     tensors = FORMATS["compressed-tensors"].pack(weight)
     tensors["weight_zero_point"] = (weight.zero_NG.int() - 8).to(torch.int8)
@@ -231,7 +230,7 @@ def test_compressed_tensors_reads_zero_points_of_one_byte() -> None:
         FORMATS["compressed-tensors"].unpack(tensors, weight.spec, 8, 32)
 
 
-def test_compressed_tensors_reads_legacy_moving_groups() -> None:
+def test_compressed_tensors_reads_legacy_act_order_groups():
     spec = QuantSpec(bits=4, group_size=16)
     weight = random_weight(spec, 8, 32)
     tensors = FORMATS["compressed-tensors"].pack(weight)
@@ -240,7 +239,7 @@ def test_compressed_tensors_reads_legacy_moving_groups() -> None:
 
 
 @ALL_FORMATS
-def test_negative_scales_are_read_beside_the_middle_zero_point_only(format: Format) -> None:
+def test_negative_scales_are_read_only_with_the_middle_zero_point(format):
     weight = random_weight(QuantSpec(bits=4, group_size=32, symmetric=True), 32, 64)
     weight.scale_NG[::2] *= -1
     assert_same(format.unpack(format.pack(weight), weight.spec, 32, 64), weight)
@@ -255,7 +254,7 @@ def test_negative_scales_are_read_beside_the_middle_zero_point_only(format: Form
 
 
 def damaged_tensors() -> dict[str, tuple[str, str, object]]:
-    """Name -> (format, suffix, replacement or None to remove or a function of the good tensor)."""
+    """Return name -> (format, suffix, function that damages the tensor; None removes it)."""
     cases: dict[str, tuple[str, str, object]] = {}
     for name, format in FORMATS.items():
         packed, scale = format.suffixes[0], "weight_scale" if name == "compressed-tensors" else "scales"
@@ -289,7 +288,7 @@ def damaged_tensors() -> dict[str, tuple[str, str, object]]:
 
 
 @pytest.mark.parametrize("case", damaged_tensors().values(), ids=list(damaged_tensors()))
-def test_damaged_tensors_are_refused_by_name(case: tuple[str, str, object]) -> None:
+def test_damaged_tensors_are_refused_by_name(case):
     name, suffix, damage = case
     weight = golden_weight(4, 32, 64, 32, first_zero=1)
     tensors = FORMATS[name].pack(weight)
@@ -303,7 +302,7 @@ def test_damaged_tensors_are_refused_by_name(case: tuple[str, str, object]) -> N
 
 
 @ALL_FORMATS
-def test_a_weight_of_another_size_is_refused(format: Format) -> None:
+def test_a_weight_of_another_size_is_refused(format):
     weight = golden_weight(4, 32, 64, 32, first_zero=1)
     with pytest.raises(UserError, match=r"holds a weight of \[32, 64\], but the model's is \[64, 64\]"):
         format.unpack(format.pack(weight), weight.spec, 64, 64)

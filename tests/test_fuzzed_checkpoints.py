@@ -1,5 +1,4 @@
-"""Checkpoints changed at random, in their JSON, their tensors or their bytes: each is read as it is, or ends in one
-clear line."""
+"""Checkpoints with random changes in their JSON, tensors or bytes are read as they are, or end in a one-line error."""
 
 from __future__ import annotations
 
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_files import INDEX, SHARDS, good_checkpoint, raw_safetensors, write_json
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from malformed_files import INDEX, SHARDS, good_checkpoint, raw_safetensors, write_json
 from safetensors.torch import load_file, save_file
 
 from llmquant.checkpoints.quantized import validate_quantized
@@ -22,8 +21,10 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.formats.registry import FORMATS
 
+pytestmark = pytest.mark.slow
+
 FUZZ = int(os.environ.get("LLMQUANT_FUZZ", "30"))
-"""Examples of each fuzz test."""
+"""Number of examples of each test."""
 NAMES = ["", "layers.0.up", "layers.0.up.qweight", "*", "re:.*", "F16", "I32", "gptq", "\ud800", "\n", "../x", "9" * 40]
 LEAVES = st.one_of(
     st.none(),
@@ -44,16 +45,16 @@ ANY_JSON = st.recursive(
 
 
 def mutate(data: st.DataObject, value: Any) -> Any:
-    """JSON with one thing replaced, added, renamed or left out, anywhere in it."""
+    """Return JSON with one value replaced, added, renamed or removed at any depth."""
     if isinstance(value, dict) and value and data.draw(st.integers(0, 4)):
         key = data.draw(st.sampled_from(sorted(value)))
-        what = data.draw(st.sampled_from(["deeper", "deeper", "deeper", "remove", "rename", "add"]))
-        if what == "deeper":
+        change = data.draw(st.sampled_from(["deeper", "deeper", "deeper", "remove", "rename", "add"]))
+        if change == "deeper":
             return value | {key: mutate(data, value[key])}
         rest = {other: inner for other, inner in value.items() if other != key}
-        if what == "remove":
+        if change == "remove":
             return rest
-        if what == "rename":
+        if change == "rename":
             return rest | {data.draw(st.sampled_from([*NAMES, *sorted(value)])): value[key]}
         return value | {data.draw(st.sampled_from(NAMES)): data.draw(ANY_JSON)}
     if isinstance(value, list) and value and data.draw(st.integers(0, 4)):
@@ -65,10 +66,8 @@ def mutate(data: st.DataObject, value: Any) -> Any:
 @pytest.mark.parametrize("format", FORMATS)
 @settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_any_json_anywhere_ends_in_a_clear_line_or_is_read_as_it_is(
-    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
-) -> None:
-    """Changes what headers, the index and the configuration say, in valid JSON."""
+def test_any_json_is_read_as_it_is_or_ends_in_a_one_line_error(tmp_path_factory, format, data):
+    """Change the headers, the index and the configuration, in valid JSON."""
     folder = fuzzed_folder(tmp_path_factory, format)
     good = {name: (folder / name).read_bytes() for name in (*SHARDS, INDEX, "config.json")}
     try:
@@ -92,10 +91,8 @@ def test_any_json_anywhere_ends_in_a_clear_line_or_is_read_as_it_is(
 @pytest.mark.parametrize("format", FORMATS)
 @settings(max_examples=FUZZ, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_any_tensor_in_the_place_of_another_ends_in_a_clear_line_or_is_read_as_it_is(
-    tmp_path_factory: pytest.TempPathFactory, format: str, data: st.DataObject
-) -> None:
-    """Tensors of any dtype, shape and content: well-formed files that no tool would write."""
+def test_any_tensor_is_read_as_it_is_or_ends_in_a_one_line_error(tmp_path_factory, format, data):
+    """Replace a tensor by one of any dtype, shape and content, in a valid file."""
     folder = fuzzed_folder(tmp_path_factory, format)
     good = (folder / SHARDS[0]).read_bytes()
     tensors = load_file(folder / SHARDS[0])
@@ -118,7 +115,7 @@ FUZZED: dict[str, Path] = {}
 
 
 def fuzzed_folder(tmp_path_factory: pytest.TempPathFactory, format: str) -> Path:
-    """A good checkpoint, made once; every example puts back what it changes."""
+    """Return a valid checkpoint that all examples share. Each example restores its changes."""
     if format not in FUZZED:
         FUZZED[format] = good_checkpoint(tmp_path_factory.mktemp(format) / "model", format)
     return FUZZED[format]
@@ -126,8 +123,8 @@ def fuzzed_folder(tmp_path_factory: pytest.TempPathFactory, format: str) -> Path
 
 @settings(max_examples=max(FUZZ, 300), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_damage_to_the_bytes_ends_in_a_clear_line_or_is_read_as_it_is(tmp_path: Path, data: st.DataObject) -> None:
-    """Flips, cuts and inserts bytes anywhere in a shard, its index or the configuration."""
+def test_any_damaged_bytes_are_read_as_they_are_or_end_in_a_one_line_error(tmp_path, data):
+    """Replace, remove and insert bytes in a shard, the index or the configuration."""
     folder = tmp_path / "model"
     if not folder.exists():
         good_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of generation, chat and tokens: it works, or it is refused in one line; never a traceback."""
+"""Generation settings, chat templates and tokens of a checkpoint work, or are refused in one line."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from tiny_models import VOCAB_SIZE, tiny_tokenizer
 from transformers import GenerationConfig
 
 import llmquant
-from llmquant.chat import chat_text
+from llmquant.data.chat import chat_text
 from llmquant.errors import UserError
-from llmquant.runtime.generate import Sampling, generate
-from llmquant.runtime.settings import FILE, USED, joined_settings, read_settings
+from llmquant.runtime.generate import SamplingParams, generate
+from llmquant.runtime.generation_settings import (
+    GENERATION_CONFIG_FILE,
+    SUPPORTED_SETTINGS,
+    merge_settings,
+    read_generation_config,
+)
 
 SAMPLED = {"do_sample": True}
 
 
-def joined(content: dict[str, Any], **asked: Any) -> GenerationConfig:
-    return joined_settings(GenerationConfig(**content), {"max_new_tokens": 4, **asked}, VOCAB_SIZE)
+def merged(content: dict[str, Any], **requested: Any) -> GenerationConfig:
+    return merge_settings(GenerationConfig(**content), {"max_new_tokens": 4, **requested}, VOCAB_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +38,17 @@ def model(tiny_model):
 
 @pytest.fixture
 def with_settings(model, monkeypatch):
-    """Give the model generation settings for the time of a test."""
+    """`with_settings(**content)` -> the model, with these generation settings until the test ends."""
 
-    def give(**content: Any) -> Any:
+    def set_settings(**content: Any) -> Any:
         monkeypatch.setattr(model, "generation_config", GenerationConfig(**content))
         return model
 
-    return give
+    return set_settings
 
 
 def texts_of(model: Any, *prompts: str, **sampling: Any) -> tuple[str, ...]:
-    return generate(model, tiny_tokenizer(), prompts or ("x = 1",), Sampling(max_new_tokens=12, **sampling)).texts
+    return generate(model, tiny_tokenizer(), prompts or ("x = 1",), SamplingParams(max_new_tokens=12, **sampling)).texts
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -56,7 +61,7 @@ def texts_of(model: Any, *prompts: str, **sampling: Any) -> tuple[str, ...]:
         (b'{"top_k": ', "cannot be read as JSON"),
         (b"\xff\xfe{}", "cannot be read as JSON"),
         (b"[" * 100_000, "cannot be read as JSON"),
-        (b"[1]", r"holds \[1\], and no JSON object"),
+        (b"[1]", r"holds \[1\] instead of a JSON object"),
         (b"null", "holds null"),
         (b'{"cache_implementation": "odd"}', 'cache_implementation "odd": transformers refuses it'),
         (b'{"pad_token_id": "x"}', 'pad_token_id "x": transformers refuses it'),
@@ -64,76 +69,76 @@ def texts_of(model: Any, *prompts: str, **sampling: Any) -> tuple[str, ...]:
         (b'{"suppress_tokens": [1], "forced_eos_token_id": 1}', "transformers refuses it .*forced_eos_token_id"),
     ],
 )
-def test_damaged_file_is_refused_by_name(content, reason, tmp_path):
-    file = tmp_path / FILE
+def test_the_error_for_a_damaged_file_names_the_file(content, reason, tmp_path):
+    file = tmp_path / GENERATION_CONFIG_FILE
     file.write_bytes(content)
     with pytest.raises(UserError, match=reason) as error:
-        read_settings(file)
+        read_generation_config(file)
     assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
 
 
-def test_file_with_anything_else_in_it_is_read(tmp_path):
-    file = tmp_path / FILE
+def test_unknown_settings_in_the_file_are_ignored(tmp_path):
+    file = tmp_path / GENERATION_CONFIG_FILE
     file.write_text(json.dumps({"top_k": 3, "update": 1, "to_dict": {}, "own_key": [1], "transformers_version": 7}))
-    assert read_settings(file).top_k == 3
+    assert read_generation_config(file).top_k == 3
 
 
-def test_load_refuses_the_file_and_generate_says_so_in_one_line(tiny_model, tmp_path, monkeypatch, capsys):
+def test_generate_refuses_an_invalid_file_in_one_line(tiny_model, tmp_path, monkeypatch, capsys):
     folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
     arguments = ["generate", folder, "--prompt", "x", "--max-new-tokens", "2"]
     capsys.readouterr()
     for content, words in {"": "cannot be read as JSON", '{"do_sample": true, "top_p": 2}': "top_p 2: must be"}.items():
-        (folder / FILE).write_text(content)
+        (folder / GENERATION_CONFIG_FILE).write_text(content)
         assert command(monkeypatch, *arguments) == 2
-        assert capsys.readouterr().err.startswith(f"llmquant: {folder / FILE}: {words}")
+        assert capsys.readouterr().err.startswith(f"llmquant: {folder / GENERATION_CONFIG_FILE}: {words}")
     assert command(monkeypatch, *arguments, "--greedy") == 0
-    (folder / FILE).write_text('{"do_sample": true, "temperature": 0.0}')
+    (folder / GENERATION_CONFIG_FILE).write_text('{"do_sample": true, "temperature": 0.0}')
     assert command(monkeypatch, *arguments) == 0
 
 
-# --- joined with the options -----------------------------------------------------------------------------------------
+# --- merged with the options -----------------------------------------------------------------------------------------
 
 WRONG = ["x", [], {}, float("nan"), True]
 
 
 @pytest.mark.parametrize(
-    "key", [key for key in USED if key not in ("do_sample", "stop_strings", "watermarking_config")]
+    "key", [key for key in SUPPORTED_SETTINGS if key not in ("do_sample", "stop_strings", "watermarking_config")]
 )
-def test_no_setting_takes_a_value_of_another_kind(key):
+def test_every_setting_refuses_values_of_another_type(key):
     for value in WRONG:
-        if isinstance(value, bool) and USED[key].words == "true or false":
+        if isinstance(value, bool) and SUPPORTED_SETTINGS[key].description == "true or false":
             continue
         own = GenerationConfig(**SAMPLED)
         setattr(own, key, value)
         if value in ([], {}):
-            assert getattr(joined_settings(own, {}, VOCAB_SIZE), key) is None, "an empty list is none"
+            assert getattr(merge_settings(own, {}, VOCAB_SIZE), key) is None, "an empty list counts as None"
             continue
-        with pytest.raises(UserError, match=f"^{FILE}: {key} .*: must be .*; correct it, or "):
-            joined_settings(own, {}, VOCAB_SIZE)
+        with pytest.raises(UserError, match=f"^{GENERATION_CONFIG_FILE}: {key} .*: must be .*; correct it, or "):
+            merge_settings(own, {}, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.0, 1e-9, 1e-300])
-def test_no_temperature_is_greedy(temperature):
-    settings = joined(SAMPLED | {"temperature": temperature, "top_p": 0.9})
+def test_a_temperature_of_zero_is_greedy(temperature):
+    settings = merged(SAMPLED | {"temperature": temperature, "top_p": 0.9})
     assert not settings.do_sample and settings.temperature is None and settings.top_p is None
 
 
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), "0.7", None])
-def test_temperature_that_means_nothing(value):
+def test_an_invalid_temperature_is_refused_unless_nothing_is_sampled(value):
     if value is None:
-        assert joined(SAMPLED | {"temperature": value}).do_sample
+        assert merged(SAMPLED | {"temperature": value}).do_sample
         return
     with pytest.raises(UserError, match=r"temperature .*: must be 0 \(greedy\) or a positive number.* --greedy"):
-        joined(SAMPLED | {"temperature": value})
-    assert joined(SAMPLED | {"temperature": value}, do_sample=False).do_sample is None
-    assert joined(SAMPLED | {"temperature": value}, do_sample=True, temperature=0.5).temperature == 0.5
-    assert joined({"temperature": value}).do_sample is None, "nothing is drawn, so it does not count"
+        merged(SAMPLED | {"temperature": value})
+    assert merged(SAMPLED | {"temperature": value}, do_sample=False).do_sample is None
+    assert merged(SAMPLED | {"temperature": value}, do_sample=True, temperature=0.5).temperature == 0.5
+    assert merged({"temperature": value}).do_sample is None, "nothing is sampled, so the temperature is ignored"
 
 
-def test_whole_numbers_are_given_to_transformers_as_it_wants_them():
+def test_whole_numbers_are_converted_to_the_floats_that_transformers_requires():
     own = GenerationConfig(do_sample=True, temperature=2, repetition_penalty=2)
     own.sequence_bias = [[[5], 1]]
-    settings = joined_settings(own, {}, VOCAB_SIZE)
+    settings = merge_settings(own, {}, VOCAB_SIZE)
     for value in (settings.temperature, settings.repetition_penalty, settings.sequence_bias[0][1]):
         assert isinstance(value, float)
 
@@ -149,11 +154,13 @@ def test_whole_numbers_are_given_to_transformers_as_it_wants_them():
         {"token_healing": True},
     ],
 )
-def test_searches_are_refused_unless_the_options_say_how_to_draw(content, with_settings):
+def test_searches_are_refused_unless_the_options_say_how_to_sample(content, with_settings):
     expected = texts_of(with_settings(), greedy=True)
     model = with_settings(**content)
     key = next(iter(content))
-    with pytest.raises(UserError, match=f"{FILE}: {key} .* asks for .*; use --greedy, or --temperature"):
+    with pytest.raises(
+        UserError, match=f"{GENERATION_CONFIG_FILE}: {key} .* selects .*; use --greedy, or --temperature"
+    ):
         texts_of(model)
     assert texts_of(model, greedy=True) == expected
     assert texts_of(model, temperature=1.0)
@@ -176,14 +183,14 @@ def test_searches_are_refused_unless_the_options_say_how_to_draw(content, with_s
         {"own_key": 3},
     ],
 )
-def test_settings_that_do_not_change_the_text_are_harmless(content, with_settings):
+def test_settings_that_do_not_change_the_text_are_ignored(content, with_settings):
     expected = texts_of(with_settings())
     own = with_settings(**content)
     assert texts_of(own) == expected
-    assert own.generation_config.to_dict().items() >= content.items(), "the model keeps its own"
+    assert own.generation_config.to_dict().items() >= content.items(), "the model keeps its own settings"
 
 
-def test_settings_that_change_the_text_are_followed(with_settings):
+def test_settings_that_change_the_text_are_applied(with_settings):
     (plain,) = texts_of(with_settings())
     first = tiny_tokenizer()(plain)["input_ids"][0]
     assert tiny_tokenizer()(texts_of(with_settings(suppress_tokens=[first]))[0])["input_ids"][0] != first
@@ -192,7 +199,7 @@ def test_settings_that_change_the_text_are_followed(with_settings):
     assert set(tiny_tokenizer()(texts_of(biased)[0])["input_ids"]) == {9}
 
 
-def test_text_ends_with_a_stop_string_in_a_batch_too(with_settings):
+def test_every_text_of_a_batch_ends_with_its_stop_string(with_settings):
     prompts = ("x = 1", "for every name in the list:")
     whole = texts_of(with_settings(), *prompts)
     stop = whole[0].strip()[2]
@@ -202,9 +209,9 @@ def test_text_ends_with_a_stop_string_in_a_batch_too(with_settings):
     assert texts_of(with_settings(stop_strings=stop), prompts[0]) == texts[:1]
 
 
-def test_predictions_that_are_not_finite_are_named(model, monkeypatch):
+def test_predictions_that_are_not_finite_are_reported(model, monkeypatch):
     monkeypatch.setitem(model.model.norm._parameters, "weight", torch.nn.Parameter(torch.full((64,), float("nan"))))
-    with pytest.raises(UserError, match="no token can be drawn"):
+    with pytest.raises(UserError, match="no token can be sampled"):
         texts_of(model, temperature=1.0)
 
 
@@ -217,28 +224,28 @@ def test_predictions_that_are_not_finite_are_named(model, monkeypatch):
         ({"seed": 2**64}, "seed .*: must fit into 64 bits"),
     ],
 )
-def test_options_that_are_no_numbers(values, words):
+def test_invalid_sampling_params_are_refused(values, words):
     with pytest.raises(UserError, match=words):
-        Sampling(**values)
+        SamplingParams(**values)
 
 
 @pytest.mark.parametrize(
     "watermark", [{"bias": "x"}, {"hashing_key": 2**70}, {"context_width": 2.5}, {"greenlist_ratio": True}]
 )
-def test_watermark_that_cannot_be_used_is_refused(watermark, tmp_path):
-    (tmp_path / FILE).write_text(json.dumps({"watermarking_config": watermark}))
+def test_an_invalid_watermark_is_refused(watermark, tmp_path):
+    (tmp_path / GENERATION_CONFIG_FILE).write_text(json.dumps({"watermarking_config": watermark}))
     with pytest.raises(UserError, match="watermarking_config"):
-        joined_settings(read_settings(tmp_path / FILE), {}, 512)
+        merge_settings(read_generation_config(tmp_path / GENERATION_CONFIG_FILE), {}, 512)
 
 
 # --- prompts and chat ------------------------------------------------------------------------------------------------
 
 
-def test_token_without_an_embedding_is_named(model):
+def test_a_token_without_an_embedding_is_refused(model):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     with pytest.raises(
-        UserError, match=r"prompt: the tokenizer makes token 512 \('<\|im_start\|>'\), the model has 512;"
+        UserError, match=r"prompt: the tokenizer makes token 512 \('<\|im_start\|>'\), but the model has only 512;"
     ):
         generate(model, tokenizer, ["<|im_start|>x"])
     tokenizer.chat_template = "<|im_start|>{{ messages[0].content }}"
@@ -250,14 +257,14 @@ def test_padding_without_an_embedding_is_not_used(model):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     prompts = ["x", "x = 1 + 2"]
-    sampling = Sampling(max_new_tokens=4, greedy=True)
+    sampling = SamplingParams(max_new_tokens=4, greedy=True)
     assert (
         generate(model, tokenizer, prompts, sampling).texts
         == generate(model, tiny_tokenizer(), prompts, sampling).texts
     )
 
 
-def test_half_a_character_is_refused(model):
+def test_a_prompt_that_is_not_utf8_is_refused(model):
     with pytest.raises(UserError, match=r"prompt: the tokenizer cannot read it .*; give valid UTF-8"):
         generate(model, tiny_tokenizer(), ["x\udcff"])
 
@@ -281,7 +288,7 @@ TALK = [{"role": "user", "content": "x"}]
         (5, "TypeError"),
     ],
 )
-def test_chat_template_that_cannot_be_used_is_one_line(template, words):
+def test_a_broken_chat_template_is_refused_in_one_line(template, words):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=f"^chat: .*{words}") as error:
@@ -289,10 +296,10 @@ def test_chat_template_that_cannot_be_used_is_one_line(template, words):
     assert "\n" not in str(error.value)
 
 
-def test_chat_template_that_makes_nothing_is_named(model):
+def test_a_chat_template_that_produces_no_text_is_refused(model):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{% if false %}{% endif %}"
-    with pytest.raises(UserError, match="chat: the model's chat template makes an empty text"):
+    with pytest.raises(UserError, match="chat: the model's chat template turns the prompt into an empty text"):
         generate(model, tokenizer, ["x"], chat=True)
 
 

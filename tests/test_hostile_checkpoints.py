@@ -1,17 +1,17 @@
-"""Hostile and damaged checkpoints: each ends in one line that names the file or the tensor, before anything is
-allocated."""
+"""Every hostile or damaged checkpoint ends in one line that names the file or tensor, before any large allocation."""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hostile_files import (
+from malformed_files import (
     INDEX,
     SHARDS,
     SPEC,
@@ -36,16 +36,17 @@ from hostile_files import (
     weights,
     write_json,
 )
+from safetensors.torch import save_file
 
 from llmquant.checkpoints.quantized import validate_quantized
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
-from llmquant.formats.registry import FORMATS
+from llmquant.formats.patterns import MAX_NAME_LENGTH
+from llmquant.formats.registry import FORMATS, parse_quantization_config
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 ABSURD = 2**62
 
-# name -> (what to do to a good GPTQ checkpoint, what the message must contain)
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     # the folder
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
@@ -226,12 +227,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "pack_dtype unknown": (quantization(pack_dtype="int64"), "pack_dtype 'int64'"),
     "quant_method a list": (quantization(quant_method=["gptq"]), "quant_method .'gptq'. cannot be read"),
     "quant_method unknown": (quantization(quant_method="exl3"), "quant_method 'exl3' cannot be read"),
-    "a key that nobody knows": (quantization(rotation="hadamard"), "unknown key 'rotation'"),
+    "unknown key": (quantization(rotation="hadamard"), "unknown key 'rotation'"),
     "dynamic with bits of its own packing": (quantization(dynamic={"layers.0": {"bits": 8}}), "layers.0.up.q"),
-    "dynamic that never ends": (quantization(dynamic={"(a+)+$": {}}), "could take for ever"),
-    "dynamic that never ends, hidden": (quantization(dynamic={"(?#[)((.|.)*)*x": {}}), "could take for ever"),
-    "dynamic of many stars": (quantization(dynamic={".*" * 30 + "x": {}}), "could take for ever"),
-    "dynamic of a megabyte": (quantization(dynamic={"(" * 2**20: {}}), "not a regular expression|for ever"),
+    "exponential dynamic": (quantization(dynamic={"(a+)+$": {}}), "could take forever"),
+    "exponential dynamic behind a comment": (quantization(dynamic={"(?#[)((.|.)*)*x": {}}), "could take forever"),
+    "dynamic of many stars": (quantization(dynamic={".*" * 30 + "x": {}}), "could take forever"),
+    "dynamic of many optional characters": (quantization(dynamic={"l?" * 30 + "l" * 30: {}}), "could take forever"),
+    "dynamic of a megabyte": (quantization(dynamic={"(" * 2**20: {}}), "not a regular expression|forever"),
     "dynamic beyond repeats": (quantization(dynamic={"a{99999999999}": {}}), "not a regular expression"),
     "a megabyte of a value": (quantization(sym="x" * 2**20), "sym 'xxx"),
     "config of 100,000 brackets": (
@@ -260,20 +262,18 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weight beside qweight": (tensor("weight", lambda good: torch.zeros(32, 32)), "layers.0.up has both weight and"),
 }
+"""Case -> (function that damages a valid GPTQ checkpoint, regular expression for the message)."""
 
 
 @pytest.mark.parametrize(("damage", "message"), HOSTILE.values(), ids=list(HOSTILE))
-def test_hostile_checkpoints_end_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], object], message: str
-) -> None:
+def test_hostile_checkpoints_end_in_one_line(tmp_path, monkeypatch, damage, message):
     ends_in_one_line(tmp_path, monkeypatch, "gptq", damage, message)
 
 
 def ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, damage: Callable[[Path], object], message: str
 ) -> None:
-    """Damages a good checkpoint: reading it is one UserError that names the file or the tensor, without a large
-    allocation."""
+    """Damage a valid checkpoint, and check that reading it raises a one-line UserError without a large allocation."""
     folder = good_checkpoint(tmp_path / "model", format)
     validate_quantized(CheckpointReader(folder))
     damage(folder)
@@ -292,8 +292,7 @@ def ends_in_one_line(
     assert str(folder) in str(error.value)
 
 
-# format -> name -> (what to do to a good checkpoint of that format, what the message must contain)
-HOSTILE_ELSEWHERE: dict[str, dict[str, tuple[Callable[[Path], object], str]]] = {
+HOSTILE_BY_FORMAT: dict[str, dict[str, tuple[Callable[[Path], object], str]]] = {
     "awq": {
         "scales NaN": (tensor("scales", filled(float("nan"))), "layers.0.up.scales: .* NaN or inf"),
         "scales negative": (tensor("scales", filled(-0.5)), "layers.0.up.scales: .* zero or negative"),
@@ -362,26 +361,55 @@ HOSTILE_ELSEWHERE: dict[str, dict[str, tuple[Callable[[Path], object], str]]] = 
         "symmetric with zero-points": (weights(symmetric=True), "layers.0.up.weight_zero_point: zero-points from"),
         "actorder unknown": (weights(actorder="sideways"), "actorder 'sideways'"),
         "actorder without its index": (weights(actorder="group"), "layers.0.up.weight_g_idx: missing"),
-        "a key of a group that nobody knows": (weights(codebook=[1]), "unknown key 'codebook'"),
+        "unknown key of a group": (weights(codebook=[1]), "unknown key 'codebook'"),
         "ignored and packed": (quantization(ignore=["layers.0.up"]), "config.json leaves layers.0.up in 16 bit"),
-        "ignore that never ends": (quantization(ignore=["re:(l+)+$"]), "could take for ever"),
+        "exponential ignore": (quantization(ignore=["re:(l+)+$"]), "could take forever"),
         "sparse": (quantization(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config is set"),
         "keys of gptq": (quantization(bits=4), "'bits' is a key of gptq"),
     },
 }
-ELSEWHERE = [(format, *case) for format, cases in HOSTILE_ELSEWHERE.items() for case in cases.values()]
+"""Format -> case -> (function that damages a valid checkpoint of the format, regular expression for the message)."""
+OTHER_FORMATS = [(format, *case) for format, cases in HOSTILE_BY_FORMAT.items() for case in cases.values()]
 
 
 @pytest.mark.parametrize(
     ("format", "damage", "message"),
-    ELSEWHERE,
-    ids=[f"{f}: {name}" for f, cs in HOSTILE_ELSEWHERE.items() for name in cs],
+    OTHER_FORMATS,
+    ids=[f"{f}: {name}" for f, cases in HOSTILE_BY_FORMAT.items() for name in cases],
 )
-def test_hostile_checkpoints_of_other_formats_end_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, damage: Callable[[Path], object], message: str
-) -> None:
+def test_hostile_checkpoints_of_other_formats_end_in_one_line(tmp_path, monkeypatch, format, damage, message):
     ends_in_one_line(tmp_path, monkeypatch, format, damage, message)
 
 
-def test_there_are_enough_hostile_files() -> None:
-    assert len(HOSTILE) + len(ELSEWHERE) >= 60
+SLOW_PATTERNS = {
+    "stars": ".*" * 4 + "[!?]",
+    "many alternatives": ".*.*[!?]|" * 9000 + "[!?]",
+    "optional characters": "a?" * 24 + "a" * 24 + "!",
+}
+"""Patterns that `count_steps` accepts, although they match some names slowly."""
+
+
+@pytest.mark.parametrize("pattern", SLOW_PATTERNS.values(), ids=SLOW_PATTERNS)
+def test_slow_patterns_end_in_one_line_within_seconds(pattern):
+    """The time limit is for all names and patterns together."""
+    config = FORMATS["gptq"].config(SPEC, {}) | {"dynamic": {f"-:x{pattern}": {}, pattern: {}}}
+    parsed = parse_quantization_config(config)
+    start = time.thread_time()
+    with pytest.raises(UserError, match=r"matching module names took .* seconds") as error:
+        for i in range(3000):
+            parsed.grid_of("a" * (MAX_NAME_LENGTH - 5) + f"{i:05d}")
+    assert time.thread_time() - start < 10
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_pattern_is_not_matched_against_a_name_of_absurd_length(tmp_path):
+    save_file({"a" * 900 + ".qweight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    config = FORMATS["gptq"].config(SPEC, {}) | {"dynamic": {".*.*.*[!?]": {}}}
+    write_json(tmp_path / "config.json", {"quantization_config": config})
+    with pytest.raises(UserError, match=r"config\.json: quantization_config .* a name of 900 characters") as error:
+        validate_quantized(CheckpointReader(tmp_path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_there_are_enough_hostile_files():
+    assert len(HOSTILE) + len(OTHER_FORMATS) >= 60

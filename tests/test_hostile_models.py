@@ -1,4 +1,4 @@
-"""Whole models that mean harm: no code of theirs runs, nothing is unpickled, and they are refused in one line."""
+"""Malicious and inconsistent models: their code never runs, no pickle is opened, and they are refused in one line."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmquant
+from llmquant.checkpoints.summary import inspect
+from llmquant.conversion import convert
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer
 from llmquant.models.skeleton import read_config
-from llmquant.pipeline.convert import convert
-from llmquant.pipeline.inspect import inspect
 from llmquant.pipeline.quantize import dry_run, quantize
 from llmquant.spec import Options, QuantSpec, Recipe
 
@@ -28,7 +28,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture(scope="module")
 def whole(tiny_model, tmp_path_factory) -> Path:
-    """A quantized checkpoint; not to be written into."""
+    """A quantized checkpoint; tests must not write into it."""
     out = tmp_path_factory.mktemp("whole") / "out"
     quantize(tiny_model("llama"), out, Recipe(method="rtn", spec=QuantSpec(group_size=32)), QUICK)
     return out
@@ -36,7 +36,7 @@ def whole(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def model(whole, tmp_path) -> Path:
-    """A copy of it to damage."""
+    """A copy of the quantized checkpoint for a test to damage."""
     return Path(shutil.copytree(whole, tmp_path / "model"))
 
 
@@ -55,7 +55,7 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -
 
 
 def plant(folder: Path, marker: Path) -> None:
-    """Code in every place from which transformers can be told to run some."""
+    """Put code that touches `marker` into every place from which transformers can run code."""
     (folder / "evil.py").write_text(
         f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n"
         "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
@@ -71,7 +71,7 @@ def plant(folder: Path, marker: Path) -> None:
     (folder / "custom_generate" / "generate.py").write_text((folder / "evil.py").read_text())
 
 
-DOORS: dict[str, Callable[[Path, Path], object]] = {
+ENTRY_POINTS: dict[str, Callable[[Path, Path], object]] = {
     "load": lambda model, out: llmquant.load(model, device="cpu", backend="torch"),
     "convert": lambda model, out: convert(model, out, "awq"),
     "dense": lambda model, out: convert(model, out, "dense"),
@@ -82,12 +82,12 @@ DOORS: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("model_type", ["llama", "nonesuch"])
-@pytest.mark.parametrize("door", DOORS)
-def test_code_of_a_checkpoint_is_never_run(door, model_type, model, tmp_path):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_code_of_a_checkpoint_is_never_run(entry_point, model_type, model, tmp_path):
     plant(model, tmp_path / "ran")
     edit_config(model, model_type=model_type)
     try:
-        DOORS[door](model, tmp_path / "out")
+        ENTRY_POINTS[entry_point](model, tmp_path / "out")
     except UserError as error:
         assert "\n" not in str(error)
     assert not (tmp_path / "ran").exists()
@@ -105,7 +105,7 @@ def test_code_of_an_original_is_never_run(tiny_model, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_planted_code_would_run_if_it_were_trusted(model, tmp_path, monkeypatch):
+def test_planted_code_runs_with_trust_remote_code(model, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", list(sys.path))
     plant(model, tmp_path / "ran")
@@ -124,13 +124,13 @@ class Bomb:
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pth", "x.ckpt"])
 def test_pickles_beside_the_weights_are_not_opened(name, model, tmp_path):
     torch.save(Bomb(tmp_path / "ran"), model / name)
-    for door, go in DOORS.items():
-        go(model, tmp_path / door)
+    for entry_point, call in ENTRY_POINTS.items():
+        call(model, tmp_path / entry_point)
     assert not (tmp_path / "ran").exists()
-    assert not (tmp_path / "convert" / name).exists(), "and not carried on"
+    assert not (tmp_path / "convert" / name).exists(), "it must not be copied either"
 
 
-# --- models that are not what they say -------------------------------------------------------------------------------
+# --- models that contradict their config -----------------------------------------------------------------------------
 
 
 def renamed(tensors: dict[str, torch.Tensor]) -> None:
@@ -153,12 +153,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "heads that do not divide": (lambda f: edit_config(f, num_attention_heads=7), "config.json"),
     "an absurd vocabulary": (lambda f: edit_config(f, vocab_size=2**60), "config.json"),
     "a vocabulary of -1": (lambda f: edit_config(f, vocab_size=-1), "config.json"),
-    "an activation that nobody knows": (lambda f: edit_config(f, hidden_act="os.system"), "config.json"),
-    "a dtype that nobody knows": (lambda f: edit_config(f, dtype="float3", torch_dtype="float3"), "config.json"),
+    "an unknown activation": (lambda f: edit_config(f, hidden_act="os.system"), "config.json"),
+    "an unknown dtype": (lambda f: edit_config(f, dtype="float3", torch_dtype="float3"), "config.json"),
     "another kind of model": (lambda f: edit_config(f, model_type="vit"), "is not a causal language model"),
     "a model of no type": (lambda f: edit_config(f, model_type=None), "config.json"),
     "rotary settings of strings": (lambda f: edit_config(f, rope_parameters={"rope_type": "x"}), "config.json"),
-    "a packed linear that the model has not": (lambda f: edit_tensors(f, renamed), "sideways_proj' is no linear"),
+    "a packed linear that the model lacks": (lambda f: edit_tensors(f, renamed), "sideways_proj' is no linear"),
     "the embedding of another shape": (
         lambda f: edit_tensors(f, lambda t: t.update({"model.embed_tokens.weight": torch.zeros(3, 64)})),
         "'model.embed_tokens.weight' has shape",
@@ -179,7 +179,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_model_that_is_not_what_it_says_is_refused_in_one_line(case, model):
+def test_a_model_that_contradicts_its_config_is_refused_in_one_line(case, model):
     damage, message = DAMAGES[case]
     damage(model)
     with pytest.raises(UserError, match=message) as error:
@@ -188,9 +188,9 @@ def test_a_model_that_is_not_what_it_says_is_refused_in_one_line(case, model):
 
 
 @pytest.mark.parametrize("case", ["a billion blocks", "an absurd hidden size", "no heads", "another kind of model"])
-def test_every_door_that_builds_the_model_refuses_it(case, model, tmp_path):
+def test_every_function_that_builds_the_model_refuses_it(case, model, tmp_path):
     DAMAGES[case][0](model)
-    for door in ("convert", "dense"):
+    for entry_point in ("convert", "dense"):
         with pytest.raises(UserError):
-            DOORS[door](model, tmp_path / door)
-        assert not (tmp_path / door).exists()
+            ENTRY_POINTS[entry_point](model, tmp_path / entry_point)
+        assert not (tmp_path / entry_point).exists()

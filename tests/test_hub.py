@@ -1,4 +1,4 @@
-"""What a model's name means."""
+"""`hub.py`: the folder of a model, and its tokenizer."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 
 
-def test_folder_is_itself(tmp_path, monkeypatch):
+def test_a_folder_is_returned_as_it_is(tmp_path, monkeypatch):
     assert resolve_model(str(tmp_path)) == tmp_path
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -46,15 +46,15 @@ def test_hub_id_fetches_weights_configuration_and_tokenizer_only(tmp_path, monke
 
 
 @pytest.mark.parametrize("name", ["/no/such/place", "./nothing", "~/nothing", "a/b/c", "two words"])
-def test_what_can_only_be_a_folder_is_not_looked_up(name, monkeypatch):
+def test_a_name_that_can_only_be_a_folder_is_not_looked_up_on_the_hub(name, monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the hub was contacted"))
     with pytest.raises(UserError, match=f"^{name}: no such folder; give a folder"):
         resolve_model(name)
 
 
-def test_file_is_not_a_folder(tmp_path):
+def test_a_file_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()
     with pytest.raises(UserError, match=r"model\.safetensors: is a file; give the folder"):
@@ -70,16 +70,16 @@ def test_file_is_not_a_folder(tmp_path):
         ("\udcff", "UTF-8"),
     ],
 )
-def test_a_path_that_no_file_can_have_is_one_line(name, message):
+def test_an_impossible_path_is_refused_in_one_line(name, message):
     with pytest.raises(UserError, match=message):
         resolve_model(name)
 
 
-def test_unreachable_hub_is_one_line_that_says_what_to_check():
+def test_an_unreachable_hub_is_reported_in_one_line():
     with pytest.raises(UserError) as error:
         resolve_model("org/name")
     message = str(error.value)
-    assert message.startswith("org/name: no such folder, and the Hugging Face hub does not give it (")
+    assert message.startswith("org/name: no such folder, and the Hugging Face hub cannot provide it (")
     assert "\n" not in message
 
 

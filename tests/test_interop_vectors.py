@@ -1,7 +1,7 @@
-"""What other tools wrote is read as what they themselves make of it.
+"""Checkpoints of other tools are read as these tools themselves read them.
 
-`vectors/` has one linear of each checkpoint that `scripts/interop --vectors` let a tool write: its tensors, its
-`quantization_config`, and `dense`, the weight [N, K] as the tool's own code dequantizes or applies it.
+`vectors/` has one linear of each checkpoint that `scripts/interop/interop.py --vectors` lets a tool write: its tensors,
+its `quantization_config`, and `dense`, the weight [N, K] as the tool's own code dequantizes it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def read_vector(note: Path, folder: Path) -> tuple[QuantizedModule, QuantizedWeight, Tensors]:
-    """The one linear of a checkpoint folder made of the vector; its stored tensors, `dense` among them."""
+    """Write the vector as a checkpoint folder, and return its linear, its weight and the tensors of the vector."""
     described, tensors = json.loads(note.read_text()), load_file(note.with_suffix(".safetensors"))
     config = {"model_type": "llama", "quantization_config": described["quantization_config"]}
     (folder / "config.json").write_text(json.dumps(config))
@@ -41,22 +41,22 @@ def read_vector(note: Path, folder: Path) -> tuple[QuantizedModule, QuantizedWei
 
 
 @EVERY_VECTOR
-def test_the_weight_is_what_its_own_tool_makes_of_it(note: Path, tmp_path: Path) -> None:
+def test_the_weight_equals_that_of_its_own_tool(note, tmp_path):
     _, weight, tensors = read_vector(note, tmp_path)
     assert torch.equal(weight.dequantize(tensors["dense"].dtype), tensors["dense"])
 
 
 @EVERY_VECTOR
-def test_packing_it_again_gives_the_same_tensors(note: Path, tmp_path: Path) -> None:
+def test_packing_the_weight_again_returns_the_same_tensors(note, tmp_path):
     module, weight, tensors = read_vector(note, tmp_path)
     if weight.group_index_K is not None or int(weight.zero_NG.min()) < module.format.min_zero:
-        pytest.skip("nothing that we write: groups in moving order, or a zero-point of 0 in gptq v1")
+        pytest.skip("llmquant does not write act-order groups, or a zero-point of 0 in gptq v1")
     for suffix, packed in module.format.pack(weight).items():
         stored = tensors[f"{module.name}.{suffix}"]
         assert packed.dtype == stored.dtype and torch.equal(packed, stored), suffix
 
 
-def test_the_vectors_have_every_format_and_every_peculiarity(tmp_path: Path) -> None:
+def test_the_vectors_cover_every_format_and_variant(tmp_path):
     found = set()
     for note in NOTES:
         folder = tmp_path / note.stem
@@ -64,7 +64,7 @@ def test_the_vectors_have_every_format_and_every_peculiarity(tmp_path: Path) -> 
         module, weight, _ = read_vector(note, folder)
         found |= {module.format.name, f"{weight.spec.bits} bits", f"symmetric {weight.spec.symmetric}"}
         found |= {"negative scales"} if bool((weight.scale_NG < 0).any()) else set()
-        found |= {"moving groups"} if weight.group_index_K is not None else set()
+        found |= {"act-order groups"} if weight.group_index_K is not None else set()
         found |= {"one group"} if weight.spec.group_size == -1 else set()
-    wanted = {*FORMATS, "2 bits", "3 bits", "4 bits", "8 bits", "symmetric True", "symmetric False"}
-    assert found == wanted | {"negative scales", "moving groups", "one group"}
+    expected = {*FORMATS, "2 bits", "3 bits", "4 bits", "8 bits", "symmetric True", "symmetric False"}
+    assert found == expected | {"negative scales", "act-order groups", "one group"}

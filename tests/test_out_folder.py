@@ -1,4 +1,4 @@
-"""OUT, before any work is done: apart from what is read, at a place that can be written, and as a run would find it."""
+"""OUT is checked before any work: it must not overlap with inputs, must be writable, and must fit an unfinished run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import llmquant
 from llmquant.checkpoints.journal import FileRecord
 from llmquant.checkpoints.manifest import build_manifest
 from llmquant.checkpoints.reader import file_sha256
-from llmquant.checkpoints.writer import CHECKPOINT, REPLACED, PartialCheckpoint, check_out
+from llmquant.checkpoints.unfinished import CHECKPOINT, REPLACED, check_out_folder
+from llmquant.checkpoints.writer import PartialCheckpoint
 from llmquant.errors import UserError
 
 RTN = ("--method", "rtn", "--no-verify", "--quiet", "--group-size", "32")
@@ -25,7 +26,7 @@ FEW = ("--effort", "fast", "--samples", "4", "--seq-len", "32", "--no-verify", "
 
 @pytest.fixture
 def place(tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a model in it, which is the current folder; the home folder is beside it."""
+    """The current folder, which holds a model. The home folder is beside it."""
     folder = tmp_path / "place"
     shutil.copytree(tiny_model("llama"), folder / "model")
     (tmp_path / "home").mkdir()
@@ -42,8 +43,7 @@ def copy(source: str, target: str) -> Callable[[Path], None]:
     return lambda folder: shutil.copytree(folder / source, folder / target) and None
 
 
-# Case -> what is there, MODEL, OUT, and the refusal.
-NOT_APART: dict[str, tuple[Callable[[Path], None] | None, str, str, str]] = {
+OVERLAPS: dict[str, tuple[Callable[[Path], None] | None, str, str, str]] = {
     "itself": (None, "model", "model", "model: this command reads it (as model)"),
     "itself, by another name": (None, "model/", "../place/./model", "model: this command reads it (as model)"),
     "a folder that holds it": (None, "model", "../place", "place: holds model, which this command reads"),
@@ -60,12 +60,13 @@ NOT_APART: dict[str, tuple[Callable[[Path], None] | None, str, str, str]] = {
         "m.partial: holds m.partial/checkpoint, which this command reads",
     ),
 }
+"""Case -> (preparation or None, MODEL, OUT, the error)."""
 
 
 @pytest.mark.parametrize("flags", [(), ("--overwrite", "--restart"), ("--overwrite", "--dry-run")])
-@pytest.mark.parametrize("case", NOT_APART)
-def test_out_that_is_or_holds_what_is_read_is_refused(case, flags, place, monkeypatch, capsys):
-    prepare, model, out, message = NOT_APART[case]
+@pytest.mark.parametrize("case", OVERLAPS)
+def test_out_that_is_or_holds_an_input_is_refused(case, flags, place, monkeypatch, capsys):
+    prepare, model, out, message = OVERLAPS[case]
     if prepare is not None:
         prepare(place)
     before = contents(place)
@@ -77,7 +78,7 @@ def test_out_that_is_or_holds_what_is_read_is_refused(case, flags, place, monkey
     assert contents(place) == before
 
 
-def test_out_that_holds_a_shard_by_a_link_is_refused(place, monkeypatch, capsys):
+def test_out_that_holds_the_target_of_a_linked_shard_is_refused(place, monkeypatch, capsys):
     store, weights = place / "store", place / "model" / "model.safetensors"
     store.mkdir()
     weights.rename(store / "w")
@@ -101,7 +102,7 @@ def test_out_that_holds_the_calibration_text_is_refused(place, monkeypatch, caps
     assert command(monkeypatch, "quantize", "model", "texts/out", *arguments) == 0
 
 
-def test_convert_and_python_refuse_the_same(place, monkeypatch, capsys):
+def test_convert_and_the_python_api_refuse_an_overlap(place, monkeypatch, capsys):
     assert command(monkeypatch, "quantize", "model", "own", *RTN) == 0
     before = contents(place)
     for flags in ((), ("--overwrite", "--restart")):
@@ -112,7 +113,7 @@ def test_convert_and_python_refuse_the_same(place, monkeypatch, capsys):
     assert contents(place) == before
 
 
-def test_out_in_the_hub_cache_of_the_model_is_refused_and_the_cache_is_read(place, monkeypatch, capsys):
+def test_out_in_the_hub_cache_of_the_model_is_refused(place, monkeypatch, capsys):
     snapshot = place / "hub" / "models--org--name" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot.parents[1] / "blobs").mkdir()
@@ -128,15 +129,15 @@ def test_out_in_the_hub_cache_of_the_model_is_refused_and_the_cache_is_read(plac
     assert {file.name for file in (place / "model").iterdir()} < {file.name for file in (place / "out").iterdir()}
 
 
-def test_out_may_be_a_folder_in_the_model_and_is_replaced_there(place, monkeypatch, capsys):
+def test_out_may_be_a_sub_folder_of_the_model(place, monkeypatch, capsys):
     before = contents(place / "model")
     assert command(monkeypatch, "quantize", "model", "model/q4", *RTN) == 0
     assert command(monkeypatch, "quantize", "model", "model/q4", *RTN, "--overwrite", "--json") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["remarks"] == []
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["notes"] == []
     assert {name: content for name, content in contents(place / "model").items() if "q4/" not in name} == before
 
 
-# --- places ----------------------------------------------------------------------------------------------------------
+# --- locations -------------------------------------------------------------------------------------------------------
 
 
 def unwritable(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -162,7 +163,7 @@ def unwritable(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)])
-def test_a_place_where_out_cannot_be_is_refused_before_any_work(out, message, flags, place, monkeypatch, capsys):
+def test_a_location_that_is_not_usable_is_refused_before_any_work(out, message, flags, place, monkeypatch, capsys):
     (place / "file").write_text("mine")
     (place / "z.partial").write_text("mine")
     (place / "dead").symlink_to("nowhere")
@@ -181,13 +182,13 @@ def test_a_mount_point_and_the_current_folder_are_refused(place, monkeypatch):
     (place / "disk").mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
     with pytest.raises(UserError, match=r"disk: a mount point, .* choose a folder inside it"):
-        check_out("disk")
+        check_out_folder("disk")
     monkeypatch.chdir(place / "disk")
     with pytest.raises(UserError, match="the current folder is in it"):
-        check_out(".")
+        check_out_folder(".")
 
 
-def test_out_is_not_replaced_under_a_user_who_is_in_it(place, monkeypatch, capsys):
+def test_out_that_is_the_current_folder_is_not_replaced(place, monkeypatch, capsys):
     assert command(monkeypatch, "quantize", "model", "out", *RTN) == 0
     monkeypatch.chdir(place / "out")
     for dry in ((), ("--dry-run",)):
@@ -195,7 +196,7 @@ def test_out_is_not_replaced_under_a_user_who_is_in_it(place, monkeypatch, capsy
         assert "out: the current folder is in it" in capsys.readouterr().err
 
 
-def test_out_that_is_empty_and_out_in_folders_to_be_made_are_accepted(place, monkeypatch):
+def test_an_empty_out_and_out_in_missing_folders_are_accepted(place, monkeypatch):
     (place / "empty").mkdir()
     for out in ("empty", "deep/er/out", "link/../other"):
         (place / "link").mkdir(exist_ok=True)
@@ -206,7 +207,7 @@ def test_out_that_is_empty_and_out_in_folders_to_be_made_are_accepted(place, mon
     assert command(monkeypatch, "quantize", "model", "empty", *RTN) == 2
 
 
-def test_a_tilde_is_the_home_folder_wherever_a_path_is_typed(place, monkeypatch, capsys):
+def test_a_tilde_is_the_home_folder_in_every_path_argument(place, monkeypatch, capsys):
     home = Path(os.environ["HOME"])
     shutil.copytree(place / "model", home / "m")
     (home / "a.txt").write_text("x = 1\n" * 999)
@@ -233,7 +234,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_typed(place, monkeypatch,
 @pytest.mark.parametrize(
     "arguments", [("inspect", "X"), ("report", "q", "--output", "X"), ("eval", "m", "--dataset", "X")]
 )
-def test_bytes_that_are_not_utf_8_are_one_line_in_every_command(arguments, place, monkeypatch, capsys):
+def test_bytes_that_are_not_utf_8_are_a_one_line_error_in_every_command(arguments, place, monkeypatch, capsys):
     typed = [os.fsdecode(b"\xff") if argument == "X" else argument for argument in arguments]
     assert command(monkeypatch, *typed) == 2
     assert (
@@ -241,31 +242,34 @@ def test_bytes_that_are_not_utf_8_are_one_line_in_every_command(arguments, place
     )
 
 
-# --- a dry run and what an unfinished run has left -------------------------------------------------------------------
+# --- a dry run beside an unfinished run -----------------------------------------------------------------------------
 
 
-def left(place: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, dies_in: str = "extra_files") -> None:
-    """OUT.partial of a run that died: before its shards are written (`extra_files`), or afterwards (`check`)."""
+def leave_unfinished(
+    place: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str, stops_in: str = "extra_files"
+) -> None:
+    """Stop a run before it writes its shards (`extra_files`) or afterwards (`finish`), which leaves OUT.partial."""
     with monkeypatch.context() as patch:
-        patch.setattr(f"llmquant.pipeline.quantize.{dies_in}", lambda *a: (_ for _ in ()).throw(UserError("died")))
+        patch.setattr(f"llmquant.pipeline.quantize.{stops_in}", lambda *a: (_ for _ in ()).throw(UserError("stopped")))
         assert command(monkeypatch, "quantize", "model", "out", *arguments) == 2
     assert (place / "out.partial").exists()
 
 
-def both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The refusal, which is that of the dry run and of the run."""
-    said = []
+def refusal_of_both(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Return the error of a dry run, after checking that the run without --dry-run has the same."""
+    errors = []
     for dry in (("--dry-run",), ()):
         capsys.readouterr()
         assert command(monkeypatch, "quantize", *arguments, *dry) == 2
-        said.append(capsys.readouterr().err)
-    assert said[0] == said[1]
-    return said[0]
+        errors.append(capsys.readouterr().err)
+    assert errors[0] == errors[1]
+    return errors[0]
 
 
 TEXT = ("--calibration", "python-docs", *FEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("now", "change"),
     [
@@ -275,10 +279,10 @@ TEXT = ("--calibration", "python-docs", *FEW)
         (RTN, "recipe.method was 'gptq', is 'rtn'"),
     ],
 )
-def test_dry_run_refuses_a_partial_of_other_options_as_the_run_does(now, change, place, monkeypatch, capsys):
-    left(place, monkeypatch, *TEXT)
+def test_dry_run_refuses_an_unfinished_run_with_other_options_like_the_run(now, change, place, monkeypatch, capsys):
+    leave_unfinished(place, monkeypatch, *TEXT)
     before = contents(place)
-    error = both(monkeypatch, capsys, "model", "out", *now)
+    error = refusal_of_both(monkeypatch, capsys, "model", "out", *now)
     assert "out.partial: left by a run with other options (" in error and change in error
     assert contents(place) == before
     assert command(monkeypatch, "quantize", "model", "out", *TEXT, "--dry-run") == 0
@@ -286,43 +290,46 @@ def test_dry_run_refuses_a_partial_of_other_options_as_the_run_does(now, change,
     assert contents(place) == before
 
 
-def test_dry_run_refuses_a_partial_of_another_model_or_text(place, monkeypatch, capsys):
-    left(place, monkeypatch, *TEXT)
+@pytest.mark.slow
+def test_dry_run_refuses_an_unfinished_run_with_another_model_or_text(place, monkeypatch, capsys):
+    leave_unfinished(place, monkeypatch, *TEXT)
     weights = place / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert "model.model.safetensors was '" in both(monkeypatch, capsys, "model", "out", *TEXT)
-    # The hub would give its first row.
-    monkeypatch.setattr("llmquant.pipeline.calibration.check_preset", lambda name, split: None)
+    assert "model.model.safetensors was '" in refusal_of_both(monkeypatch, capsys, "model", "out", *TEXT)
+    # The real function downloads the first row from the hub.
+    monkeypatch.setattr("llmquant.data.calibration.check_preset", lambda name, split: None)
     fetched = ("--calibration", "ptb", *FEW, "--dry-run")
     assert command(monkeypatch, "quantize", "model", "out", *fetched) == 2
     assert "calibration.source was 'python-docs', is 'ptb'" in capsys.readouterr().err
 
 
-def test_dry_run_refuses_what_another_run_is_writing_and_what_is_damaged(place, monkeypatch, capsys):
+def test_dry_run_refuses_a_locked_or_damaged_unfinished_run(place, monkeypatch, capsys):
     with PartialCheckpoint.open(place / "out", {"a": 1}):
-        assert f"process {os.getpid()} is writing it" in both(monkeypatch, capsys, "model", "out", *RTN)
+        assert f"process {os.getpid()} is writing it" in refusal_of_both(monkeypatch, capsys, "model", "out", *RTN)
     shutil.rmtree(place / "out.partial")
-    left(place, monkeypatch, *RTN, dies_in="check")
+    leave_unfinished(place, monkeypatch, *RTN, stops_in="finish")
     shard = place / "out.partial" / CHECKPOINT / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    assert "model.safetensors: damaged since it was written" in both(monkeypatch, capsys, "model", "out", *RTN)
+    assert "model.safetensors: damaged since it was written" in refusal_of_both(
+        monkeypatch, capsys, "model", "out", *RTN
+    )
     (place / "out.partial" / "journal.json").write_text("{")
-    assert "journal.json: damaged" in both(monkeypatch, capsys, "model", "out", *RTN)
+    assert "journal.json: damaged" in refusal_of_both(monkeypatch, capsys, "model", "out", *RTN)
     (place / "out.partial" / "diary").write_text("mine")
     for flags in ((), ("--restart",)):
-        assert "(it holds diary)" in both(monkeypatch, capsys, "model", "out", *RTN, *flags)
+        assert "(it holds diary)" in refusal_of_both(monkeypatch, capsys, "model", "out", *RTN, *flags)
 
 
-def test_restart_does_not_hide_an_out_that_was_about_to_be_replaced(place, monkeypatch, capsys):
+def test_restart_does_not_lose_an_out_that_was_about_to_be_replaced(place, monkeypatch, capsys):
     assert command(monkeypatch, "quantize", "model", "out", *RTN) == 0
     before = contents(place / "out")
-    left(place, monkeypatch, *RTN, "--bits", "8", "--overwrite", dies_in="check")
+    leave_unfinished(place, monkeypatch, *RTN, "--bits", "8", "--overwrite", stops_in="finish")
     (place / "out").rename(place / "out.partial" / REPLACED)
-    assert "replaced: the OUT that an unfinished run was about to replace" in both(
+    assert "replaced: the OUT that an unfinished run was about to replace" in refusal_of_both(
         monkeypatch, capsys, "model", "out", *RTN, "--restart"
     )
     (place / "out.partial" / REPLACED / "notes.md").write_text("mine")
-    assert "out: holds more than llmquant wrote" in both(
+    assert "out: holds more than llmquant wrote" in refusal_of_both(
         monkeypatch, capsys, "model", "out", *RTN, "--restart", "--overwrite"
     )
     assert {**before, "notes.md": b"mine"} == contents(place / "out.partial" / REPLACED)
@@ -343,7 +350,7 @@ def test_restart_does_not_hide_an_out_that_was_about_to_be_replaced(place, monke
         (("tune", "out", "--out"), "mine.json"),
     ],
 )
-def test_a_file_that_a_command_did_not_write_is_spared(arguments, file, place, monkeypatch, capsys):
+def test_a_file_that_a_command_did_not_write_is_not_overwritten(arguments, file, place, monkeypatch, capsys):
     assert command(monkeypatch, "quantize", "model", "out", *RTN) == 0
     for name in ("mine.html", "photo.png", "mine.json"):
         (place / name).write_text('{"entries": 1}')
@@ -357,21 +364,23 @@ def test_a_file_that_a_command_did_not_write_is_spared(arguments, file, place, m
     assert contents(place) == before
 
 
-def test_a_page_a_plot_and_a_table_of_an_earlier_call_are_replaced(place, monkeypatch):
+def test_pages_plots_and_tables_of_earlier_calls_are_replaced(place, monkeypatch):
     from llmquant.console.bench import PLOT_SUFFIXES, check_plot_path, plot_bench
     from llmquant.kernels.tiles import is_table, write_table
-    from llmquant.pipeline.page import check_page_path
-    from llmquant.runtime.bench import Bench, Run, Workload
+    from llmquant.report.page import check_page_path
+    from llmquant.runtime.bench import BenchmarkResult, BenchmarkRun, Workload
 
     page = '<!doctype html>\n<html lang="en">\n<title>m: good · llmquant</title>'
-    monkeypatch.setattr("llmquant.pipeline.page.page", lambda report: page)
+    monkeypatch.setattr("llmquant.report.page.page", lambda report: page)
     assert command(monkeypatch, "quantize", "model", "out", *RTN) == 0
     for _ in range(2):
         assert command(monkeypatch, "report", "out") == 0
         assert command(monkeypatch, "report", "out", "--output", "page.html") == 0
     check_page_path(place / "page.html")
-    values = dict.fromkeys(Run.__dataclass_fields__, 1.0) | {"model": "m", "kernel": "cpu"}
-    bench = Bench(runs=(Run(**values),), against=None, workload=Workload(), device="cpu", dtype="float32", torch="2")
+    values = dict.fromkeys(BenchmarkRun.__dataclass_fields__, 1.0) | {"model": "m", "kernel": "cpu"}
+    bench = BenchmarkResult(
+        runs=(BenchmarkRun(**values),), against=None, workload=Workload(), device="cpu", dtype="float32", torch="2"
+    )
     for suffix in PLOT_SUFFIXES:
         plot_bench(bench, place / f"plot{suffix}")
         check_plot_path(place / f"plot{suffix}")

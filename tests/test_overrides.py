@@ -1,4 +1,4 @@
-"""Mixed precision: overrides give some linears another grid, in every format that can say so."""
+"""Mixed precision: overrides give some linears another grid, in every format that can store it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.formats.fused import fused_sets
 from llmquant.formats.registry import FORMATS, parse_quantization_config
-from llmquant.pipeline.parts import quantization_config
+from llmquant.pipeline.output import quantization_config
 from llmquant.pipeline.quantize import dry_run, quantize
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import load
@@ -31,7 +31,7 @@ def rtn(*overrides: Override, **fields: object) -> Recipe:
     return Recipe(method="rtn", spec=GROUP_32, overrides=overrides, **fields)  # type: ignore[arg-type]
 
 
-# --- the words -------------------------------------------------------------------------------------------------------
+# --- parsing ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def rtn(*overrides: Override, **fields: object) -> Recipe:
         ("*:skip", Override(pattern="*", skip=True)),
     ],
 )
-def test_the_command_lines_form_is_read_and_written(text, override):
+def test_an_override_is_parsed_and_printed_in_the_form_of_the_command_line(text, override):
     assert Override.parse(text) == override
     assert Override.parse(str(override).removeprefix("--override '").removesuffix("'")) == override
 
@@ -62,8 +62,8 @@ def test_the_command_lines_form_is_read_and_written(text, override):
         ("*:bits=5", "override '\\*': bits 5: not one of"),
         ("*:group_size=0", "override '\\*': group_size 0"),
         ("*:sym=1", "'sym=1' is none of"),
-        ("*:sym,asym", "says symmetric twice"),
-        ("*:bits=8,bits=4", "says bits twice"),
+        ("*:sym,asym", "symmetric is given twice"),
+        ("*:bits=8,bits=4", "bits is given twice"),
         ("*:bits=8,skip", "and not both"),
         ("*:method=rtn", "'method=rtn' is none of"),
     ],
@@ -76,7 +76,7 @@ def test_bad_overrides_are_one_line(text, message, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == f"llmquant: {error.value}\n"
 
 
-def test_the_last_word_counts_field_by_field():
+def test_the_last_matching_override_wins_field_by_field():
     recipe = Recipe(
         overrides=(
             Override(pattern="*.mlp.*", bits=8, group_size=64),
@@ -98,7 +98,7 @@ def test_an_override_is_plain_data():
     assert {field.name for field in fields(Override)} >= {field.name for field in fields(QuantSpec)}
 
 
-# --- the path --------------------------------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ def test_mixed_precision_is_stored_and_runs(format, method, tiny_model, tmp_path
     out = tmp_path / "out"
     recipe = Recipe(method=method, spec=GROUP_32, overrides=(*MIXED, Override(pattern="lm_head", bits=8)))
     report = quantize(tiny_model("llama"), out, recipe, Options(**asdict(FEW) | {"format": format}))
-    assert not report.incidents
+    assert not report.fallbacks
     modules = validate_quantized(CheckpointReader(out))
     assert modules["model.layers.0.self_attn.v_proj"].spec == QuantSpec(bits=8, group_size=32)
     assert modules["model.layers.0.mlp.up_proj"].spec == GROUP_32
     assert modules["model.layers.1.mlp.up_proj"].spec == QuantSpec(group_size=16)
     assert modules["lm_head"].spec == QuantSpec(bits=8, group_size=32)
-    assert [remark.where for remark in report.remarks] == (["lm_head", "calibration"] if method == "gptq" else [])
+    assert [note.where for note in report.notes] == (["lm_head", "calibration"] if method == "gptq" else [])
     model = load(out, device="cpu", backend="torch", dtype="float32")
     assert isinstance(model.lm_head, QuantizedLinear)
     tokens = torch.arange(3, 43)[None]
@@ -149,13 +149,13 @@ def test_an_asymmetric_override_decides_the_default_format(tiny_model, tmp_path)
         ),
     ],
 )
-def test_overrides_that_cannot_be_done_are_refused_in_the_plan(overrides, fields, message, tiny_model, tmp_path):
+def test_impossible_overrides_are_refused_in_the_plan(overrides, fields, message, tiny_model, tmp_path):
     model = tiny_model("llama", intermediate_size=72)
     with pytest.raises(UserError, match=message):
         dry_run(model, tmp_path / "out", rtn(*overrides, **fields))
 
 
-def test_a_tied_head_is_not_quantized_and_says_how_to_leave_it_out(tiny_model, tmp_path):
+def test_a_tied_head_is_refused_with_the_option_to_skip_it(tiny_model, tmp_path):
     tied = tiny_model("qwen2")
     everything = Override(pattern="*", bits=8)
     with pytest.raises(
@@ -167,14 +167,14 @@ def test_a_tied_head_is_not_quantized_and_says_how_to_leave_it_out(tiny_model, t
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_tied_head_is_named_by_its_own_name(format, tiny_model, tmp_path):
-    """Loaders that replace every Linear would otherwise look for packed weights of the head."""
+def test_a_tied_head_is_listed_as_unquantized_by_its_own_name(format, tiny_model, tmp_path):
+    """A loader that replaces every Linear would otherwise look for packed weights of the head."""
     quantize(tiny_model("qwen2"), tmp_path / "out", rtn(), Options(format=format, verify=False))
     assert parsed_quantization(CheckpointReader(tmp_path / "out")).spec_of("lm_head") is None
 
 
-def test_the_head_is_rounded_some_rows_at_a_time_to_the_same_codes(tiny_model, tmp_path, monkeypatch):
-    from llmquant.pipeline import solve
+def test_the_head_rounded_in_row_blocks_has_the_same_codes(tiny_model, tmp_path, monkeypatch):
+    from llmquant.solver import quantize_linear as solve
 
     head = Override(pattern="lm_head", bits=8)
     whole = quantize(tiny_model("llama"), tmp_path / "whole", rtn(head), QUICK)
@@ -188,19 +188,19 @@ def test_a_continued_run_reports_the_head_too(tiny_model, tmp_path):
     class Died(Exception):
         pass
 
-    def die(index, total, step, error):
-        if index == 1:
+    def die(progress):
+        if progress.done == 1:
             raise Died
 
     recipe = rtn(Override(pattern="lm_head", bits=8))
     whole = quantize(tiny_model("llama"), tmp_path / "whole", recipe, QUICK)
     with pytest.raises(Died):
-        quantize(tiny_model("llama"), tmp_path / "out", recipe, QUICK, on_step=die)
+        quantize(tiny_model("llama"), tmp_path / "out", recipe, QUICK, on_progress=die)
     continued = quantize(tiny_model("llama"), tmp_path / "out", recipe, QUICK)
     assert continued.linears == whole.linears and whole.linears[0].name == "lm_head"
 
 
-def test_dry_run_and_plan_predict_the_size(tiny_model, tmp_path):
+def test_dry_run_predicts_the_size(tiny_model, tmp_path):
     recipe = rtn(*MIXED, Override(pattern="lm_head", bits=8))
     plan = dry_run(tiny_model("llama"), tmp_path / "out", recipe)
     report = quantize(tiny_model("llama"), tmp_path / "out", recipe, QUICK)
@@ -208,8 +208,8 @@ def test_dry_run_and_plan_predict_the_size(tiny_model, tmp_path):
     assert 0 <= report.output_bytes - plan.output_bytes < 10_000
 
 
-def test_the_grid_that_most_linears_have_is_the_default(tiny_model, tmp_path):
-    """transformers' gptq loader reads no exceptions, and AWQ has none: a size that fits no linear must not be in it."""
+def test_the_most_frequent_grid_is_the_default(tiny_model, tmp_path):
+    """transformers' gptq loader ignores exceptions and AWQ has none, so linears must have the default grid."""
     for format in FORMATS:
         model = tiny_model("llama", intermediate_size=192)
         plan = dry_run(model, tmp_path / "out", Recipe(method="rtn"), Options(format=format))
@@ -217,8 +217,8 @@ def test_the_grid_that_most_linears_have_is_the_default(tiny_model, tmp_path):
         assert parsed.default.group_size == 64, format
 
 
-def test_where_one_linear_needs_smaller_groups_all_share_them(tiny_model, tmp_path):
-    """hidden 128 takes groups of 128, intermediate 192 only of 64: the default command is loadable all the same."""
+def test_all_linears_share_the_group_size_if_one_needs_smaller_groups(tiny_model, tmp_path):
+    """Hidden size 128 fits groups of 128, and intermediate size 192 only groups of 64."""
     model = tiny_model("llama", hidden_size=128, intermediate_size=192, head_dim=32)
 
     def sizes(**options):
@@ -228,16 +228,16 @@ def test_where_one_linear_needs_smaller_groups_all_share_them(tiny_model, tmp_pa
     overrides = ()
     for format in ("gptq", "gptq_v2", "awq"):
         assert set(sizes(format=format).values()) == {64}, format
-    assert set(sizes(targets=("transformers",)).values()) == {64}
+    assert set(sizes(engines=("transformers",)).values()) == {64}
     assert sizes(format="compressed-tensors") == dict.fromkeys(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), 128
     ) | {"down_proj": 64}
-    # A group size that an override asks for is kept, and is not what the others share.
+    # A group size from an override is kept, and does not affect the other linears.
     overrides = (Override(pattern="*.down_proj", group_size=32),)
     assert sizes()["down_proj"] == 32 and sizes()["q_proj"] == 128
 
 
-def test_gptq_exceptions_hold_the_fused_names_that_engines_look_up():
+def test_gptq_exceptions_contain_the_fused_names_that_engines_look_up():
     spec, eight = QuantSpec(), QuantSpec(bits=8)
     names = [f"model.layers.{i}.self_attn.{part}_proj" for i in range(2) for part in "qkv"]
     mixed = dict.fromkeys(names, eight) | {"model.layers.0.mlp.gate_proj": spec, "model.layers.0.mlp.up_proj": eight}

@@ -1,4 +1,4 @@
-"""What is built and installed: `kernels` and `eval` inside llmquant, never beside it."""
+"""The wheel: `kernels` and `eval` are packages inside llmquant, and not at its side."""
 
 import os
 import subprocess
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
@@ -17,19 +19,19 @@ def wheel(tmp_path_factory) -> Path:
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT],
         check=True,
         capture_output=True,
-        # setuptools' working folders stay out of the checkout.
-        env=os.environ | {"SETUPTOOLS_SCM_PRETEND_VERSION": "", "DIST_EXTRA_CONFIG": str(build_folder_in(out))},
+        env=os.environ | {"SETUPTOOLS_SCM_PRETEND_VERSION": "", "DIST_EXTRA_CONFIG": str(build_config(out))},
     )
     return next(out.glob("*.whl"))
 
 
-def build_folder_in(out: Path) -> Path:
+def build_config(out: Path) -> Path:
+    """Write a configuration that keeps the working folders of setuptools out of the checkout."""
     config = out / "build.cfg"
     config.write_text(f"[build]\nbuild_base = {out / 'build'}\n[egg_info]\negg_base = {out}\n")
     return config
 
 
-def test_wheel_holds_every_module_under_llmquant_and_nothing_else(wheel):
+def test_wheel_has_every_module_inside_llmquant_and_no_other(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     modules = {name for name in names if name.endswith(".py")}
@@ -37,7 +39,7 @@ def test_wheel_holds_every_module_under_llmquant_and_nothing_else(wheel):
     for folder in ("kernels", "eval"):
         expected |= {f"llmquant/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     assert modules == expected
-    data = {"llmquant/py.typed", "llmquant/pipeline/page.html", "llmquant/pipeline/verification_text.txt"}
+    data = {"llmquant/py.typed", "llmquant/report/page.html", "llmquant/planning/verification_text.txt"}
     assert data <= set(names)
     assert {name.split("/")[0] for name in names} == {
         "llmquant",

@@ -1,4 +1,4 @@
-"""A quantized checkpoint through transformers' own doors: from_pretrained, pipeline, device_map, adapters."""
+"""A quantized checkpoint in transformers: from_pretrained, pipeline, device_map and adapters."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ TOKENS = torch.arange(3, 40)[None]
 
 @pytest.fixture(scope="module")
 def small(tiny_model, tmp_path_factory):
-    """(format, architecture, overrides) -> a quantized tiny model; not to be written into."""
-    made: dict[object, Path] = {}
+    """`small(format, architecture, overrides)` -> the folder of a quantized tiny model. Tests must not change it."""
+    folders: dict[object, Path] = {}
 
     def make(format: str = "gptq", architecture: str = "llama", overrides: tuple[Override, ...] = ()) -> Path:
         key = (format, architecture, overrides)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("small") / "out"
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("small") / "out"
             recipe = Recipe(method="rtn", spec=QuantSpec(group_size=32), overrides=overrides)
-            quantize(tiny_model(architecture), made[key], recipe, Options(format=format, verify=False))
-        return made[key]
+            quantize(tiny_model(architecture), folders[key], recipe, Options(format=format, verify=False))
+        return folders[key]
 
     return make
 
 
-def opened(folder: Path, **options: object):
+def open_with_transformers(folder: Path, **options: object):
     return AutoModelForCausalLM.from_pretrained(
         folder, config=llmquant.transformers_config(folder, backend="torch"), **options
     )
@@ -52,9 +52,9 @@ def opened(folder: Path, **options: object):
         ("gptq", "qwen2"),
     ],
 )
-def test_transformers_opens_what_load_opens(format, architecture, small):
+def test_from_pretrained_and_load_give_the_same_model(format, architecture, small):
     folder = small(format, architecture)
-    theirs, ours = opened(folder), llmquant.load(folder, device="cpu", backend="torch")
+    theirs, ours = open_with_transformers(folder), llmquant.load(folder, device="cpu", backend="torch")
     quantized = [name for name, module in theirs.named_modules() if isinstance(module, QuantizedLinear)]
     assert quantized == [name for name, module in ours.named_modules() if isinstance(module, QuantizedLinear)]
     with torch.no_grad():
@@ -62,11 +62,11 @@ def test_transformers_opens_what_load_opens(format, architecture, small):
     assert theirs.is_quantized and not theirs.training
 
 
-def test_mixed_precision_and_a_quantized_head_open_too(small):
+def test_mixed_precision_and_a_quantized_head_are_loaded(small):
     folder = small(
         "compressed-tensors", "llama", (Override(pattern="*.mlp.*", bits=8), Override(pattern="lm_head", bits=8))
     )
-    model = opened(folder)
+    model = open_with_transformers(folder)
     assert model.lm_head.spec.bits == 8 and model.model.layers[0].self_attn.q_proj.spec.bits == 4
     with torch.no_grad():
         expected = llmquant.load(folder, device="cpu", backend="torch")(TOKENS).logits
@@ -75,16 +75,16 @@ def test_mixed_precision_and_a_quantized_head_open_too(small):
 
 def test_a_pipeline_generates(small):
     folder = small()
-    text = pipeline("text-generation", model=opened(folder), tokenizer=str(folder))
-    made = text("for x in", max_new_tokens=6, do_sample=False)[0]["generated_text"]
+    text = pipeline("text-generation", model=open_with_transformers(folder), tokenizer=str(folder))
+    generated = text("for x in", max_new_tokens=6, do_sample=False)[0]["generated_text"]
     model, tokenizer = llmquant.load(folder, device="cpu"), AutoTokenizer.from_pretrained(folder)
     expected = model.generate(**tokenizer("for x in", return_tensors="pt"), max_new_tokens=6, do_sample=False)
-    assert made == tokenizer.decode(expected[0], skip_special_tokens=True)
+    assert generated == tokenizer.decode(expected[0], skip_special_tokens=True)
 
 
 def test_device_maps_place_every_linear(small):
     for device_map in ("auto", "cpu", {"": "cpu"}):
-        model = opened(small(), device_map=device_map, dtype=torch.float32)
+        model = open_with_transformers(small(), device_map=device_map, dtype=torch.float32)
         assert {module.device.type for module in model.modules() if isinstance(module, QuantizedLinear)} <= {
             "cpu",
             "cuda",
@@ -93,8 +93,8 @@ def test_device_maps_place_every_linear(small):
             assert torch.isfinite(model(TOKENS.to(model.device)).logits).all()
 
 
-def test_dtype_is_that_of_the_computation_and_leaves_the_scales_alone(small):
-    model = opened(small(), dtype=torch.bfloat16)
+def test_dtype_applies_to_the_computation_and_not_to_the_scales(small):
+    model = open_with_transformers(small(), dtype=torch.bfloat16)
     linear = model.model.layers[0].mlp.up_proj
     stored = load_file(small() / "model.safetensors")["model.layers.0.mlp.up_proj.scales"]
     exact = llmquant.load(small(), device="cpu", dtype="bfloat16", backend="torch").model.layers[0].mlp.up_proj
@@ -103,7 +103,7 @@ def test_dtype_is_that_of_the_computation_and_leaves_the_scales_alone(small):
 
 
 class Adapter(nn.Module):
-    """A low-rank update beside a frozen linear, as PEFT puts it there."""
+    """A low-rank update beside a frozen linear, like an adapter of PEFT."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -118,15 +118,15 @@ class Adapter(nn.Module):
 
 def test_adapters_on_frozen_codes_learn(small):
     torch.manual_seed(0)
-    model = opened(small(), dtype=torch.float32)
+    model = open_with_transformers(small(), dtype=torch.float32)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear) and name.endswith(("q_proj", "down_proj")):
             model.set_submodule(name, Adapter(module))
-    learnt = [p for n, p in model.named_parameters() if n.endswith(("down.weight", "up.weight"))]
+    trained = [p for n, p in model.named_parameters() if n.endswith(("down.weight", "up.weight"))]
     for parameter in model.parameters():
-        parameter.requires_grad_(any(parameter is each for each in learnt))
+        parameter.requires_grad_(any(parameter is each for each in trained))
     model.train()
-    optimizer = torch.optim.Adam(learnt, lr=1e-2)
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
     losses = []
     for _ in range(8):
         loss = model(TOKENS, labels=TOKENS).loss
@@ -137,31 +137,31 @@ def test_adapters_on_frozen_codes_learn(small):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_config_on_the_disk_is_what_engines_read(small):
-    opened(small())
+def test_config_on_disk_keeps_the_method_that_engines_read(small):
+    open_with_transformers(small())
     assert json.loads((small() / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
 
 
-def test_a_damaged_linear_is_named(small, tmp_path):
+def test_the_error_for_a_damaged_linear_names_it(small, tmp_path):
     for file in small().iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.scales"][0, 0] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(llmquant.UserError, match=r"layers\.0\.mlp\.up_proj\.scales: .* NaN or inf"):
-        opened(tmp_path)
+        open_with_transformers(tmp_path)
 
 
-def test_what_is_not_quantized_or_left_on_the_disk_is_refused(small, tiny_model, tmp_path):
+def test_a_checkpoint_that_is_not_quantized_is_refused(tiny_model):
     with pytest.raises(llmquant.UserError, match="not quantized"):
         llmquant.transformers_config(tiny_model("llama"))
 
 
-def test_offloading_moves_what_is_not_packed_and_is_refused_where_it_would_move_codes(small, tmp_path):
+def test_offloading_to_disk_works_for_other_modules_and_is_refused_for_quantized_linears(small, tmp_path):
     rest = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     device_map = {"model.layers.0": "disk"} | rest
-    model = opened(small(), device_map=device_map, offload_folder=tmp_path / "a")
+    model = open_with_transformers(small(), device_map=device_map, offload_folder=tmp_path / "a")
     with torch.no_grad():
-        assert torch.equal(model(TOKENS).logits, opened(small())(TOKENS).logits)
-    with pytest.raises(llmquant.UserError, match="leaves it on the disk"):
-        opened(small(), device_map=device_map, offload_folder=tmp_path / "b", offload_buffers=True)
+        assert torch.equal(model(TOKENS).logits, open_with_transformers(small())(TOKENS).logits)
+    with pytest.raises(llmquant.UserError, match="leaves it on disk"):
+        open_with_transformers(small(), device_map=device_map, offload_folder=tmp_path / "b", offload_buffers=True)

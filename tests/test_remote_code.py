@@ -1,4 +1,4 @@
-"""Code that comes with a checkpoint: nothing of it runs unless it is trusted, and all commands work if it is."""
+"""Python code that comes with a checkpoint never runs unless it is trusted, and all commands work if it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llmquant.cli import app
 from llmquant.errors import UserError
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.models.skeleton import read_config
-from llmquant.remote_code import failure_of_remote_code, named_code
+from llmquant.remote_code import failure_of_remote_code, remote_code_files
 
 TRUST = "--trust-remote-code"
 RAN = "with open({marker!r}, 'a') as file:\n    file.write({part!r})\n"
@@ -83,10 +83,10 @@ class OwnTokenizer(PreTrainedTokenizerFast):
 
 @pytest.fixture(autouse=True)
 def own_modules(tmp_path, monkeypatch):
-    """transformers copies code that it runs: here into a folder of the test, and imports it anew."""
+    """Make transformers copy code into a folder of the test, and import it again in every test."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("sys.path", list(sys.path))
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run the code"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("transformers asked whether to run the code"))
     forget_modules()
     yield
     forget_modules()
@@ -103,7 +103,7 @@ def edit_json(file: Path, **changes: object) -> None:
 
 
 def own_tokenizer(folder: Path, marker: Path) -> None:
-    """Make the tokenizer of a checkpoint one that is code."""
+    """Replace the tokenizer of a checkpoint by one that needs its own Python code."""
     (folder / "tokenization_own.py").write_text(RAN.format(marker=str(marker), part="tokenizer ") + TOKENIZATION)
     (folder / "helper_own.py").write_text("HELP = 1\n")
     auto_map = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
@@ -112,7 +112,7 @@ def own_tokenizer(folder: Path, marker: Path) -> None:
 
 @pytest.fixture
 def coded_tokenizer(tmp_path) -> Path:
-    """A Llama whose tokenizer is code that tells when it runs."""
+    """A Llama checkpoint whose tokenizer is Python code that records in `ran` when it runs."""
     folder = save_tiny_model(tmp_path / "llama", "llama")
     own_tokenizer(folder, tmp_path / "ran")
     return folder
@@ -120,7 +120,7 @@ def coded_tokenizer(tmp_path) -> Path:
 
 @pytest.fixture
 def coded_model(tmp_path) -> Path:
-    """A model of which configuration, network, tokenizer and processor are code that tells when it runs."""
+    """A checkpoint whose configuration, model, tokenizer and processor are code that records in `ran` when it runs."""
     folder, marker = tmp_path / "own", tmp_path / "ran"
     folder.mkdir()
     tiny_tokenizer().save_pretrained(folder)
@@ -128,7 +128,7 @@ def coded_model(tmp_path) -> Path:
     for part, code in {"configuration": CONFIGURATION, "modeling": MODEL, "processing": ""}.items():
         (folder / f"{part}_own.py").write_text(RAN.format(marker=str(marker), part=f"{part} ") + code)
     auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    # A name that no class of transformers has, as those of ChatGLM.
+    # No class of transformers has this name, as for ChatGLM.
     edit_json(folder / "config.json", model_type="own", architectures=["OwnModel"], auto_map=auto_map)
     edit_json(folder / "preprocessor_config.json", auto_map={"AutoProcessor": "processing_own.OwnProcessor"})
     shapes = {
@@ -150,31 +150,32 @@ TEXT = ["--dataset", "python-docs", "--windows", "1", "--seq-len", "32", "-q"]
 TURN = ["--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", "-q"]
 
 
-def commands_on(original: Path, made: Path) -> dict[str, list[object]]:
-    """The commands that open a model, in an order in which each finds what it needs."""
+def commands_on(original: Path, out: Path) -> dict[str, list[object]]:
+    """The commands that open a model, in an order in which each finds the files that it needs."""
     return {
-        "quantize": ["quantize", original, made, *RTN],
-        "generate": ["generate", made, "--prompt", "x", "--max-new-tokens", "2"],
-        "eval": ["eval", made, "--against", original, *TEXT],
-        "bench": ["bench", made, "--against", original, *TURN],
-        "inspect": ["inspect", made, "--backends", "--device", "cpu"],
-        "convert": ["convert", made, made.with_name("dense"), "--format", "dense", "-q"],
+        "quantize": ["quantize", original, out, *RTN],
+        "generate": ["generate", out, "--prompt", "x", "--max-new-tokens", "2"],
+        "eval": ["eval", out, "--against", original, *TEXT],
+        "bench": ["bench", out, "--against", original, *TURN],
+        "inspect": ["inspect", out, "--backends", "--device", "cpu"],
+        "convert": ["convert", out, out.with_name("dense"), "--format", "dense", "-q"],
     }
 
 
-def test_every_command_runs_a_model_that_is_code(coded_model, tmp_path, monkeypatch, capsys):
-    made = tmp_path / "out"
-    for name, arguments in commands_on(coded_model, made).items():
+@pytest.mark.slow
+def test_every_command_runs_a_model_with_its_own_code(coded_model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    for name, arguments in commands_on(coded_model, out).items():
         assert command(monkeypatch, *arguments, TRUST) == 0, f"{name}: {capsys.readouterr().err}"
     names = {f"{part}_own.py" for part in ("configuration", "modeling", "tokenization", "processing", "helper")}
-    assert names <= {file.name for file in made.iterdir()}, "the result is code too"
+    assert names <= {file.name for file in out.iterdir()}, "the result carries the code too"
     assert names <= {file.name for file in (tmp_path / "dense").iterdir()}
     assert {"configuration", "modeling", "tokenizer"} == set((tmp_path / "ran").read_text().split())
     # Without trust, the result is refused like the original.
-    for name, arguments in commands_on(coded_model, made).items():
+    for name, arguments in commands_on(coded_model, out).items():
         (tmp_path / "ran").unlink(missing_ok=True)
         capsys.readouterr()
-        # An OUT that exists is refused before anything is opened: it is replaced here.
+        # An existing OUT is refused before any model is opened, so these commands replace it.
         again = ("--overwrite",) if name in ("quantize", "convert") else ()
         assert command(monkeypatch, *arguments, *again) == 2, name
         assert f"read it, then add {TRUST}" in capsys.readouterr().err, name
@@ -184,11 +185,12 @@ def test_every_command_runs_a_model_that_is_code(coded_model, tmp_path, monkeypa
 def test_every_command_that_opens_a_model_has_the_option():
     for name, entry in typer.main.get_command(app).commands.items():
         options = {option for parameter in entry.params for option in parameter.opts}
-        # These two read what llmquant has written of a folder, and no model.
+        # These two commands read files that llmquant has written, and no model.
         assert (TRUST in options) == (name not in ("verify", "report")), name
 
 
-def test_tokenizer_that_is_code_is_refused_or_run(coded_tokenizer, tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_tokenizer_with_its_own_code_is_refused_or_run(coded_tokenizer, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError) as error:
         load_tokenizer(coded_tokenizer)
     why = "its tokenizer needs code that comes with it (tokenization_own.py); read it, then add"
@@ -197,7 +199,7 @@ def test_tokenizer_that_is_code_is_refused_or_run(coded_tokenizer, tmp_path, mon
     assert not (tmp_path / "ran").exists()
     assert type(load_tokenizer(coded_tokenizer, trust_remote_code=True)).__name__ == "OwnTokenizer"
     assert (tmp_path / "ran").exists()
-    # The quantization of a model with another tokenizer reads text with it, and measures on text.
+    # Quantization with such a tokenizer tokenizes calibration text and verifies on text.
     calibration = ["--samples", "4", "--seq-len", "32", "--effort", "fast", "--group-size", "32", "-q"]
     out = tmp_path / "out"
     arguments = ["quantize", coded_tokenizer, out, *calibration, "--calibration", "python-docs", "--json"]
@@ -208,7 +210,7 @@ def test_tokenizer_that_is_code_is_refused_or_run(coded_tokenizer, tmp_path, mon
     assert (out / "tokenization_own.py").is_file() and (out / "helper_own.py").is_file()
 
 
-def test_code_in_another_repository_is_named_and_not_reached_without_a_network(coded_tokenizer):
+def test_code_in_another_repository_is_named_and_needs_a_network(coded_tokenizer):
     edit_json(coded_tokenizer / "tokenizer_config.json", auto_map=["some/where--tokens.Own", None])
     with pytest.raises(UserError, match=r"needs code that comes with it \(tokens.py of some/where\)"):
         load_tokenizer(coded_tokenizer)
@@ -217,7 +219,7 @@ def test_code_in_another_repository_is_named_and_not_reached_without_a_network(c
     assert "\n" not in str(error.value)
 
 
-def test_tokenizer_of_transformers_is_loaded_though_code_is_named_too(coded_tokenizer, tmp_path):
+def test_a_tokenizer_class_of_transformers_is_loaded_although_code_is_named(coded_tokenizer, tmp_path):
     edit_json(coded_tokenizer / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     assert load_tokenizer(coded_tokenizer)("x = 1")["input_ids"] == tiny_tokenizer()("x = 1")["input_ids"]
     assert not (tmp_path / "ran").exists()
@@ -233,14 +235,14 @@ def test_tokenizer_of_transformers_is_loaded_though_code_is_named_too(coded_toke
         ("AutoConfig", "transformers cannot read it"),
     ],
 )
-def test_configuration_that_is_code_is_refused(auto_map, part, coded_model, tmp_path):
+def test_a_configuration_with_its_own_code_is_refused(auto_map, part, coded_model, tmp_path):
     edit_json(coded_model / "config.json", auto_map=auto_map)
     with pytest.raises(UserError, match=part):
         read_config(coded_model)
     assert not (tmp_path / "ran").exists()
 
 
-def test_model_that_is_code_with_a_configuration_of_transformers_is_refused(tiny_model, coded_model):
+def test_a_model_with_its_own_code_and_a_configuration_of_transformers_is_refused(tiny_model, coded_model):
     (coded_model / "config.json").write_text((tiny_model("llama") / "config.json").read_text())
     auto_map = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     edit_json(coded_model / "config.json", model_type="vit", auto_map=auto_map)
@@ -249,13 +251,15 @@ def test_model_that_is_code_with_a_configuration_of_transformers_is_refused(tiny
 
 
 @pytest.mark.parametrize("auto_map", [None, 5, "x", [], {}, {"AutoTokenizer": 5}, {"AutoTokenizer": [None, None]}])
-def test_an_auto_map_that_names_nothing(auto_map, tmp_path):
+def test_an_invalid_auto_map_names_no_files(auto_map, tmp_path):
     edit_json(tmp_path / "tokenizer_config.json", auto_map=auto_map)
-    assert named_code(tmp_path / "tokenizer_config.json", "AutoTokenizer") == (["x.py"] if auto_map == "x" else [])
-    assert named_code(tmp_path / "missing.json", "AutoTokenizer") == []
+    assert remote_code_files(tmp_path / "tokenizer_config.json", "AutoTokenizer") == (
+        ["x.py"] if auto_map == "x" else []
+    )
+    assert remote_code_files(tmp_path / "missing.json", "AutoTokenizer") == []
 
 
-def test_failure_of_the_code_is_one_line_that_names_it(coded_model, monkeypatch, capsys):
+def test_a_failure_of_the_code_is_one_line_that_names_the_file(coded_model, monkeypatch, capsys):
     file = coded_model / "modeling_own.py"
     file.write_text(file.read_text().replace("return CausalLM", "kwargs['cache'].seen_tokens\n        return CausalLM"))
     assert command(monkeypatch, "eval", coded_model, *TEXT, TRUST) == 2
@@ -269,7 +273,7 @@ def test_failure_of_the_code_is_one_line_that_names_it(coded_model, monkeypatch,
     assert "modeling_own.py, line 1: the checkpoint's own code failed (SystemExit" in capsys.readouterr().err
 
 
-def test_failure_of_ours_is_not_taken_for_theirs():
+def test_a_failure_of_llmquant_is_not_attributed_to_the_code():
     try:
         llmquant.load(5, device=[])
     except Exception as error:
@@ -277,7 +281,7 @@ def test_failure_of_ours_is_not_taken_for_theirs():
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_code_is_fetched_from_the_hub_only_if_trusted(trusted, tmp_path, monkeypatch):
+def test_code_is_downloaded_from_the_hub_only_if_trusted(trusted, tmp_path, monkeypatch):
     import huggingface_hub
 
     fetched = []

@@ -11,28 +11,26 @@ from xml.etree import ElementTree
 
 import pytest
 from commands import command
-from manual import short_manual
+from short_text import short_manual
 
 from llmquant.checkpoints.manifest import REPORT_HTML, REPORT_JSON
 from llmquant.console.report import COLOURS, rounding_facts, verdict_line, verification_facts
 from llmquant.errors import UserError
-from llmquant.pipeline import samples as samples_module
-from llmquant.pipeline.figures import ACCENT, LINE, MUTED, bars, over_depth, trade_off
-from llmquant.pipeline.held_out import FIXED_SOURCE
-from llmquant.pipeline.page import depths, kinds, page, percent, place, write_page
-from llmquant.pipeline.quantize import prepare, quantize
-from llmquant.pipeline.report import Incident, Report, read_report
-from llmquant.pipeline.samples import PROMPTS, QUESTIONS, Sample, Samples, repeated_share, samples
-from llmquant.pipeline.verdict import BANDS, BROKEN, GOOD, SLIGHT, Verification
+from llmquant.pipeline import sample_texts as samples_module
+from llmquant.pipeline.quantize import checked_plan, quantize
+from llmquant.pipeline.sample_texts import PROMPTS, QUESTIONS, generate_sample_texts, repeated_fraction
+from llmquant.planning.held_out import FIXED_SOURCE
+from llmquant.report.figures import ACCENT, LINE, MUTED, bars, over_depth, trade_off
+from llmquant.report.page import depths, kinds, page, percent, position_on_scale, write_page
+from llmquant.report.schema import RENAMED, RENAMED_OF_LINEARS, Message, Report, SampleText, SampleTexts, read_report
+from llmquant.report.verdict import BANDS, BROKEN, GOOD, SLIGHT, Verification
 from llmquant.spec import Options, QuantSpec, Recipe
 
 SPEC = QuantSpec(group_size=32)
 FEW = Options(calibration="python-docs", num_samples=4, seq_len=32)
 
 
-@pytest.fixture(autouse=True)
-def drawn_pages():
-    """Here pages are drawn."""
+pytestmark = [pytest.mark.html_report, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def test_file_holds_what_the_function_returns_and_gives_it_back(name, reports):
     report = reports[name]
     stored = json.loads((report.out / REPORT_JSON).read_text())
     assert stored == json.loads(json.dumps(report.to_dict()))
-    assert stored["schema"] == 3
+    assert stored["schema"] == 4
     again = read_report(report.out)
     assert again == report
     assert again.command == "llmquant quantize a b"
@@ -75,26 +73,26 @@ def test_report_holds_what_was_measured(reports):
     assert report.verification.perplexity == measured.perplexity != report.verification.original_perplexity
     assert {"forward", "solving", "verifying", "samples"} <= report.seconds.keys() == report.memory.keys()
     assert 2**20 < min(report.memory.values()) <= max(report.memory.values()) <= report.peak_bytes
-    assert all(linear.input_peak >= 1 for linear in report.linears)
-    scaled = [linear for linear in report.linears if linear.unscaled_input_peak is not None]
+    assert all(linear.outlier_ratio >= 1 for linear in report.linears)
+    scaled = [linear for linear in report.linears if linear.unscaled_outlier_ratio is not None]
     assert {linear.kind for linear in scaled} >= {"self_attn.q_proj", "mlp.up_proj"}
-    assert any(linear.unscaled_input_peak != linear.input_peak for linear in scaled)
+    assert any(linear.unscaled_outlier_ratio != linear.outlier_ratio for linear in scaled)
     worst = sorted(report.linears, key=lambda linear: -linear.error)[:3]
     assert [histogram.name for histogram in report.histograms] == [linear.name for linear in worst]
     for histogram, linear in zip(report.histograms, worst, strict=True):
         assert sum(histogram.weights) == sum(histogram.codes) == linear.weights
         assert len(histogram.codes) == 16 and histogram.weights[0] + histogram.weights[-1] > 0
-    assert [sample.prompt for sample in report.samples] == list(QUESTIONS), "the tokenizer has a chat template"
-    assert all(sample.original and sample.quantized and sample.is_chat for sample in report.samples)
+    assert [sample.prompt for sample in report.sample_texts] == list(QUESTIONS), "the tokenizer has a chat template"
+    assert all(sample.original and sample.quantized and sample.is_chat for sample in report.sample_texts)
     assert report.original_hashes.keys() == {"config.json", "model.safetensors"}
     assert report.hashes["model.safetensors"] != report.original_hashes["model.safetensors"]
     assert {linear.rows for linear in report.linears if linear.kind == "mlp.up_proj"} == {96}
     assert all(0 <= linear.rtn_rows < linear.rows for linear in report.linears)
-    corrected = [linear.kind for linear in report.linears if linear.correction_share is not None]
-    assert all(0 <= linear.correction_share <= 1 for linear in report.linears if linear.kind == "mlp.down_proj")
+    corrected = [linear.kind for linear in report.linears if linear.correction_shrinkage is not None]
+    assert all(0 <= linear.correction_shrinkage <= 1 for linear in report.linears if linear.kind == "mlp.down_proj")
     assert corrected.count("mlp.down_proj") == 2 and corrected.count("self_attn.q_proj") == 1, "nothing is lost before"
-    assert all(linear.rtn_rows is linear.correction_share is None for linear in reports["rtn"].linears)
-    assert reports["not verified"].samples == () and reports["not verified"].verification.texts == ()
+    assert all(linear.rtn_rows is linear.correction_shrinkage is None for linear in reports["rtn"].linears)
+    assert reports["not verified"].sample_texts == () and reports["not verified"].verification.texts == ()
 
 
 class Page(HTMLParser):
@@ -145,24 +143,24 @@ def test_page_is_whole_and_needs_nothing_else(name, reports):
 def test_page_tells_everything(name, reports):
     report = reports[name]
     text = " ".join(Page(page(report)).text.split())
-    told = [report.verification.verdict, report.verification.reason[1:], report.command, *report.hashes.values()]
-    told += [*{linear.kind for linear in report.linears}, *{linear.grid for linear in report.linears}, *report.seconds]
-    told += [linear.name for linear in report.linears if linear.name in {h.name for h in report.histograms}]
-    told += [*report.kept.values(), *(remark.what for remark in report.remarks), *report.versions.values()]
-    told += [report.samples_note, *(sample.prompt for sample in report.samples)]
+    shown = [report.verification.verdict, report.verification.reason[1:], report.command, *report.hashes.values()]
+    shown += [*{linear.kind for linear in report.linears}, *{linear.grid for linear in report.linears}, *report.seconds]
+    shown += [linear.name for linear in report.linears if linear.name in {h.name for h in report.histograms}]
+    shown += [*report.unquantized_linears.values(), *(note.what for note in report.notes), *report.versions.values()]
+    shown += [report.sample_texts_note, *(sample.prompt for sample in report.sample_texts)]
     if report.calibration:
-        told.append(f"{report.calibration['num_duplicate_rows']} repeated word for word")
-    for part in told:
+        shown.append(f"{report.calibration['num_duplicate_rows']} repeated exactly")
+    for part in shown:
         assert " ".join(part.split()) in text, part
 
 
-def test_incidents_stand_on_the_page_and_html_in_them_is_text(reports):
-    incidents = (
-        Incident("<b>layer</b>", "damping raised to 0.4"),
-        Incident("x.0.y", "same"),
-        Incident("x.1.y", "same"),
+def test_fallbacks_are_on_the_page_and_html_in_them_is_escaped(reports):
+    fallbacks = (
+        Message("<b>layer</b>", "damping raised to 0.4"),
+        Message("x.0.y", "same"),
+        Message("x.1.y", "same"),
     )
-    html = page(replace(reports["rtn"], incidents=incidents, model="a<script>b"))
+    html = page(replace(reports["rtn"], fallbacks=fallbacks, model="a<script>b"))
     text = Page(html).text
     assert "<b>layer</b>" in text and "damping raised to 0.4" in text and "2 × y" in text
     assert "<script" not in html
@@ -193,51 +191,56 @@ def test_shades_stand_under_their_block_and_a_head_under_none(reports):
     Page(page(replace(reports["awq"], linears=tuple(mixed), histograms=())))
 
 
-def test_corrections_and_rows_that_plain_rounding_won_are_told_where_there_are_any(reports):
+def test_corrections_and_rows_rounded_to_nearest_are_shown_if_there_are_any(reports):
     up, down = (
         next(one for one in reports["awq"].linears if one.kind == f"mlp.{kind}_proj") for kind in ("up", "down")
     )
     won = (
-        replace(up, rtn_rows=2, correction_share=0.25),
-        replace(up, rtn_rows=3, correction_share=0.5),
-        replace(up, rtn_rows=None, correction_share=None),
-        replace(down, rtn_rows=0, correction_share=0.9),
+        replace(up, rtn_rows=2, correction_shrinkage=0.25),
+        replace(up, rtn_rows=3, correction_shrinkage=0.5),
+        replace(up, rtn_rows=None, correction_shrinkage=None),
+        replace(down, rtn_rows=0, correction_shrinkage=0.9),
     )
     found = {kind.name: (kind.rows, kind.rtn_rows, kind.correction) for kind in kinds(won)}
     assert found == {"mlp.up_proj": (192, 5, pytest.approx(0.375)), "mlp.down_proj": (64, 0, pytest.approx(0.9))}
     text = " ".join(Page(page(replace(reports["awq"], linears=won, histograms=()))).text.split())
-    assert "RTN rows: 5 of 256 rows hold the codes of plain rounding, of the scaled weight," in text
+    assert "RTN rows: 5 of 256 rows are rounded to nearest from the scaled weight," in text
     assert "38 %" in text and "90 %" in text
     facts = rounding_facts(won)
     assert [name for name, _ in facts] == ["corrections", "RTN rows"]
     assert facts[0][1].endswith("mlp up_proj 38% (2 of 3), down_proj 90%") and facts[1][1].startswith("5 of 256 rows")
-    none = tuple(replace(linear, rtn_rows=0, correction_share=None) for linear in won)
+    none = tuple(replace(linear, rtn_rows=0, correction_shrinkage=None) for linear in won)
     text = Page(page(replace(reports["awq"], linears=none, histograms=()))).text
     assert "RTN rows" not in text and "orrection" not in text and rounding_facts(none) == []
 
 
-def test_what_feedback_leaves_is_told_where_there_is_any(reports):
+def test_cost_after_cross_row_compensation_is_shown_if_there_is_any(reports):
     up, down = (
         next(one for one in reports["awq"].linears if one.kind == f"mlp.{kind}_proj") for kind in ("up", "down")
     )
-    fed = (replace(up, feedback_left=0.25), replace(up, feedback_left=0.5), up, replace(down, feedback_left=0.61))
-    assert [(kind.fed_back, kind.feedback_left) for kind in kinds(fed)] == [(2, 0.375), (1, 0.61)]
+    fed = (
+        replace(up, cross_row_cost_ratio=0.25),
+        replace(up, cross_row_cost_ratio=0.5),
+        up,
+        replace(down, cross_row_cost_ratio=0.61),
+    )
+    assert [(kind.num_cross_row, kind.cross_row_cost_ratio) for kind in kinds(fed)] == [(2, 0.375), (1, 0.61)]
     facts = dict(rounding_facts(fed))
-    assert facts["feedback"].endswith("mean: mlp up_proj 38% (2 of 3), down_proj 61%")
+    assert facts["cross-row"].endswith(": mlp up_proj 38% (2 of 3), down_proj 61%")
     text = " ".join(Page(page(replace(reports["awq"], linears=fed, histograms=()))).text.split())
-    assert "Feedback: rows make up for" in text and "38 % in 2" in text and "61 %" in text
-    assert "Feedback" not in Page(page(reports["awq"])).text
+    assert "Cross-row: rows compensate the errors" in text and "38 % in 2" in text and "61 %" in text
+    assert "Cross-row" not in Page(page(reports["awq"])).text
 
 
-def test_choice_to_a_budget_is_drawn_and_told(reports):
+def test_choice_for_a_budget_is_drawn_and_listed(reports):
     points = [{"bits_per_weight": 3 + step / 10, "loss": 0.5**step} for step in range(20)]
     uniform = [{"bits": 4, "group_size": 64, "symmetric": True, "bits_per_weight": 4.25, "loss": 0.00123}]
     budget = {"target_bits_per_weight": 4.5, "chosen": points[14], "curve": points, "uniform": uniform, "inputs": []}
     parsed = Page(page(replace(reports["awq"], allocation=budget)))
     text = " ".join(parsed.text.split())
-    for part in ("4.400 bits per weight were spent, of 4.500", "4-bit g64 sym for all", "4.250", "0.00123"):
+    for part in ("4.400 bits per weight are used, of a budget of 4.500", "4-bit g64 sym for all", "4.250", "0.00123"):
         assert part in text, part
-    assert "Grids to a budget" not in page(reports["awq"])
+    assert "Mixed precision" not in page(reports["awq"])
 
 
 def test_figures_take_the_colours_and_fonts_of_the_page():
@@ -283,7 +286,7 @@ def test_report_makes_the_same_page_again(reports, tmp_path, monkeypatch, capsys
     [
         (None, "only `llmquant quantize` writes one"),
         ("{", "JSON"),
-        ('{"schema": 1}', "schema 1, and this llmquant reads 2 and 3"),
+        ('{"schema": 1}', "schema 1, and this llmquant reads 2, 3, 4"),
         ('{"schema": 2}', "damaged"),
         ('{"schema": 3}', "damaged"),
     ],
@@ -324,17 +327,17 @@ def test_numbers_that_went_wrong_are_null_in_the_file(reports, tmp_path):
 
 def test_model_that_is_too_large_says_nothing(reports, tiny_model, tmp_path, monkeypatch):
     out = reports["awq"].out
-    plan = prepare(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
+    plan = checked_plan(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
     sizes = sorted([plan.reader.total_bytes, read_report(out).output_bytes])
     assert sizes[0] < sizes[1]
-    monkeypatch.setattr(samples_module, "LOADED", 10 * 2**30 / sizes[1])
-    found = samples(out, plan)
-    assert found.samples == () and found.note.startswith("no samples") and not found.failure
+    monkeypatch.setattr(samples_module, "LOADED_SIZE_FACTOR", 10 * 2**30 / sizes[1])
+    found = generate_sample_texts(out, plan)
+    assert found.texts == () and found.note.startswith("no samples") and not found.failure
 
 
 def test_samples_that_fail_do_not_take_the_checkpoint_with_them(reports, tiny_model, tmp_path, monkeypatch):
     out, answers = reports["awq"].out, samples_module._answers
-    plan = prepare(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
+    plan = checked_plan(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
 
     def failing(*folders):
         def answer(path, *arguments):
@@ -345,32 +348,32 @@ def test_samples_that_fail_do_not_take_the_checkpoint_with_them(reports, tiny_mo
         return answer
 
     monkeypatch.setattr(samples_module, "_answers", failing(out))
-    found = samples(out, plan)
-    assert (found.samples, found.failure, found.original_failure) == ((), "prompt: is empty", "")
+    found = generate_sample_texts(out, plan)
+    assert (found.texts, found.failure, found.original_failure) == ((), "prompt: is empty", "")
     assert found.note == "no samples: the quantized model does not run here: prompt: is empty"
     monkeypatch.setattr(samples_module, "_answers", failing(plan.path))
-    found = samples(out, plan)
+    found = generate_sample_texts(out, plan)
     assert (found.failure, found.original_failure) == ("", "prompt: is empty")
-    assert all(sample.quantized and sample.original is None for sample in found.samples)
+    assert all(sample.quantized and sample.original is None for sample in found.texts)
     monkeypatch.setattr(samples_module, "_answers", failing(out, plan.path))
-    assert samples(out, plan).failure == "prompt: is empty; nor does the original"
+    assert generate_sample_texts(out, plan).failure == "prompt: is empty; nor does the original"
 
 
 def test_model_without_a_chat_template_continues_prompts_and_one_without_a_tokenizer_is_left_alone(
     reports, tiny_model, tmp_path, monkeypatch
 ):
-    plan = prepare(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
+    plan = checked_plan(tiny_model("llama"), tmp_path / "other", Recipe(spec=SPEC), FEW)
     tokenizer = samples_module.load_tokenizer(plan.path)
     tokenizer.chat_template = None
     monkeypatch.setattr(samples_module, "load_tokenizer", lambda *_: tokenizer)
-    found = samples(reports["awq"].out, plan)
-    assert [sample.prompt for sample in found.samples] == list(PROMPTS)
-    assert not any(sample.is_chat for sample in found.samples)
+    found = generate_sample_texts(reports["awq"].out, plan)
+    assert [sample.prompt for sample in found.texts] == list(PROMPTS)
+    assert not any(sample.is_chat for sample in found.texts)
 
     # A template that refuses the questions is a note: the quantized model runs all the same.
     tokenizer.chat_template = "{{ raise_exception('a system message is needed') }}"
-    refused = samples(reports["awq"].out, plan)
-    assert refused.samples == found.samples and not refused.failure
+    refused = generate_sample_texts(reports["awq"].out, plan)
+    assert refused.texts == found.texts and not refused.failure
     assert refused.note.startswith("texts instead of questions: chat: ") and "a system message" in refused.note
     assert "a system message" in refused.template_failure
 
@@ -378,28 +381,32 @@ def test_model_without_a_chat_template_continues_prompts_and_one_without_a_token
         raise UserError("its tokenizer cannot be loaded")
 
     monkeypatch.setattr(samples_module, "load_tokenizer", no_tokenizer)
-    assert samples(reports["awq"].out, plan) == Samples(note="no samples: its tokenizer cannot be loaded")
+    assert generate_sample_texts(reports["awq"].out, plan) == SampleTexts(
+        note="no samples: its tokenizer cannot be loaded"
+    )
 
 
 @pytest.mark.parametrize(("context", "has_samples"), [(32, False), (80, True)])
 def test_samples_fit_into_a_short_context_or_are_left_out(context, has_samples, tiny_model, tmp_path):
     model = tiny_model("llama", max_position_embeddings=context)
     report = quantize(model, tmp_path / "out", Recipe(method="rtn", spec=SPEC), Options())
-    assert bool(report.samples) == has_samples and not report.incidents
-    assert has_samples or f"a context of {context} tokens has no room" in report.samples_note
+    assert bool(report.sample_texts) == has_samples and not report.fallbacks
+    assert has_samples or f"a context of {context} tokens has no room" in report.sample_texts_note
 
 
 def test_repetition_is_noticed_where_only_the_quantized_model_has_it():
-    assert repeated_share(list(range(40))) == repeated_share([]) == repeated_share([1, 1, 1, 1]) == 0
-    assert repeated_share([1] * 40) > 0.9
-    assert repeated_share([*range(24), *range(8), *range(8), *range(8)]) > 0.3, "three times a phrase of eight tokens"
+    assert repeated_fraction(list(range(40))) == repeated_fraction([]) == repeated_fraction([1, 1, 1, 1]) == 0
+    assert repeated_fraction([1] * 40) > 0.9
+    assert repeated_fraction([*range(24), *range(8), *range(8), *range(8)]) > 0.3, (
+        "three times a phrase of eight tokens"
+    )
 
     def sample(ours, theirs):
-        return Sample(prompt="a", quantized="b", original="c", quantized_repeats=ours, original_repeats=theirs)
+        return SampleText(prompt="a", quantized="b", original="c", quantized_repeats=ours, original_repeats=theirs)
 
-    both = Samples(samples=(sample(0.9, 0.9), sample(0.1, 0.0)))
+    both = SampleTexts(texts=(sample(0.9, 0.9), sample(0.1, 0.0)))
     assert both.repetition == ""
-    ours = Samples(samples=(sample(0.9, 0.1), sample(0.9, 0.9), sample(0.9, None)))
+    ours = SampleTexts(texts=(sample(0.9, 0.1), sample(0.9, 0.9), sample(0.9, None)))
     assert ours.repetition == "it repeats itself in 1 of 3 sample texts where the original does not"
 
 
@@ -422,7 +429,7 @@ def test_verdict_line_has_the_colour_of_its_band_and_every_reservation():
 def test_numbers_of_both_texts_stand_in_the_facts_and_on_the_page(reports):
     report = reports["awq"]
     fixed, own = report.verification.texts
-    (fact,) = [fact for name, fact in verification_facts(report.verification) if name == "beside it"]
+    (fact,) = [fact for name, fact in verification_facts(report.verification) if name == "other text"]
     other = own if report.verification.decided_by == 0 else fixed
     assert f"{other.num_tokens:,} tokens of {other.source}" in fact
     text = " ".join(Page(page(report)).text.split())
@@ -440,8 +447,22 @@ def test_share_on_the_page_is_none_only_if_it_is_none():
 
 
 def test_scale_gives_every_band_the_same_width():
-    assert [place(limit) for limit in (0.5, 1, GOOD, SLIGHT, BROKEN, 1e9)] == pytest.approx([0, 0, 25, 50, 75, 100])
-    assert 25 < place(1.1) < 40 < place(1.2) < 50
+    assert [position_on_scale(limit) for limit in (0.5, 1, GOOD, SLIGHT, BROKEN, 1e9)] == pytest.approx(
+        [0, 0, 25, 50, 75, 100]
+    )
+    assert 25 < position_on_scale(1.1) < 40 < position_on_scale(1.2) < 50
+
+
+def test_report_of_schema_3_is_read_under_the_names_of_schema_4(reports, tmp_path):
+    report = reports["awq"]
+    stored = report.to_dict() | {"schema": 3}
+    for old, new in RENAMED.items():
+        stored[old] = stored.pop(new)
+    for linear in stored["linears"]:
+        for old, new in RENAMED_OF_LINEARS.items():
+            linear[old] = linear.pop(new)
+    (tmp_path / REPORT_JSON).write_text(json.dumps(stored))
+    assert read_report(tmp_path).to_dict() == report.to_dict() | {"out": str(tmp_path)}
 
 
 def test_report_of_schema_2_is_still_read_and_keeps_its_words(reports, tmp_path):
@@ -460,7 +481,7 @@ def test_report_of_schema_2_is_still_read_and_keeps_its_words(reports, tmp_path)
         "original_perplexity": 10.0,
         "drift": [0.1, 0.2],
     }
-    stored["samples"] = [{"prompt": "a", "quantized": "b", "original": None}]
+    stored["sample_texts"] = [{"prompt": "a", "quantized": "b", "original": None}]
     (tmp_path / REPORT_JSON).write_text(json.dumps(stored))
     report = read_report(tmp_path)
     (text,) = report.verification.texts

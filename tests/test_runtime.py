@@ -1,4 +1,4 @@
-"""A loaded model: what it computes, holds, and how it travels."""
+"""A loaded model with a packed head: logits, gradients and pickles equal those of the plain head."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 import llmquant
 from llmquant.kernels.dispatch import DENSE_KERNELS
 from llmquant.runtime import load as loading
-from llmquant.runtime.linear import PackedLinear
+from llmquant.runtime.linear import PackedDenseLinear
 
 RECIPE = llmquant.Recipe(method="rtn", spec=llmquant.QuantSpec(group_size=32))
 TOKENS = torch.arange(3, 43)[None]
@@ -34,12 +34,10 @@ def quantized(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("kernel", DENSE_KERNELS)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-def test_packed_head_gives_the_same_logits(
-    architecture: str, kernel: str, quantized: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The head of llama is its own, that of the others is the embedding."""
+def test_packed_head_gives_the_same_logits(architecture, kernel, quantized, monkeypatch):
+    """The head of llama has its own weight; the heads of the others are tied to the embedding."""
     if not DENSE_KERNELS[kernel].usable():
-        pytest.skip("not for this processor")
+        pytest.skip("this processor does not support the kernel")
     for other in set(DENSE_KERNELS) - {kernel}:
         monkeypatch.setitem(DENSE_KERNELS, other, replace(DENSE_KERNELS[other], usable=lambda: False))
     folder = quantized(architecture)
@@ -47,7 +45,7 @@ def test_packed_head_gives_the_same_logits(
     monkeypatch.setattr(loading, "pack_head", lambda model: None)
     plain = llmquant.load(folder, device="cpu")
     head = model.get_output_embeddings()
-    assert isinstance(head, PackedLinear) and head.kernel_name == kernel
+    assert isinstance(head, PackedDenseLinear) and head.kernel_name == kernel
     assert isinstance(plain.get_output_embeddings(), nn.Linear)
     tolerance = {"rtol": 0, "atol": 0} if kernel == "onednn" else {}
     with torch.inference_mode():

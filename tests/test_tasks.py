@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: run on local questions, without a network, to the numbers of a plain loop."""
+"""Tasks of lm-evaluation-harness, run on local questions without a network, score what a plain loop scores."""
 
 import importlib.util
 import json
@@ -10,10 +10,10 @@ from tiny_models import ARCHITECTURES, random_model, tiny_tokenizer
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
-    reason="lm-evaluation-harness is not there: pip install llmquant[tasks]",
+    reason="lm-evaluation-harness is not installed: pip install llmquant[tasks]",
 )
-# What the harness and its dependencies warn of is theirs to mend.
-pytestmark = pytest.mark.filterwarnings("ignore")
+# The harness and its dependencies emit warnings that this project cannot fix.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 QUESTIONS = [
     {"question": f"for x in range({number}):", "choices": [" print(x)", " return", " x = 1"], "answer": number % 3}
@@ -34,7 +34,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 @pytest.fixture
 def task_folder(tmp_path, monkeypatch):
-    """A folder with one task; the harness keeps what it makes of the questions beside it."""
+    """A folder with one task; the harness caches the questions next to the folder."""
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     folder = tmp_path / "tasks"
@@ -45,7 +45,7 @@ def task_folder(tmp_path, monkeypatch):
 
 
 def plain_accuracy(model, tokenizer, questions):
-    """The choice with the likeliest tokens, question by question."""
+    """Fraction of the questions whose most likely choice is the answer."""
     right = 0
     for question in questions:
         start = tokenizer(question["question"])["input_ids"]
@@ -107,7 +107,7 @@ def test_unknown_task_is_refused_before_a_model_is_loaded(task_folder, tiny_mode
     assert "task 'nonesuch': lm-evaluation-harness does not know it" in capsys.readouterr().err
 
 
-def test_tasks_without_the_harness_say_what_to_install(tiny_model, monkeypatch, capsys):
+def test_tasks_without_the_harness_are_refused_with_the_package_to_install(tiny_model, monkeypatch, capsys):
     from llmquant.eval import tasks
 
     tasks._task_manager.cache_clear()

@@ -1,3 +1,5 @@
+"""The tiny models and their tokenizer are good enough to test with."""
+
 import pytest
 import torch
 from tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_tokenizer

@@ -1,4 +1,4 @@
-"""Tokenizers that are missing, damaged, empty, or read by packages that are not installed: one line, or they work."""
+"""Tokenizers that are missing, damaged or empty, or need packages that are not installed: each works or is refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def without_vocabulary(tiny_model: Any, folder: Path, architecture: str) -> Path
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "gpt2", "gpt_neox", "cohere2"])
-def test_no_family_makes_a_tokenizer_of_nothing(architecture, tiny_model, tmp_path):
+def test_folder_without_a_vocabulary_is_refused_for_every_family(architecture, tiny_model, tmp_path):
     folder = without_vocabulary(tiny_model, tmp_path / "model", architecture)
     with pytest.raises(UserError, match="its tokenizer cannot be loaded"):
         load_tokenizer(folder)
@@ -31,7 +31,7 @@ def test_no_family_makes_a_tokenizer_of_nothing(architecture, tiny_model, tmp_pa
     ("change", "words"),
     [
         ({"version": "2.0"}, "Unknown tokenizer version '2.0'"),
-        ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "no file holds a vocabulary"),
+        ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "no file in the folder holds a vocabulary"),
         ({"model": {"type": "New"}}, "its tokenizer cannot be loaded"),
     ],
 )
@@ -59,11 +59,11 @@ def test_tokenizer_that_fails_when_used_is_refused(tiny_model, tmp_path):
             r"tokenizer\.model: .*; run `pip install sentencepiece protobuf`",
         ),
         (b"IQ== 0\nIg== 1\n", r"tokenizer\.model: .*; run `pip install tiktoken`"),
-        (b"version https://git-lfs.github.com/spec/v1\n", r"tokenizer\.model is damaged, or is no vocabulary"),
+        (b"version https://git-lfs.github.com/spec/v1\n", r"tokenizer\.model is damaged or not a vocabulary"),
         (b"", "its tokenizer cannot be loaded"),
     ],
 )
-def test_vocabulary_that_other_packages_read_names_them(content, words, tiny_model, tmp_path, monkeypatch):
+def test_vocabulary_that_needs_other_packages_names_them(content, words, tiny_model, tmp_path, monkeypatch):
     folder = without_vocabulary(tiny_model, tmp_path / "model", "llama")
     (folder / "tokenizer.model").write_bytes(content)
     monkeypatch.setattr("llmquant.hub._is_installed", lambda module: False)

@@ -1,4 +1,4 @@
-"""Long text is tokenized in pieces: the tokens are those of the whole text, and no piece is large."""
+"""Long text is tokenized in small pieces, and the tokens equal those of the whole text."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from llmquant import tokens
+from llmquant.data import tokens
+from llmquant.data.tokens import pieces, special_ids, token_ids
 from llmquant.eval.data import text_tokens
-from llmquant.tokens import pieces, special_ids, token_ids
 
 RUSSIAN = "Однажды, в студёную зимнюю пору я из лесу вышел; был сильный мороз.\nГляжу, поднимается медленно\n\nв гору. "
 HINDI = "एक समय की बात है, एक गाँव में एक किसान रहता था। उसके पास बहुत सारी गायें थीं।\n"
@@ -27,7 +27,7 @@ TEXTS = {
     "Thai": THAI * 20,
     "many scripts": (RUSSIAN + CHINESE + "def f(x):\n    return x  +  1\n\n\n" + HINDI) * 6,
 }
-# How Llama 3, Qwen 2 and others split text into words: with the character in front of them.
+# Llama 3, Qwen 2 and others split text into words with the character before them.
 WORD_WITH_MARK = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -46,7 +46,7 @@ def like_llama_3() -> PreTrainedTokenizerFast:
 
 
 def like_sentencepiece(*, by_normalizer: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer that puts a space in front of a text: by its pre-tokenizer, or like Llama 2 by its normalizer."""
+    """A tokenizer that adds a space before a text, in its pre-tokenizer or, like Llama 2, in its normalizer."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>"], show_progress=False)
@@ -59,7 +59,7 @@ def like_sentencepiece(*, by_normalizer: bool) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    """Pieces of `characters`, and few more."""
+    """Set the length of pieces to a number of characters, with a short search for the end of a word."""
 
     def set_to(characters: int) -> None:
         monkeypatch.setattr(tokens, "PIECE_CHARACTERS", characters)
@@ -88,7 +88,7 @@ def test_text_tokenized_in_pieces_has_the_tokens_of_the_whole(name, make, small_
 
 @pytest.mark.parametrize("by_normalizer", [False, True])
 @pytest.mark.parametrize("name", ["one line", "raw WikiText", "Russian"])
-def test_tokenizer_that_begins_a_text_with_a_space_does_so_once(name, by_normalizer, small_pieces):
+def test_tokenizer_that_adds_a_space_before_a_text_adds_it_once(name, by_normalizer, small_pieces):
     tokenizer = like_sentencepiece(by_normalizer=by_normalizer)
     whole = tokenizer(TEXTS[name], add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(whole[:1]).startswith(" ") or tokenizer.convert_ids_to_tokens(whole[0]).startswith("▁")
@@ -101,7 +101,7 @@ def test_tokenizer_that_begins_a_text_with_a_space_does_so_once(name, by_normali
     ["中文" * 1000, "กาลครั้งหนึ่ง" * 200, "QUJD" * 500, "😀👍🏽" * 500, " " * 2000, "एकसमयकीबात" * 200],
     ids=["Chinese", "Thai", "base64", "emoji", "spaces", "Hindi"],
 )
-def test_text_without_a_place_to_cut_is_cut_all_the_same(text, small_pieces):
+def test_text_without_a_good_place_to_cut_is_cut_anyway(text, small_pieces):
     small_pieces(200)
     cut = list(pieces([text]))
     assert "".join(cut) == text
@@ -110,20 +110,20 @@ def test_text_without_a_place_to_cut_is_cut_all_the_same(text, small_pieces):
 
 
 @pytest.mark.parametrize("size", [1, 17, 10_000])
-def test_parts_of_any_length_are_the_same_text(size, small_pieces):
+def test_segments_of_any_length_give_the_same_tokens(size, small_pieces):
     small_pieces(50)
     text = TEXTS["many scripts"]
-    parts = [text[start : start + size] for start in range(0, len(text), size)]
-    assert "".join(pieces(parts)) == text
-    assert token_ids(tiny_tokenizer(), parts).tolist() == tiny_tokenizer()(text)["input_ids"]
+    segments = [text[start : start + size] for start in range(0, len(text), size)]
+    assert "".join(pieces(segments)) == text
+    assert token_ids(tiny_tokenizer(), segments).tolist() == tiny_tokenizer()(text)["input_ids"]
 
 
-def test_no_text_has_no_tokens():
+def test_empty_text_has_no_tokens():
     assert token_ids(tiny_tokenizer(), "").tolist() == []
     assert list(pieces(["", ""])) == []
 
 
-def test_special_tokens_are_those_in_front_and_behind():
+def test_special_tokens_are_found_before_and_after_the_text():
     tokenizer = tiny_tokenizer()
     assert special_ids(tokenizer) == ([], [])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -133,7 +133,7 @@ def test_special_tokens_are_those_in_front_and_behind():
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_evaluated_text_has_the_tokens_of_the_whole_with_its_special_ones(special, small_pieces):
+def test_evaluated_text_has_the_tokens_of_the_whole_text_and_special_tokens(special, small_pieces):
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
@@ -141,8 +141,8 @@ def test_evaluated_text_has_the_tokens_of_the_whole_with_its_special_ones(specia
     small_pieces(50)
     text = TEXTS["Russian"]
     whole = tokenizer(text, add_special_tokens=special)["input_ids"]
-    assert text_tokens(tokenizer, text, special=special).tolist() == whole
-    assert text_tokens(tokenizer, [text[:9], text[9:]], special=special).tolist() == whole
+    assert text_tokens(tokenizer, text, add_special=special).tolist() == whole
+    assert text_tokens(tokenizer, [text[:9], text[9:]], add_special=special).tolist() == whole
 
 
 @pytest.mark.model

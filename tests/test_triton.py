@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: its arithmetic in Triton's interpreter, its machine code from Triton's compiler."""
+"""The Triton backend without a GPU: its results in Triton's interpreter, and the machine code of Triton's compiler."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import itertools
 import os
 import subprocess
 import sys
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from paths import ROOT
+from script_modules import load_script
 
 from llmquant.kernels import gpu
 from llmquant.kernels.layout import LinearShape
@@ -26,22 +26,28 @@ from llmquant.kernels.tiles import (
     user_table_path,
     write_table,
 )
-from llmquant.kernels.tune import candidates, copies_needed
+from llmquant.kernels.tune import candidate_tiles, copies_needed
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 
 pytest.importorskip("triton")
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parent / "support"
 H100 = Gpu("NVIDIA H100 80GB HBM3", 132, 90)
-LAYER = LinearShape.planned(4096, 4096, QuantSpec())
+SHAPE = LinearShape.planned(4096, 4096, QuantSpec())
 
 
-def test_kernels_agree_with_the_definition_in_the_interpreter() -> None:
-    """`interpreter_cases.py` in a process of its own: the interpreter is chosen when the kernels are imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / "interpreter_cases.py")]
-    done = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+@pytest.mark.slow
+def test_kernels_agree_with_the_definition_in_the_interpreter():
+    """Run `interpreter_cases.py` in its own process, since TRITON_INTERPRET must be set before kernels are imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUPPORT / "interpreter_cases.py")]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def sass() -> ModuleType:
+    return load_script("dev/sass.py")
 
 
 @pytest.mark.parametrize(
@@ -57,109 +63,112 @@ def test_kernels_agree_with_the_definition_in_the_interpreter() -> None:
         (120, 16, 2, "float16"),
     ],
 )
-def test_machine_code_passes_the_gate(
-    capability: int, rows: int, blocks_per_tile: int, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A sample; `scripts/kernel_gate` compiles every configuration."""
-    from llmquant.kernels.gate import compile_tiles, objections
-
+def test_machine_code_has_no_problems(
+    sass,
+    capability,
+    rows,
+    blocks_per_tile,
+    dtype,
+    tmp_path,
+    monkeypatch,
+):
+    """For a sample of configurations; `scripts/dev/sass_check.py` compiles all of them."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tiles = rule_of_thumb(Problem(4096, 4096, blocks_per_tile, dtype), rows, Gpu("any", 132, capability))
-    code = compile_tiles(tiles, capability, dtype=dtype, blocks_per_tile=blocks_per_tile)
-    assert objections(code, tiles, capability) == []
+    code = sass.compile_tiles(tiles, capability, dtype=dtype, blocks_per_tile=blocks_per_tile)
+    assert sass.find_problems(code, tiles, capability) == []
 
 
 @pytest.mark.parametrize(("blocks_per_tile", "planes"), [(1, 1), (4, 2)])
-def test_dense_kernel_compiles_without_spills(
-    blocks_per_tile: int, planes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from llmquant.kernels.gate import compile_dequantize
-
+def test_dense_kernel_compiles_without_spills(sass, blocks_per_tile, planes, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    assert compile_dequantize(90, blocks_per_tile=blocks_per_tile, planes=planes).spills == 0
+    assert sass.compile_dequantize(90, blocks_per_tile=blocks_per_tile, planes=planes).spills == 0
 
 
-def test_gate_objects_to_weights_that_take_a_detour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two warps make Triton leave wgmma: the gate must see it."""
-    from llmquant.kernels.gate import compile_tiles, objections
-
+def test_weights_that_pass_through_shared_memory_are_a_problem(sass, tmp_path, monkeypatch):
+    """With two warps, Triton does not use wgmma."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tiles = Tiles(rows=16, features=64, parts=1, warps=2, stages=3, post=True)
-    code = compile_tiles(tiles, 90)
-    assert "no wgmma" in objections(code, tiles, 90)
+    tiles = Tiles(rows=16, features=64, split_k=1, warps=2, stages=3, post=True)
+    code = sass.compile_tiles(tiles, 90)
+    assert "no wgmma" in sass.find_problems(code, tiles, 90)
 
 
-def test_every_code_has_its_nibble() -> None:
+def test_every_code_has_its_nibble():
     """The order of `triton_w4a16.py`, code by code."""
     codes_NS = torch.randint(0, 16, (64, 256), dtype=torch.uint8)
     words = gpu.pack_words(codes_NS)
     for n, k in torch.stack([torch.randint(0, 64, (200,)), torch.randint(0, 256, (200,))], dim=1).tolist():
-        i, p, lane, e = k % 128 // 32, k % 32 // 8, k % 8 // 2, k % 2
-        word = int(words[0, k // 128, n, 4 * lane + i]) & 0xFFFFFFFF
+        i, p, thread, e = k % 128 // 32, k % 32 // 8, k % 8 // 2, k % 2
+        word = int(words[0, k // 128, n, 4 * thread + i]) & 0xFFFFFFFF
         assert (word >> 4 * (p + 4 * e)) & 15 == codes_NS[n, k]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
-def test_rule_gives_tiles_that_fit(capability: int) -> None:
+def test_rule_gives_tiles_that_fit(capability):
     some = Gpu("any", 132, capability)
     for features, slots in itertools.product((64, 576, 4096, 151936), (128, 640, 4096, 28672)):
         for blocks_per_tile, rows in itertools.product((1, 2, 4), (*ROW_BUCKETS, 100_000)):
             tiles = rule_of_thumb(Problem(features, slots, blocks_per_tile, "bfloat16"), rows, some)
-            assert features % tiles.features == 0 and 1 <= tiles.parts <= slots // 128
+            assert features % tiles.features == 0 and 1 <= tiles.split_k <= slots // 128
             assert blocks_per_tile == 1 or not tiles.post
 
 
-def test_a_written_table_is_read_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_written_table_is_read_first(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     problem = Problem(4096, 4096, 1, "bfloat16")
-    measured = Tiles(rows=32, features=128, parts=3, warps=8, stages=2, post=True)
+    measured = Tiles(rows=32, features=128, split_k=3, warps=8, stages=2, post=True)
     write_table(user_table_path(H100.name), {"gpu": H100.name, "entries": {problem.key: {"16": measured.as_json()}}})
     assert choose_tiles(problem, 9, H100) == measured
     assert choose_tiles(problem, 40, H100) == rule_of_thumb(problem, 40, H100)
 
 
-def test_no_gpu_is_asked_about_at_import() -> None:
+def test_a_table_with_the_old_name_of_split_k_is_read(tmp_path, monkeypatch):
+    """Tables once called it `parts`."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    problem = Problem(4096, 4096, 1, "bfloat16")
+    measured = Tiles(rows=32, features=128, split_k=3, warps=8, stages=2, post=True)
+    entry = measured.as_json()
+    entry["parts"] = entry.pop("split_k")
+    write_table(user_table_path(H100.name), {"gpu": H100.name, "entries": {problem.key: {"16": entry}}})
+    assert choose_tiles(problem, 9, H100) == measured
+
+
+@pytest.mark.slow
+def test_imports_do_not_query_the_gpu():
     code = (
         "import torch\n"
-        "def refuse(*a): raise AssertionError('asked about a GPU')\n"
+        "def refuse(*a): raise AssertionError('queried the GPU')\n"
         "torch.cuda.is_available = torch.cuda.get_device_properties = torch.cuda._lazy_init = refuse\n"
         "import llmquant.kernels.dispatch, llmquant.runtime.linear, llmquant.kernels.triton_w4a16"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=TESTS.parent)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_refuses_where_there_is_no_gpu() -> None:
-    assert "NVIDIA" in (gpu.refuses(LAYER, torch.device("cpu"), torch.bfloat16) or "")
-    assert "float32" in (gpu.refuses(LAYER, torch.device("cuda"), torch.float32) or "")
+def test_refuses_without_a_gpu():
+    assert "NVIDIA" in (gpu.refuses(SHAPE, torch.device("cpu"), torch.bfloat16) or "")
+    assert "float32" in (gpu.refuses(SHAPE, torch.device("cuda"), torch.float32) or "")
 
 
 @pytest.fixture(scope="module")
 def gpu_check() -> ModuleType:
-    """`scripts/gpu_check` as a module."""
-    path = TESTS.parent / "scripts" / "gpu_check"
-    spec = spec_from_loader("gpu_check", SourceFileLoader("gpu_check", str(path)))
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu_check.py")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_gpu_check_says_in_one_line_that_there_is_no_gpu() -> None:
-    done = subprocess.run([sys.executable, TESTS.parent / "scripts" / "gpu_check"], capture_output=True, text=True)
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_gpu_check_reports_a_missing_gpu_in_one_line():
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "gpu_check.py"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "no CUDA device" in done.stderr
 
 
-def test_gpu_check_knows_the_physical_limit(gpu_check: ModuleType) -> None:
+def test_gpu_check_computes_the_physical_limit(gpu_check):
     """8.9 MB at 3 TB/s; 2 * 1024 * 4096 * 4096 operations at 800 TFLOP/s."""
-    assert gpu_check.speed_limit_microseconds(1, LAYER, 8_912_896, 3e12, 8e14) == pytest.approx(2.976, abs=0.01)
-    assert gpu_check.speed_limit_microseconds(1024, LAYER, 8_912_896, 3e12, 8e14) == pytest.approx(42.95, abs=0.01)
+    assert gpu_check.speed_limit_microseconds(1, SHAPE, 8_912_896, 3e12, 8e14) == pytest.approx(2.976, abs=0.01)
+    assert gpu_check.speed_limit_microseconds(1024, SHAPE, 8_912_896, 3e12, 8e14) == pytest.approx(42.95, abs=0.01)
 
 
-def test_gpu_check_prints_and_draws_what_it_measured(
-    gpu_check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_gpu_check_prints_and_draws_its_records(gpu_check, tmp_path, capsys):
     shape = {"in_features": 4096, "out_features": 4096}
     numbers = {"us": 4.0, "dense_us": 11.2, "speed_up": 2.8, "limit_us": 3.0, "limit_speed_up": 3.73}
     record = shape | numbers | {"rows": 1, "bandwidth_share": 0.74, "goal": 2.4, "tinygemm_us": 5.0}
@@ -171,21 +180,21 @@ def test_gpu_check_prints_and_draws_what_it_measured(
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_gpu_check_covers_every_width_dtype_and_order(gpu_check: ModuleType) -> None:
+def test_gpu_check_covers_every_width_dtype_and_order(gpu_check):
     cases = gpu_check.correctness_cases()
-    assert {layer.bits for layer, _ in cases} == set(SUPPORTED_BITS)
+    assert {shape.bits for shape, _ in cases} == set(SUPPORTED_BITS)
     assert {dtype for _, dtype in cases} == {torch.bfloat16, torch.float16}
-    assert {layer.moving_groups for layer, _ in cases} == {True, False}
+    assert {shape.act_order_groups for shape, _ in cases} == {True, False}
 
 
-def test_tuning_tries_the_rule_and_other_tiles_that_fit() -> None:
+def test_tuning_times_the_tiles_of_the_rule_and_others_that_fit():
     problem = Problem(4096, 4096, 1, "bfloat16")
     for rows in ROW_BUCKETS:
-        tried = list(candidates(problem, rows, H100))
+        tried = list(candidate_tiles(problem, rows, H100))
         assert tried[0] == rule_of_thumb(problem, rows, H100) and 5 <= len(set(tried)) == len(tried) <= 150
-    assert not any(tiles.post for tiles in candidates(Problem(4096, 4096, 2, "bfloat16"), 1, H100))
+    assert not any(tiles.post for tiles in candidate_tiles(Problem(4096, 4096, 2, "bfloat16"), 1, H100))
 
 
-def test_enough_copies_are_rotated_to_empty_the_cache() -> None:
+def test_rotated_copies_exceed_the_cache():
     assert copies_needed(8 << 20, 50 << 20) * (8 << 20) >= 4 * (50 << 20)
     assert copies_needed(1 << 30, 50 << 20) == 2

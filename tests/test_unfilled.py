@@ -1,4 +1,4 @@
-"""Nothing is computed on memory that was not filled: with NaN in every empty tensor, the bytes stay the same."""
+"""Uninitialized memory does not affect the output: with NaN in every empty tensor, the bytes stay the same."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from llmquant.pipeline.quantize import quantize
-from llmquant.pipeline.samples import Samples
+from llmquant.report.schema import SampleTexts
 from llmquant.spec import EFFORTS, Options, QuantSpec, Recipe
 
+pytestmark = pytest.mark.slow
+
 READ_WITHOUT_A_CALL = {
-    # Moves the token ids to the device of the embedding's weight.
+    # Its code moves the token ids to the device of the embedding's weight.
     "llama4_text": {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 128, "moe_layers": []},
-    # Reads the weight of an embedding that it never calls.
+    # Its code reads the weight of an embedding that it never calls.
     "prophetnet": {
         "decoder_ffn_dim": 128,
         "num_hidden_layers": None,
@@ -29,18 +31,18 @@ READ_WITHOUT_A_CALL = {
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fill every tensor that is made without values: NaN, or the smallest number of an integer type."""
+    """Fill every uninitialized tensor with NaN, or with the smallest number of its integer dtype."""
 
-    def poison(make):
-        def made(*args, **kwargs):
-            tensor = make(*args, **kwargs)
+    def poison(create):
+        def create_poisoned(*args, **kwargs):
+            tensor = create(*args, **kwargs)
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
             elif tensor.dtype not in (torch.bool, torch.uint8):
                 tensor.fill_(torch.iinfo(tensor.dtype).min)
             return tensor
 
-        return made
+        return create_poisoned
 
     for owner, name in (
         (torch, "empty"),
@@ -55,7 +57,7 @@ def poisoned(monkeypatch):
 
 
 def quantized(model: Path, out: Path) -> tuple[str, object]:
-    """SHA-256 of the weights that are written, and the verdict's numbers."""
+    """Quantize: return the SHA-256 of the written weights, and the verification."""
     recipe = Recipe(spec=QuantSpec(group_size=32), **EFFORTS["fast"])
     options = Options(calibration="python-docs", num_samples=2, seq_len=16)
     report = quantize(model, out, recipe, options)
@@ -66,12 +68,12 @@ def quantized(model: Path, out: Path) -> tuple[str, object]:
 
 @pytest.fixture(autouse=True)
 def no_samples(monkeypatch):
-    """Nothing is generated: it takes longer than the rest, and has its own tests."""
-    monkeypatch.setattr("llmquant.pipeline.quantize.samples", lambda folder, plan: Samples())
+    """Generate no sample texts: that takes longer than the rest and has its own tests."""
+    monkeypatch.setattr("llmquant.pipeline.finish.generate_sample_texts", lambda folder, plan: SampleTexts())
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma3", *READ_WITHOUT_A_CALL])
-def test_bytes_and_verdict_do_not_depend_on_memory_that_was_not_filled(
+def test_bytes_and_verdict_do_not_depend_on_uninitialized_memory(
     architecture, tiny_model, small_model, tmp_path, request
 ):
     fields = READ_WITHOUT_A_CALL.get(architecture)

@@ -10,38 +10,41 @@ from dataclasses import replace
 import pytest
 import torch
 from commands import command
+from dequantized_models import dequantized
 from folders import assert_same_bytes
-from manual import short_manual
-from test_quantize import dequantized
+from short_text import short_manual
 from tiny_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
-from llmquant.algorithms.affine import round_to_nearest
+from llmquant.algorithms.grid import round_to_nearest
 from llmquant.checkpoints.manifest import REPORT_JSON
+from llmquant.data.calibration import MAX_HELD_OUT, MIN_HELD_OUT, calibration_tokens, num_held_out
+from llmquant.data.sources import load_rows
+from llmquant.data.tokens import token_ids
 from llmquant.errors import UserError
 from llmquant.eval.divergence import divergence
 from llmquant.hub import load_tokenizer
-from llmquant.models.walk import Walk
-from llmquant.pipeline import loop, solve
-from llmquant.pipeline import quantize as pipeline
+from llmquant.models.blockwise_forward import BlockwiseForward
+from llmquant.pipeline import block_loop as loop
+from llmquant.pipeline import finish
 from llmquant.pipeline import verify as verify_module
-from llmquant.pipeline.calibration import MAX_HELD_OUT, MIN_HELD_OUT, calibration_tokens, num_held_out
-from llmquant.pipeline.held_out import (
+from llmquant.pipeline.next_steps import next_steps
+from llmquant.pipeline.quantize import checked_plan, quantize
+from llmquant.pipeline.verify import verify_texts, within_time_limit
+from llmquant.planning.held_out import (
     FIXED_SOURCE,
     MIN_TOKENS,
     WINDOW_TOKENS,
-    HeldOut,
+    HeldOutText,
+    evenly_spaced,
     fixed_text,
-    held_out,
+    held_out_texts,
     num_windows,
     read_fixed_text,
-    spread,
 )
-from llmquant.pipeline.next_steps import next_steps
-from llmquant.pipeline.quantize import prepare, quantize
-from llmquant.pipeline.samples import Samples
-from llmquant.pipeline.verdict import (
+from llmquant.report.schema import SampleTexts
+from llmquant.report.verdict import (
     BANDS,
     BROKEN,
     GOOD,
@@ -52,15 +55,15 @@ from llmquant.pipeline.verdict import (
     band_of,
     judge,
 )
-from llmquant.pipeline.verify import affordable, verify_texts
+from llmquant.solver import quantize_linear
 from llmquant.spec import EFFORTS, Options, QuantSpec, Recipe
-from llmquant.textdata import load_rows
-from llmquant.tokens import token_ids
 
 RTN = Recipe(method="rtn", spec=QuantSpec(bits=3, group_size=32))
 FEW = Options(calibration="python-docs", num_samples=4, seq_len=32)
 TINY_WINDOW = 192
 """Of the tiny models, whose context is 256: the largest multiple of 64 that leaves 8 positions free."""
+
+pytestmark = pytest.mark.full_held_out_text
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,26 +74,22 @@ def manual():
 
 
 @pytest.fixture(autouse=True)
-def few_held_out_windows():
-    """Here all windows of the fixed text are measured."""
-
-
-@pytest.fixture(autouse=True)
 def no_samples(monkeypatch):
     """Continuing prompts is tested with the report."""
-    monkeypatch.setattr(pipeline, "samples", lambda folder, plan: Samples(note="not in this test"))
+    monkeypatch.setattr(finish, "generate_sample_texts", lambda folder, plan: SampleTexts(note="not in this test"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_measured_block_by_block_is_what_whole_models_say(architecture, tiny_model, tmp_path):
     path, out = tiny_model(architecture), tmp_path / "out"
     quantize(path, out, RTN, Options(verify=False))
     windows = torch.randint(3, 500, (2, 20), generator=torch.Generator().manual_seed(0))
     other = torch.randint(3, 500, (3, 9), generator=torch.Generator().manual_seed(1))
-    plan = prepare(path, tmp_path / "other", RTN, Options())
+    plan = checked_plan(path, tmp_path / "other", RTN, Options())
     texts = [
-        HeldOut(tokens_WL=windows, source="numbers"),
-        HeldOut(tokens_WL=other, source="more", openings=tuple("abc")),
+        HeldOutText(tokens_WL=windows, source="numbers"),
+        HeldOutText(tokens_WL=other, source="more", openings=tuple("abc")),
     ]
     found = verify_texts(out, plan, texts)
     original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -184,15 +183,15 @@ def test_calibration_text_makes_a_verdict_worse_only_where_it_is_certain():
 def test_reason_has_every_number_in_plain_words():
     assert judge([measurement(1.2, kl=0.1, spread=0.04)]).reason == (
         "perplexity 1.200 times the original's (95 % interval 1.160 to 1.240), "
-        "KL divergence 0.1000 (a factor of 1.105), top choice changed at 12.5% of tokens, "
+        "KL divergence 0.1000 (a factor of 1.105), top-1 token changed at 12.5% of tokens, "
         "worst of 9 windows 2.400 times (“Der Bahnhof …”); on 4,599 tokens of the fixed text"
     )
 
 
-def test_thresholds_are_those_of_the_readme():
+def test_thresholds_are_those_of_the_guide():
     from paths import ROOT
 
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = " ".join((ROOT / "llmquant" / "pipeline" / "README.md").read_text().split())
     for words in (
         f"| good | at most {GOOD} |",
         f"at most {SLIGHT} |",
@@ -212,7 +211,7 @@ def test_held_out_windows_are_the_next_of_the_draw(tiny_model):
     more = calibration_tokens(tokenizer, "python-docs", 64 + num_held_out(64), 16)
     assert few.held_out_WL.shape == (num_held_out(64), 16)
     assert torch.equal(torch.cat([few.tokens_SL, few.held_out_WL]), more.tokens_SL)
-    assert "held_out_WL" not in few.audit()
+    assert "held_out_WL" not in few.summary()
 
 
 @pytest.mark.parametrize(("samples", "windows"), [(1, MIN_HELD_OUT), (128, 4), (10_000, MAX_HELD_OUT)])
@@ -227,15 +226,17 @@ def text_of(tokenizer, num_tokens, path):
     return path
 
 
+@pytest.mark.slow
 def test_without_windows_left_the_fixed_text_alone_is_measured(tiny_model, tmp_path):
     path = tiny_model("llama")
     text = text_of(load_tokenizer(path), 4 * 32 + 5, tmp_path / "text.txt")
     report = quantize(path, tmp_path / "out", Recipe(spec=RTN.spec), replace(FEW, calibration=str(text)))
     assert [measured.source for measured in report.verification.texts] == [FIXED_SOURCE]
     assert report.verification.texts[0].kl_mean > 0
-    assert not report.incidents
+    assert not report.fallbacks
 
 
+@pytest.mark.slow
 def test_windows_that_calibration_left_are_measured_beside_the_fixed_text(tiny_model, tmp_path):
     report = quantize(tiny_model("llama"), tmp_path / "out", Recipe(spec=RTN.spec), FEW)
     fixed, own = report.verification.texts
@@ -245,10 +246,11 @@ def test_windows_that_calibration_left_are_measured_beside_the_fixed_text(tiny_m
     assert fixed.worst_opening and not own.worst_opening, "the user's text is not quoted"
 
 
+@pytest.mark.slow
 def test_fixed_text_is_the_same_for_every_recipe_and_seed(tiny_model, tmp_path):
     path = tiny_model("llama")
-    one = fixed_text(prepare(path, tmp_path / "out", RTN, Options()))
-    other = fixed_text(prepare(path, tmp_path / "out", Recipe(), replace(FEW, seed=7, seq_len=64)))
+    one = fixed_text(checked_plan(path, tmp_path / "out", RTN, Options()))
+    other = fixed_text(checked_plan(path, tmp_path / "out", Recipe(), replace(FEW, seed=7, seq_len=64)))
     assert torch.equal(one.tokens_WL, other.tokens_WL) and one.openings == other.openings
     num, seq_len = one.tokens_WL.shape
     assert seq_len == TINY_WINDOW and num == num_windows(seq_len) == len(set(one.openings))
@@ -270,18 +272,19 @@ def test_fixed_text_is_long_enough_for_a_tokenizer_with_a_large_vocabulary():
 
 
 def test_windows_are_spread_evenly():
-    assert spread(9, 9) == spread(9, 20) == list(range(9))
-    assert spread(9, 3) == [0, 3, 6] and spread(15, 9)[-1] == 13 and spread(5, 1) == [0]
+    assert evenly_spaced(9, 9) == evenly_spaced(9, 20) == list(range(9))
+    assert evenly_spaced(9, 3) == [0, 3, 6] and evenly_spaced(15, 9)[-1] == 13 and evenly_spaced(5, 1) == [0]
 
 
+@pytest.mark.slow
 def test_windows_are_left_out_only_where_all_would_take_long_and_that_is_said(tiny_model, tmp_path, monkeypatch):
     path = tiny_model("llama")
-    plan = prepare(path, tmp_path / "out", Recipe(), FEW)
-    texts = held_out(plan, calibration_tokens(load_tokenizer(path), "python-docs", 128, 32))
+    plan = checked_plan(path, tmp_path / "out", Recipe(), FEW)
+    texts = held_out_texts(plan, calibration_tokens(load_tokenizer(path), "python-docs", 128, 32))
     num_tokens = sum(text.tokens_WL.numel() for text in texts)
     for seconds, run_seconds, share in [(119, 0, 1), (400, 4000, 1), (480, 0, 0.25), (1000, 2500, 0.25), (1e9, 0, 0)]:
         monkeypatch.setattr(verify_module, "_seconds_per_token", lambda *_, s=seconds: s / num_tokens)
-        kept = affordable(plan, texts, run_seconds)
+        kept = within_time_limit(plan, texts, run_seconds)
         for text, few in zip(texts, kept, strict=True):
             available = len(text.tokens_WL)
             assert len(few.tokens_WL) == (available if share == 1 else max(int(share * available), 2))
@@ -291,27 +294,29 @@ def test_windows_are_left_out_only_where_all_would_take_long_and_that_is_said(ti
     assert 0 < verify_module._seconds_per_token(plan, texts[0].tokens_WL[0]) < 1
     assert all(parameter.is_meta for parameter in plan.skeleton.model.parameters()), "no weight is left behind"
     monkeypatch.setattr(verify_module, "_seconds_per_token", lambda *_: 1e9)
-    monkeypatch.setattr(pipeline, "samples", lambda folder, plan: Samples())
+    monkeypatch.setattr(finish, "generate_sample_texts", lambda folder, plan: SampleTexts())
     report = quantize(path, tmp_path / "few", Recipe(spec=RTN.spec), FEW)
     assert [text.num_windows for text in report.verification.texts] == [2, MIN_HELD_OUT]
     available = num_windows(TINY_WINDOW)
     assert f"2 of {available} windows, because all would take about" in report.verification.reason
 
 
+@pytest.mark.slow
 def test_model_that_cannot_be_run_is_still_quantized_and_the_gap_is_told(tiny_model, tmp_path, monkeypatch):
     def fails(*arguments):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr(pipeline, "verify_texts", fails)
+    monkeypatch.setattr(finish, "verify_texts", fails)
     report = quantize(tiny_model("llama"), tmp_path / "out", RTN)
     assert (report.verification.verdict, report.verification.reason) == ("not measured", "out of memory")
-    assert [incident.what for incident in report.incidents] == ["not measured on text: out of memory"]
+    assert [fallback.what for fallback in report.fallbacks] == ["not measured on text: out of memory"]
     without = Verification(verdict=NOT_MEASURED, reason="the original's own predictions are not finite")
-    monkeypatch.setattr(pipeline, "verify_texts", lambda *_: without)
+    monkeypatch.setattr(finish, "verify_texts", lambda *_: without)
     report = quantize(tiny_model("llama"), tmp_path / "other", RTN)
-    assert [incident.what for incident in report.incidents] == [f"not measured on text: {without.reason}"]
+    assert [fallback.what for fallback in report.fallbacks] == [f"not measured on text: {without.reason}"]
 
 
+@pytest.mark.slow
 def test_forward_pass_that_ends_before_the_last_block_is_one_line(tiny_model, tmp_path, monkeypatch):
     path = tiny_model("llama")
     forward = modeling_llama.LlamaModel.forward
@@ -322,10 +327,11 @@ def test_forward_pass_that_ends_before_the_last_block_is_one_line(tiny_model, tm
 
     monkeypatch.setattr(modeling_llama.LlamaModel, "forward", shortened)
     for recipe in (Recipe(**EFFORTS["fast"], spec=RTN.spec), Recipe(spec=RTN.spec)):
-        with pytest.raises(UserError, match="does not come to this decoder block after block 0"):
+        with pytest.raises(UserError, match="does not reach this decoder block after block 0"):
             quantize(path, tmp_path / "out", recipe, replace(FEW, restart=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("known", "said"), [(0.2, None), (0.9, "of them unknown to the tokenizer")])
 def test_text_that_the_tokenizer_does_not_know_is_told_or_not_measured(known, said, tiny_model, tmp_path, monkeypatch):
     path = tiny_model("llama")
@@ -333,15 +339,16 @@ def test_text_that_the_tokenizer_does_not_know_is_told_or_not_measured(known, sa
     ids = token_ids(tokenizer, read_fixed_text())
     ids[torch.rand(len(ids), generator=torch.Generator().manual_seed(0)) > known] = 7
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(7)
-    monkeypatch.setattr("llmquant.pipeline.held_out.load_tokenizer", lambda *_: tokenizer)
-    monkeypatch.setattr("llmquant.pipeline.held_out.token_ids", lambda *_: ids)
+    monkeypatch.setattr("llmquant.planning.held_out.load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr("llmquant.planning.held_out.token_ids", lambda *_: ids)
     report = quantize(path, tmp_path / "out", RTN)
     if said is None:
-        assert report.verification.verdict == NOT_MEASURED and "does not know" in report.incidents[0].what
+        assert report.verification.verdict == NOT_MEASURED and "does not know" in report.fallbacks[0].what
     else:
         assert said in report.verification.reason
 
 
+@pytest.mark.slow
 def test_rounding_without_data_is_measured_on_the_fixed_text(tiny_model, tmp_path):
     report = quantize(tiny_model("llama"), tmp_path / "out", RTN)
     (measured,) = report.verification.texts
@@ -349,6 +356,7 @@ def test_rounding_without_data_is_measured_on_the_fixed_text(tiny_model, tmp_pat
     assert report.calibration is None
 
 
+@pytest.mark.slow
 def test_model_without_a_tokenizer_is_still_rounded_and_the_gap_is_told(tiny_model, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
@@ -357,19 +365,20 @@ def test_model_without_a_tokenizer_is_still_rounded_and_the_gap_is_told(tiny_mod
             (model / file.name).write_bytes(file.read_bytes())
     report = quantize(model, tmp_path / "out", RTN)
     assert report.verification.verdict == "not measured"
-    assert "its tokenizer cannot be loaded" in report.incidents[0].what
+    assert "its tokenizer cannot be loaded" in report.fallbacks[0].what
 
 
 # --- what follows ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "reason"), [(30.0, "times the original's"), (3e38, "not finite")])
 def test_broken_result_is_there_and_ends_with_exit_code_1(factor, reason, tiny_model, tmp_path, monkeypatch, capsys):
     def ruined(weight_NK, spec, scale_dtype, min_zero=0):
         weight = round_to_nearest(weight_NK, spec, torch.float32, min_zero)
         return replace(weight, scale_NG=weight.scale_NG * factor)
 
-    monkeypatch.setattr(solve, "round_to_nearest", ruined)
+    monkeypatch.setattr(quantize_linear, "round_to_nearest", ruined)
     arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--method", "rtn", "--group-size", "32"]
     arguments += ["--format", "compressed-tensors", "--override", "lm_head:bits=4", "--quiet"]
     assert command(monkeypatch, *arguments) == 1
@@ -380,6 +389,7 @@ def test_broken_result_is_there_and_ends_with_exit_code_1(factor, reason, tiny_m
     assert stored["verdict"] == "broken" and reason in stored["reason"]
 
 
+@pytest.mark.slow
 def test_last_line_is_the_verdict(tiny_model, tmp_path, monkeypatch, capsys):
     arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--method", "rtn", "--group-size", "32", "--quiet"]
     assert command(monkeypatch, *arguments) == 0
@@ -391,12 +401,13 @@ def test_last_line_is_the_verdict(tiny_model, tmp_path, monkeypatch, capsys):
     )
     assert f"KL divergence {measured['kl_mean']:.4f}" in last
     assert (
-        f"top choice changed at {measured['changed_share']:.1%} of tokens, worst of {num_windows(TINY_WINDOW)} windows "
-        in last
+        f"top-1 token changed at {measured['changed_share']:.1%} of tokens, "
+        f"worst of {num_windows(TINY_WINDOW)} windows " in last
     )
     assert last.endswith(f"on {measured['num_tokens']:,} tokens of the fixed text")
 
 
+@pytest.mark.slow
 def test_verdict_that_is_not_good_comes_with_options_to_try(tiny_model, tmp_path, monkeypatch, capsys):
     arguments = ["quantize", tiny_model("llama"), tmp_path / "out", "--method", "rtn", "--seq-len", "32"]
     arguments += ["--group-size", "-1"]
@@ -408,6 +419,7 @@ def test_verdict_that_is_not_good_comes_with_options_to_try(tiny_model, tmp_path
     assert "try next" not in last and last.splitlines()[-1].startswith("good: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "options", "expected"),
     [
@@ -432,21 +444,25 @@ def test_options_to_try_are_those_that_the_run_did_not_use_and_would_take(
     recipe, options, expected, tiny_model, tmp_path
 ):
     model = tiny_model("llama", hidden_size=128, intermediate_size=256, head_dim=32)
-    plan = prepare(model, tmp_path / "out", recipe, replace(options, seq_len=32))
+    plan = checked_plan(model, tmp_path / "out", recipe, replace(options, seq_len=32))
     found = next_steps(plan, [("mlp.down_proj", 0.2), ("mlp.up_proj", 0.1), ("mlp.down_proj", 0.1)])
     names = [name if not name.startswith("--target-bpw") else "--target-bpw" for name, _ in found]
     assert names == expected
     assert all(effect for _, effect in found)
 
 
+@pytest.mark.slow
 def test_no_more_samples_are_suggested_than_the_text_has(tiny_model, tmp_path):
-    plan = prepare(tiny_model("llama"), tmp_path / "out", Recipe(method="awq", spec=QuantSpec(group_size=32)), FEW)
+    plan = checked_plan(tiny_model("llama"), tmp_path / "out", Recipe(method="awq", spec=QuantSpec(group_size=32)), FEW)
     assert "--samples 67" in dict(next_steps(plan, [], 67)) and "--samples 128" in dict(next_steps(plan, []))
     assert not any("--samples" in options for options, _ in next_steps(plan, [], FEW.num_samples))
 
 
+@pytest.mark.slow
 def test_model_that_does_not_run_is_an_incident_and_the_verdict_says_so(tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pipeline, "samples", lambda folder, plan: Samples(failure="no kernel", note="no samples"))
+    monkeypatch.setattr(
+        finish, "generate_sample_texts", lambda folder, plan: SampleTexts(failure="no kernel", note="no samples")
+    )
     arguments = [
         "quantize",
         tiny_model("llama"),
@@ -461,10 +477,11 @@ def test_model_that_does_not_run_is_an_incident_and_the_verdict_says_so(tiny_mod
     assert command(monkeypatch, *arguments, "--quiet") == 0
     text = capsys.readouterr().out
     assert text.splitlines()[-1].startswith("good, but the quantized model does not run here: no kernel: perplexity ")
-    assert " incidents    samples: the quantized model does not run here: no kernel" in text
+    assert " fallbacks    samples: the quantized model does not run here: no kernel" in text
     assert command(monkeypatch, *arguments[:2], tmp_path / "strict", *arguments[3:], "--quiet", "--strict") == 1
 
 
+@pytest.mark.slow
 def test_run_that_died_while_it_was_verified_is_continued_and_verification_changes_no_byte(
     tiny_model, tmp_path, monkeypatch
 ):
@@ -474,20 +491,20 @@ def test_run_that_died_while_it_was_verified_is_continued_and_verification_chang
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "verify_texts", die)
+        patch.setattr(finish, "verify_texts", die)
         with pytest.raises(KeyboardInterrupt):
             quantize(path, tmp_path / "out", recipe, FEW)
     assert not (tmp_path / "out").exists()
-    solved = []
-    monkeypatch.setattr(loop, "quantize_block", lambda *arguments: solved.append(arguments))
+    results = []
+    monkeypatch.setattr(loop, "quantize_block", lambda *arguments: results.append(arguments))
     continued = quantize(path, tmp_path / "out", recipe, FEW)
-    assert not solved, "no block is made again"
+    assert not results, "no block is made again"
     assert continued.verification.texts[0].kl_mean > 0
     monkeypatch.undo()
 
     walks = []
-    start = Walk.__init__
-    monkeypatch.setattr(Walk, "__init__", lambda self, *a, **k: (walks.append(k), start(self, *a, **k))[1])
+    start = BlockwiseForward.__init__
+    monkeypatch.setattr(BlockwiseForward, "__init__", lambda self, *a, **k: (walks.append(k), start(self, *a, **k))[1])
     whole = quantize(path, tmp_path / "whole", recipe, replace(FEW, verify=False))
     assert whole.verification.verdict == "not measured"
     assert [walk["with_original"] for walk in walks] == [True], "the text is not read for a verdict that nobody wants"

@@ -1,1 +1,1 @@
-
+"""The maths of quantization: functions of tensors that return tensors."""

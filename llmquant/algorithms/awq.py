@@ -1,20 +1,20 @@
 """AWQ's scale search (Lin et al. 2023, section 3.2), from second moments alone.
 
-Rounding hurts most in the columns with the largest inputs. Multiply those columns by t > 1 and divide their inputs by
-it: the product is the same, the rounding error of the column shrinks relative to its weight. With Q for rounding to
-nearest, the mean squared output error over the calibration tokens is
+Rounding errors matter most in the columns with the largest inputs. If those columns are multiplied by t > 1 and their
+inputs divided by t, the product stays the same, and the rounding error of the columns shrinks relative to their
+weights. The mean squared output error over the calibration tokens is, with Q for rounding to nearest,
 
     tr(E H E^T),   E = Q(W t) / t - W,   H = X^T X / T
 
-so the search needs W and H only, and never runs the network. Candidates, for r = 0, 1/20 … 19/20:
+so the search needs only W and H, and never runs the model. The candidates, for r = 0, 1/20 … 19/20, are
 
-    t = mean|x|^r                            and ("duo")      t = mean|x|^r / (mean normalised |w|)^(1 - r)
+    t = mean|x|^r                 and ("duo scaling")         t = mean|x|^r / (mean normalised |w|)^(1 - r)
 
-each divided by sqrt(max t * min t); no scaling at all (t = 1) is always one of them. "Normalised" means by the largest
-weight of the row's group. All linears that read the input share the scale: their errors are added.
+each divided by sqrt(max t * min t); t = 1 (no scaling) is always a candidate. A weight is normalised by the largest
+weight of its row's group. All linears that read the input share the scale, and their errors are added.
 
-The scale belongs to the rows that produce the input. Where one row makes several channels (heads that share a key-value
-head), the means are taken over them, and so they get one scale.
+The scale belongs to the rows of the producer, the norm or linear whose output becomes the input. One row may produce
+several channels (heads that share a key-value head). The means are then taken over these channels, which share a scale.
 
 Letters: N out_features, K in_features, R rows of the producer, S columns of one group.
 """
@@ -27,91 +27,102 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmquant.algorithms.affine import find_grid, group_slices, round_to_grid, values_on_grid
+from llmquant.algorithms.grid import find_grid, group_slices, round_to_grid, values_on_grid
 from llmquant.algorithms.statistics import output_errors
 from llmquant.spec import QuantSpec
 
 NUM_RATIOS = 20
+"""Number of exponents r that are tried."""
 SEARCH_ROWS = 512
-"""Rows of each reader that the search looks at, evenly spread: they stand for the rest."""
+"""Maximum number of rows of each weight that the search rounds. They are evenly spaced and represent the others."""
 LARGEST_SCALE = 2.0**10
+"""Scales are clamped between this and its reciprocal."""
 SMALLEST_MEAN = 1e-5
-"""Means below this fraction of the largest are raised to it: a channel that is hardly ever used needs no scale."""
+"""Means below this fraction of the largest mean are raised to it, since a channel hardly ever used needs no scale."""
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Linears of one grid that read the scaled input."""
+class ConsumerLinears:
+    """Linears with the same `QuantSpec` that read the scaled input."""
 
     weight_NK: Tensor
-    """Their weights, one below the other, float32."""
+    """Weights of the linears, concatenated along the rows, float32."""
     spec: QuantSpec
+    """Grid of the linears."""
     hessian_KK: Tensor
-    """Mean second moment of its input, float32."""
+    """Mean second moment of their input, float32."""
     mean_abs_K: Tensor
-    """Mean absolute input, float32."""
+    """Mean absolute input of each column, float32."""
     row_K: Tensor
-    """int64, the producer's row that makes each channel; -1 where it cannot be scaled."""
-
-    def scale_K(self, scale_R: Tensor) -> Tensor:
-        """The scale of every input channel, given those of the producer's rows."""
-        return torch.where(self.row_K >= 0, scale_R[self.row_K.clamp(min=0)], 1.0)
+    """Row of the producer that makes each channel, int64; -1 for a channel that cannot be scaled."""
 
 
 @dataclass(frozen=True)
-class Search:
-    """What a search found."""
+class ScaleSearchResult:
+    """The best scale of a search, and the output error with and without it."""
 
     scale_R: Tensor
-    """float32: inputs are divided by it, columns multiplied. All ones where nothing was better."""
+    """Scale of each row of the producer, float32. Inputs are divided by it and columns multiplied by it. It is all ones
+    if no candidate was better."""
     loss: float
     """Output error with this scale."""
-    plain_loss: float
-    """Without any."""
+    unscaled_loss: float
+    """Output error without a scale."""
+
+
+def scale_of_channels(scale_R: Tensor, row_K: Tensor) -> Tensor:
+    """Return the scale of every input channel, [K], from the scales of the producer's rows; 1 for rows of -1."""
+    return torch.where(row_K >= 0, scale_R[row_K.clamp(min=0)], 1.0)
 
 
 def search_scale(
-    readers: Sequence[Reader], num_rows: int, scale_dtype: torch.dtype, min_zero: int = 0, range_steps: int = 0
-) -> Search:
-    """The scale of a producer's rows that leaves the least output error after rounding to nearest.
+    consumers: Sequence[ConsumerLinears],
+    num_rows: int,
+    scale_dtype: torch.dtype,
+    min_zero: int = 0,
+    range_steps: int = 0,
+) -> ScaleSearchResult:
+    """Find the scale of a producer's rows that leaves the least output error after rounding to nearest.
 
-    scale_dtype, min_zero: as the format stores its grid. range_steps: shrink factors tried for every group's range
-    while searching, 0 for the plain extremes.
+    num_rows: number of rows of the producer. scale_dtype, min_zero: dtype of the format's scales, and its smallest
+    zero-point. range_steps: number of shrink factors tried for every group's range; 0 takes the extremes of the group.
     """
-    steps = [-(-reader.weight_NK.shape[0] // SEARCH_ROWS) for reader in readers]
-    weights = [reader.weight_NK[::step].T.contiguous() for reader, step in zip(readers, steps, strict=True)]
+    strides = [-(-consumer.weight_NK.shape[0] // SEARCH_ROWS) for consumer in consumers]
+    weights = [consumer.weight_NK[::stride].T.contiguous() for consumer, stride in zip(consumers, strides, strict=True)]
 
     def loss(scale_R: Tensor) -> float:
         total = 0.0
-        for reader, weight_KN in zip(readers, weights, strict=True):
-            scale_K = reader.scale_K(scale_R)
-            error = scaled_error(weight_KN, scale_K, reader.hessian_KK, reader.spec, scale_dtype, min_zero, range_steps)
-            # The rows that are left out err as those that are looked at.
-            total += error * reader.weight_NK.shape[0] / weight_KN.shape[1]
+        for consumer, weight_KN in zip(consumers, weights, strict=True):
+            scale_K = scale_of_channels(scale_R, consumer.row_K)
+            error = scaled_error(
+                weight_KN, scale_K, consumer.hessian_KK, consumer.spec, scale_dtype, min_zero, range_steps
+            )
+            # The skipped rows are assumed to have the same mean error as the sampled ones.
+            total += error * consumer.weight_NK.shape[0] / weight_KN.shape[1]
         return total
 
-    best_R = torch.ones(num_rows, device=readers[0].weight_NK.device)
-    plain = best = loss(best_R)
-    for scale_R in candidate_scales(readers, num_rows):
+    best_R = torch.ones(num_rows, device=consumers[0].weight_NK.device)
+    unscaled = best = loss(best_R)
+    for scale_R in candidate_scales(consumers, num_rows):
         trial = loss(scale_R)
         if trial < best:
             best, best_R = trial, scale_R
-    return Search(best_R, best, plain)
+    return ScaleSearchResult(best_R, best, unscaled)
 
 
-def candidate_scales(readers: Sequence[Reader], num_rows: int) -> Iterator[Tensor]:
-    """Every scale_R to be tried, float32 [R]; rows that make no channel keep 1."""
-    device = readers[0].weight_NK.device
+def candidate_scales(consumers: Sequence[ConsumerLinears], num_rows: int) -> Iterator[Tensor]:
+    """Yield every scale_R to try, float32 [R]; rows that make no channel keep 1."""
+    device = consumers[0].weight_NK.device
     count_R = torch.zeros(num_rows, device=device)
     sum_of_inputs_R, sum_of_weights_R = torch.zeros_like(count_R), torch.zeros_like(count_R)
-    for reader in readers:
-        known_K = reader.row_K >= 0
-        rows = reader.row_K[known_K]
-        # Every reader counts with its number of rows, as if they were one matrix.
-        size = float(reader.weight_NK.shape[0])
+    for consumer in consumers:
+        known_K = consumer.row_K >= 0
+        rows = consumer.row_K[known_K]
+        # Each consumer is weighted by its number of rows, as if all were one matrix.
+        size = float(consumer.weight_NK.shape[0])
         count_R.index_add_(0, rows, torch.full_like(rows, size, dtype=torch.float32))
-        sum_of_inputs_R.index_add_(0, rows, size * reader.mean_abs_K[known_K])
-        sum_of_weights_R.index_add_(0, rows, size * normalised_weight(reader.weight_NK, reader.spec)[known_K])
+        sum_of_inputs_R.index_add_(0, rows, size * consumer.mean_abs_K[known_K])
+        sum_of_weights_R.index_add_(0, rows, size * normalised_weight(consumer.weight_NK, consumer.spec)[known_K])
     used_R = count_R > 0
     if not used_R.any():
         return
@@ -126,7 +137,7 @@ def candidate_scales(readers: Sequence[Reader], num_rows: int) -> Iterator[Tenso
 
 
 def normalised_weight(weight_NK: Tensor, spec: QuantSpec) -> Tensor:
-    """Mean over the rows of |w| / max|w| of its group, float32 [K]."""
+    """Return the mean over the rows of |w| / (largest |w| in the group of the row), float32 [K]."""
     mean_K = torch.empty(weight_NK.shape[1], device=weight_NK.device)
     for columns in group_slices(weight_NK.shape[1], spec.group_size):
         group_NS = weight_NK[:, columns].abs()
@@ -148,7 +159,7 @@ def scaled_error(
     min_zero: int = 0,
     range_steps: int = 0,
 ) -> float:
-    """tr(E H E^T) of rounding W t to nearest and dividing by t again."""
+    """Return tr(E H E^T) for the error E of rounding W t to nearest and dividing by t again."""
     scaled_KN = weight_KN * scale_K[:, None]
     importance_K = hessian_KK.diagonal() / scale_K.square() if range_steps else None
     grid = find_grid(scaled_KN, importance_K, spec, scale_dtype, min_zero, range_steps)

@@ -1,17 +1,18 @@
 """GPTQ rounding (Frantar et al. 2022, algorithm 1), with activation order and static groups.
 
-Rounds the input columns of a weight one at a time and moves each column's error onto the columns still to come, so that
-`tr((W - Q) H (W - Q)^T)` stays small: the squared error of the linear's output over the calibration tokens.
+GPTQ rounds the input columns of a weight one at a time, and changes the columns still to come so that they compensate
+for each error. This keeps `tr((W - Q) H (W - Q)^T)` small: the squared error of the linear's output over the
+calibration tokens.
 
-Order: columns by descending H_kk, the important ones first, while many columns are left to take up their error. Groups
+Order: columns are rounded by descending H_kk, so that many columns remain to compensate for the important ones. Groups
 and their grids stay those of the original order ("static groups"), so the stored weight needs no permutation.
 
-Factor: with H + damp * mean(diag H) * I = M M^T, M upper triangular (the Cholesky factor of the flipped matrix, flipped
-back), U = M^-1 is the upper factor of the inverse: (H + damping)^-1 = U^T U. The inverse itself is never formed.
+Factor: let H + damp * mean(diag H) * I = M M^T with M upper triangular (the Cholesky factor of the flipped matrix,
+flipped back). Then U = M^-1 is the upper factor of the inverse: (H + damping)^-1 = U^T U. The inverse is never formed.
 
 Column i (the paper's loop):  e = (w_i - q_i) / U_ii,  w_j -= U_ij e  for every later column j.
-A block of columns is finished before its errors are applied to the columns behind the block, in one product; that
-changes the order of the arithmetic and nothing else (a test holds it code for code in float64).
+All columns of a block are rounded before their errors are applied, in one product, to the columns after the block. This
+changes only the order of the arithmetic (a test compares all codes in float64).
 
 Letters: N out_features, K in_features, G groups, B columns of one block.
 """
@@ -23,31 +24,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmquant.algorithms.affine import Grid
+from llmquant.algorithms.grid import Grid
 from llmquant.spec import QuantSpec
 from llmquant.weight import group_of_column
 
 BLOCK_COLUMNS = 128
+"""Number of columns that are rounded before their errors are applied to the columns after them."""
 DAMPING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Damping as a fraction of mean(diag H): where a matrix cannot be factored, the next step is tried."""
+"""Dampings as fractions of mean(diag H). If a matrix cannot be factored, the next one is tried."""
 
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """What GPTQ and the target correction need of one Hessian; shared by all linears that read the same input."""
+    """The factor of one inverse Hessian, for GPTQ and the error correction; all linears of an input group share it."""
 
     upper_KK: Tensor
-    """U of (H + damping)^-1 = U^T U in processing order, float32 unless asked otherwise."""
+    """U of (H + damping)^-1 = U^T U in processing order, in the dtype given to `factor_inverse`."""
     order_K: Tensor
-    """int64, column processed at each step."""
+    """Column processed at each step, int64."""
     damping: float
-    """The fraction of mean(diag H) that made the factorization succeed."""
+    """Fraction of mean(diag H) at which the factorization succeeded."""
     added_K: Tensor
-    """What the diagonal was raised by, float [K], in the original column order."""
+    """Increase of each diagonal entry, float [K], in the original column order."""
 
 
 def column_order(hessian_KK: Tensor, by_activation: bool = True) -> Tensor:
-    """Processing order of the columns, int64 [K]: by descending H_kk (stable), or as they are."""
+    """Return the processing order of the columns, int64 [K]: by descending H_kk (stable), or as stored."""
     diagonal_K = hessian_KK.diagonal()
     if not by_activation:
         return torch.arange(len(diagonal_K), device=hessian_KK.device)
@@ -55,11 +57,11 @@ def column_order(hessian_KK: Tensor, by_activation: bool = True) -> Tensor:
 
 
 def damping_unit(diagonal_K: Tensor, scale_K: Tensor | None = None) -> Tensor:
-    """What the diagonal of a Hessian is raised by at a damping of 1, float [K]: its mean.
+    """Return the increase of a Hessian's diagonal at a damping of 1, float [K]: the mean of the diagonal.
 
-    scale_K: what AWQ divided the inputs by. Scaling levels the diagonal, and the mean with it; so it is the mean of the
-    undivided inputs that counts, divided as they are: the damped problem stays the one it is without scales. Otherwise
-    the targets of `targets.py` fit the noise of the calibration text.
+    scale_K: scale that AWQ divided the inputs by. This makes the diagonal more even and changes its mean. So the mean
+    is taken before the division, and then divided by the squared scale: the damped problem is the same as without
+    scales. Otherwise the correction of `error_correction.py` would fit the noise of the calibration text.
     """
     if scale_K is None:
         return diagonal_K.mean().expand_as(diagonal_K)
@@ -68,13 +70,13 @@ def damping_unit(diagonal_K: Tensor, scale_K: Tensor | None = None) -> Tensor:
 
 
 def damped_diagonal(diagonal_K: Tensor, damping: float, scale_K: Tensor | None = None) -> Tensor:
-    """The diagonal of a Hessian raised by a fraction of `damping_unit`, float [K]; 1 for a dead column."""
+    """Return the diagonal of a Hessian raised by a fraction of `damping_unit`, float [K]; 1 where it is 0."""
     raised_K = diagonal_K + damping * damping_unit(diagonal_K, scale_K)
     return torch.where(diagonal_K > 0, raised_K, torch.ones_like(diagonal_K))
 
 
 def damped(hessian_KK: Tensor, damping: float, scale_K: Tensor | None = None) -> Tensor:
-    """The Hessian with a `damped_diagonal`."""
+    """Return the Hessian with its `damped_diagonal`."""
     damped_KK = hessian_KK.clone()
     damped_KK.diagonal().copy_(damped_diagonal(hessian_KK.diagonal(), damping, scale_K))
     return damped_KK
@@ -89,10 +91,10 @@ def factor_inverse(
 ) -> InverseFactor | None:
     """Factor the inverse of a Hessian, float32 [K, K], raising the damping along the ladder until it succeeds.
 
-    scale_K: what AWQ divided the inputs by (`damping_unit`).
+    scale_K: scale that AWQ divided the inputs by (`damping_unit`).
 
-    A dead column (H_kk = 0: never an input) gets H_kk = 1, so that it is rounded on its own. None when the whole ladder
-    fails or the Hessian is not finite.
+    A dead column (its input is always 0, so H_kk = 0) gets H_kk = 1, so that it is rounded on its own. Returns None if
+    every damping of the ladder fails or the Hessian is not finite.
     """
     if not torch.isfinite(hessian_KK).all():
         return None
@@ -100,7 +102,7 @@ def factor_inverse(
     flipped_KK = hessian_KK[flipped_K][:, flipped_K].double()
     diagonal_K = hessian_KK.diagonal().double()
     for damping in ladder:
-        # Of matrices this large, no more than two are held in float64 at a time.
+        # At most two matrices of this size are held in float64 at a time.
         flipped_KK.diagonal().copy_(damped_diagonal(diagonal_K, damping, scale_K)[flipped_K])
         lower_KK, failed = torch.linalg.cholesky_ex(flipped_KK)
         if failed.item() == 0:
@@ -115,12 +117,12 @@ def factor_inverse(
 
 
 def half_solve(factor: InverseFactor, rhs_KN: Tensor) -> Tensor:
-    """U rhs, [K, N] in processing order: y^T y' = rhs^T (H + damping)^-1 rhs' for two of these."""
+    """Return y = U rhs, [K, N] in processing order: y^T y' = rhs^T (H + damping)^-1 rhs' for two right-hand sides."""
     return factor.upper_KK @ rhs_KN[factor.order_K].to(factor.upper_KK.dtype)
 
 
 def finish_solve(factor: InverseFactor, half_KN: Tensor) -> Tensor:
-    """(H + damping)^-1 rhs = U^T (U rhs) from its `half_solve`, [K, N] in the original column order."""
+    """Return (H + damping)^-1 rhs = U^T (U rhs) from its `half_solve`, [K, N] in the original column order."""
     result_KN = torch.empty_like(half_KN)
     result_KN[factor.order_K] = factor.upper_KK.T @ half_KN
     return result_KN
@@ -133,9 +135,9 @@ def gptq_round(
     spec: QuantSpec,
     block_columns: int = BLOCK_COLUMNS,
 ) -> Tensor:
-    """Signed steps `code - zero`, [K, N] in the dtype of the weight.
+    """Round a weight with GPTQ; return its integer levels `code - zero`, [K, N] in the dtype of the weight.
 
-    weight_KN: the values to be rounded, in the original column order. grid: static, of the original order.
+    weight_KN: the values to round, in the original column order. grid: grid of the groups of that order.
     """
     in_features = weight_KN.shape[0]
     group_K = group_of_column(in_features, spec.group_size, weight_KN.device)[factor.order_K].tolist()
@@ -145,7 +147,7 @@ def gptq_round(
     pivots = upper_KK.diagonal().tolist()
 
     remaining_KN = weight_KN[factor.order_K]
-    ordered_steps_KN = torch.empty_like(remaining_KN)
+    ordered_q_KN = torch.empty_like(remaining_KN)
     for start in range(0, in_features, block_columns):
         stop = min(start + block_columns, in_features)
         block_BN = remaining_KN[start:stop]
@@ -153,12 +155,12 @@ def gptq_round(
         for column in range(start, stop):
             row, group = column - start, group_K[column]
             value_N, scale_N = block_BN[row], scale_GN[group]
-            step_N = torch.div(value_N, scale_N, out=ordered_steps_KN[column])
-            step_N.round_().clamp_(min=lowest_GN[group], max=highest_GN[group])
-            error_N = torch.addcmul(value_N, step_N, scale_N, value=-1, out=error_BN[row])
+            q_N = torch.div(value_N, scale_N, out=ordered_q_KN[column])
+            q_N.round_().clamp_(min=lowest_GN[group], max=highest_GN[group])
+            error_N = torch.addcmul(value_N, q_N, scale_N, value=-1, out=error_BN[row])
             error_N.div_(pivots[column])
             block_BN[row + 1 :].addr_(upper_KK[column, column + 1 : stop], error_N, alpha=-1)
         remaining_KN[stop:].addmm_(upper_KK[start:stop, stop:].T, error_BN, alpha=-1)
-    steps_KN = torch.empty_like(ordered_steps_KN)
-    steps_KN[factor.order_K] = ordered_steps_KN
-    return steps_KN
+    q_KN = torch.empty_like(ordered_q_KN)
+    q_KN[factor.order_K] = ordered_q_KN
+    return q_KN

@@ -1,22 +1,22 @@
-"""What a calibration pass tells about the input of a linear.
+"""Statistics of the input of a linear over the calibration tokens.
 
-One `InputStatistics` serves all linears that read the same input (q, k and v; gate and up). It is a sum over tokens,
-taken in a fixed order and in pieces of a fixed size, so that the same tokens give the same bits whatever else changes.
+All linears that read the same input (q, k and v; gate and up) share one `InputStatistics`. Its sums over tokens are
+taken in a fixed order and in pieces of a fixed size, so that the same tokens always give the same bits.
 
-Two streams run through the network side by side: the quantized one, whose activations the stored model will really see,
-and the original one. What the corrected targets of `targets.py` need of their difference is, for a weight W,
+The quantized model and the original run side by side, and the quantized one provides the activations that the stored
+model will produce. The error correction (`error_correction.py`) needs this moment of their difference, for a weight W:
 
-    moment = X^T (dX W^T + dh) / T       dX = X_fp - X: inputs in the original network less those in the quantized one
-                                         dh = h_fp - h: the same of the residual stream the linear's output is added to
+    moment = X^T (dX W^T + dh) / T       dX = X_fp - X: drift of the input, original model less quantized model
+                                         dh = h_fp - h: drift of the residual stream that the output is added to
 
-Where W is one linear that writes to the residual stream, this is summed up as it stands: T K N products twice, instead
-of T K^2, and K is the larger for the last linear of an MLP. Where several linears share the input, the drift
-dX^T X / T is, and W comes in at the end. Two such sums are kept, one of each half of the text: what they agree on is
-what the text has in common with other text.
+If a linear alone reads the input and writes to the residual stream, the moment itself is summed. This takes 2 T K N
+products instead of T K^2, and K is larger than N in the last linear of an MLP. Otherwise dX^T X / T is summed, and is
+multiplied by W at the end. Each of two splits of the text has its own sum: what both agree on is likely to hold on
+other text.
 
-Everything is accumulated in float32, and the Hessian's products are taken in float32 too, unless asked otherwise: a
-bfloat16 product rounds its result to 8 bits, and the Hessian is inverted (CONTRIBUTING.md has the figures). So does the
-moment of a writer. A drift is small to begin with, and bfloat16 products serve it, where the inputs are bfloat16.
+All sums are float32. The products of the Hessian (unless `exact` is off) and of the moment that is summed itself are
+float32 too: a bfloat16 product rounds its result to 8 bits, and the Hessian is inverted (figures: eval/EXPERIMENTS.md).
+The drift is small, so its products have the dtype of the inputs; bfloat16 is enough for them.
 
 Letters: T tokens, K in_features, N out_features.
 """
@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Columns of one panel of the Hessian: only panels on and above the diagonal are multiplied, the rest is mirrored.
+# Columns of one panel of the Hessian. Only panels on and above the diagonal are computed; the rest is mirrored.
 PANEL_COLUMNS = 128
 
 
@@ -44,30 +44,33 @@ class InputStatistics:
         scale_K: Tensor | None = None,
         exact: bool = True,
     ) -> None:
-        """writer_NK: the weight of the one linear that reads this input, where it writes to the residual stream. exact:
-        multiply for the Hessian in float32."""
+        """writer_NK: weight of the linear if it alone reads this input and writes to the residual stream.
+
+        scale_K: scale that AWQ divided this input by. exact: whether the Hessian's products are computed in float32.
+        """
         self._exact = exact
         self.num_tokens = 0
         self.scale_K = scale_K
-        """What AWQ divided the input by in the quantized network, and not in the original one."""
+        """Scale that AWQ divided the input by in the quantized model, and not in the original one."""
         self._hessian_KK = torch.zeros(in_features, in_features, device=device)
         self._abs_K = torch.zeros(in_features, device=device)
         self._writer_NK = writer_NK
-        self.half = 0
-        """The half of the text, 0 or 1, that is being counted."""
         self._moments: list[Tensor | None] = [None, None]
-        """Of each half, once the original network's inputs are known: with a writer [K, N], else the drift [K, K]."""
+        """Sum of each split: X^T (dX W^T + dh) with a writer, else dX^T X; None before any original input is added."""
 
     def add(
         self,
         x_TK: Tensor,
         original_x_TK: Tensor | None = None,
         residual_gap_TN: Tensor | None = None,
+        *,
+        split: int = 0,
     ) -> None:
-        """Count some tokens: a few thousand at a time keep the sums from costing more than the products.
+        """Add the inputs of some tokens, best a few thousand: with fewer, adding costs more than the products.
 
-        x_TK: the input in the quantized network. original_x_TK: the same in the original network.
-        residual_gap_TN: h_fp - h at the stream the writer's output is added to.
+        x_TK: the input in the quantized model. original_x_TK: the same in the original model.
+        residual_gap_TN: h_fp - h of the stream that the writer's output is added to. split: 0 or 1, the split of the
+        text to which the tokens belong.
         """
         if x_TK.dtype == torch.float16:  # its products would overflow: 300 squared is beyond its range
             x_TK = x_TK.float()
@@ -93,35 +96,35 @@ class InputStatistics:
                 missing_TN = (drift_TK @ self._writer_NK.to(x_TK.dtype).T).float()
                 gap_TN = missing_TN if gap_TN is None else gap_TN + missing_TN
             if gap_TN is not None:
-                self._count(self.half, exact_TK.T @ gap_TN)
+                self._add_moment(split, exact_TK.T @ gap_TN)
         elif drift_TK is not None:
-            self._count(self.half, drift_TK.T @ x_TK)
+            self._add_moment(split, drift_TK.T @ x_TK)
 
     def merge(self, other: InputStatistics) -> None:
         """Add the sums of other tokens of the same input."""
         self.num_tokens += other.num_tokens
         self._hessian_KK += other._hessian_KK
         self._abs_K += other._abs_K
-        for half, moment in enumerate(other._moments):
+        for split, moment in enumerate(other._moments):
             if moment is not None:
-                self._count(half, moment)
+                self._add_moment(split, moment)
 
     def exchange(self, pass_on: Callable[[Tensor], object]) -> None:
-        """Hand every sum to a function that sends it away, or that fills it with what it has received."""
+        """Pass every sum to a function that sends it, or that overwrites it with a sum that it receives."""
         shapes = [(0, 0) if moment is None else tuple(moment.shape) for moment in self._moments]
         sizes = torch.tensor([self.num_tokens, *shapes[0], *shapes[1]])
         pass_on(sizes)
         self.num_tokens = int(sizes[0])
-        for half, shape in enumerate((sizes[1:3].tolist(), sizes[3:].tolist())):
-            if all(shape) and self._moments[half] is None:
-                self._moments[half] = torch.zeros(shape, device=self._hessian_KK.device)
+        for split, shape in enumerate((sizes[1:3].tolist(), sizes[3:].tolist())):
+            if all(shape) and self._moments[split] is None:
+                self._moments[split] = torch.zeros(shape, device=self._hessian_KK.device)
         for sums in (self._hessian_KK, self._abs_K, *self._moments):
             if sums is not None:
                 pass_on(sums)
 
-    def _count(self, half: int, moment: Tensor) -> None:
-        sums = self._moments[half]
-        self._moments[half] = moment.float() if sums is None else sums.add_(moment)
+    def _add_moment(self, split: int, moment: Tensor) -> None:
+        sums = self._moments[split]
+        self._moments[split] = moment.float() if sums is None else sums.add_(moment)
 
     @property
     def hessian_KK(self) -> Tensor:
@@ -135,14 +138,18 @@ class InputStatistics:
         return self._abs_K / max(self.num_tokens, 1)
 
     def moments_KN(self, weight_KN: Tensor) -> list[Tensor]:
-        """X^T (dX W^T + dh) / T of each half of the text, for a weight that reads this input, float32 [K, N] each; they
-        add up to the mean over all T tokens. Only one where there is but one half, none where nothing is known
-        of the original network. Where there is a writer, weight_KN has to be that."""
+        """Return X^T (dX W^T + dh) / T of each split, float32 [K, N], for a weight that reads this input.
+
+        They add up to the mean over all T tokens. The list has one entry if all tokens are of one split, and none if no
+        input of the original model was added. If there is a writer, weight_KN must be its weight.
+        """
         means = [moment / max(self.num_tokens, 1) for moment in self._moments if moment is not None]
         return [mean.T @ weight_KN for mean in means] if self._writer_NK is None else means
 
 
 def output_errors(error_KN: Tensor, hessian_KK: Tensor) -> Tensor:
-    """Mean squared error of each output over the calibration tokens when a weight is off by error_KN, float32 [N]:
-    diag(E^T H E)."""
+    """Return the mean squared error of each output over the calibration tokens, diag(E^T H E), float32 [N].
+
+    error_KN: error of the weight.
+    """
     return (error_KN * (hessian_KK @ error_KN)).sum(0)

@@ -1,1 +1,1 @@
-
+"""Checkpoint folders: validated lazy reading, crash-safe writing, and manifests."""

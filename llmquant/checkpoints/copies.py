@@ -1,4 +1,4 @@
-"""Tensors that a finished checkpoint took over from its original: are they the same, byte for byte?"""
+"""Check that copied tensors of a finished checkpoint equal their originals, byte for byte."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoints.reader import CheckpointReader
-from llmquant.checkpoints.writer import TensorStream
+from llmquant.checkpoints.writer import StreamedTensor
 from llmquant.errors import UserError
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of a tensor, in hexadecimal."""
+    """Return the SHA-256 of the bytes of a tensor, in hexadecimal."""
     return _digest([tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data])
 
 
-def check_copies(out: Path, expected: Mapping[str, TensorStream | str]) -> None:
-    """Reopen a checkpoint as any reader would and compare tensors with what they should be; UserError if one differs.
+def check_copies(out: Path, expected: Mapping[str, StreamedTensor | str]) -> None:
+    """Reopen a checkpoint like any loader and compare tensors. Raises UserError if one differs.
 
-    expected: name -> where its bytes come from, or their SHA-256. Both are read piece by piece.
+    expected: tensor name -> the tensor, or the SHA-256 of its bytes. Tensors are read in chunks.
     """
     reader = CheckpointReader(out)
     for name, tensor in expected.items():
@@ -33,7 +33,7 @@ def check_copies(out: Path, expected: Mapping[str, TensorStream | str]) -> None:
             )
 
 
-def _is_same(reader: CheckpointReader, name: str, tensor: TensorStream | str) -> bool:
+def _is_same(reader: CheckpointReader, name: str, tensor: StreamedTensor | str) -> bool:
     if isinstance(tensor, str):
         return _digest(reader.chunks(name)) == tensor
     info = reader.info(name)
@@ -42,8 +42,8 @@ def _is_same(reader: CheckpointReader, name: str, tensor: TensorStream | str) ->
     return _digest(reader.chunks(name)) == _digest(tensor.chunks())
 
 
-def _digest(pieces: Iterable[bytes | memoryview]) -> str:
+def _digest(chunks: Iterable[bytes | memoryview]) -> str:
     sha = hashlib.sha256()
-    for piece in pieces:
-        sha.update(piece)
+    for chunk in chunks:
+        sha.update(chunk)
     return sha.hexdigest()

@@ -1,9 +1,9 @@
-"""Which files of a folder hold a model's weights.
+"""Find the files of a folder that hold the model's weights.
 
-Tools agree on `model.safetensors` and `model.safetensors.index.json`. Older ones did not: AutoGPTQ wrote
-`gptq_model-4bit-128g.safetensors`, AutoAWQ `awq_model_w4_g128.safetensors`; variants have names such as
-`model.fp16.safetensors`.
-A file of any name is taken if there is no other. Everything else ends in one UserError that says what is there instead.
+Current tools write `model.safetensors` or `model.safetensors.index.json`. Older tools used other names: AutoGPTQ wrote
+`gptq_model-4bit-128g.safetensors` and AutoAWQ `awq_model_w4_g128.safetensors`. Variants have names such as
+`model.fp16.safetensors`. A single safetensors file is accepted under any name. Everything else ends in a UserError that
+names the files of the folder.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _SHARD = re.compile(r"-0*(\d+)-of-0*(\d+)\.safetensors$")
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFiles:
-    """Either one file, or an index that names several."""
+    """The weights of a checkpoint folder: a single safetensors file, or an index of several."""
 
     single: str | None = None
-    """Name of the one safetensors file."""
+    """Name of the only safetensors file; None if there is an index."""
     index: str | None = None
-    """Name of the JSON file that maps tensors to safetensors files."""
+    """Name of the JSON file that maps tensors to safetensors files; None if there is a single file."""
     note: str = ""
-    """What is unusual about the choice; empty if nothing is."""
+    """A message for the user if the files have an unusual name; empty otherwise."""
 
 
 def find_weights(folder: Path) -> WeightFiles:
-    """The weights of a checkpoint folder; UserError if there are none, or if the choice is not clear."""
+    """Return the weight files of a checkpoint folder. Raises UserError if there are none, or several candidates."""
     names = sorted(file.name for file in folder.iterdir())
     if SINGLE_FILE in names:
         return WeightFiles(single=SINGLE_FILE)
@@ -55,7 +55,7 @@ def find_weights(folder: Path) -> WeightFiles:
         )
     if len(files) == 1:
         return WeightFiles(
-            single=_whole(folder, files[0]),
+            single=_checked_single(folder, files[0]),
             note=f"read from {files[0]}, the only safetensors file: there is no {SINGLE_FILE}",
         )
     if files:
@@ -63,11 +63,11 @@ def find_weights(folder: Path) -> WeightFiles:
             f"{folder}: {len(files)} safetensors files ({files[0]}, {files[1]}, …), but no {SINGLE_FILE} and no "
             f"{INDEX_FILE} that says which tensors belong to the model; download the index, or keep one of the files"
         )
-    raise UserError(_what_instead(folder, names))
+    raise UserError(_no_weights_message(folder, names))
 
 
 def adapter_refusal(folder: Path) -> str | None:
-    """Why a folder that holds an adapter and no model cannot be opened; None if it holds no adapter."""
+    """Return why a folder with an adapter but no model cannot be opened, or None if it holds no adapter."""
     if not any((folder / name).exists() for name in (ADAPTER_CONFIG, *ADAPTER_FILES)):
         return None
     base = _base_of_adapter(folder)
@@ -78,22 +78,22 @@ def adapter_refusal(folder: Path) -> str | None:
 
 
 def adapter_note(folder: Path) -> str:
-    """What to remark if an adapter lies beside a model's own weights; empty if none does."""
-    found = [name for name in ADAPTER_FILES if (folder / name).exists()]
-    return f"the adapter {found[0]} beside the weights is not merged into them: it is not used" if found else ""
+    """Return a note if a folder holds an adapter beside the model's weights; empty if it does not."""
+    adapters = [name for name in ADAPTER_FILES if (folder / name).exists()]
+    return f"the adapter {adapters[0]} beside the weights is not merged into them: it is not used" if adapters else ""
 
 
-def _whole(folder: Path, name: str) -> str:
-    """The name of a file, unless it says that it is one of several."""
-    if (found := _SHARD.search(name)) and int(found[2]) > 1:
+def _checked_single(folder: Path, name: str) -> str:
+    """Return the name of a single file. Raises UserError if the name belongs to one of several shards."""
+    if (shard := _SHARD.search(name)) and int(shard[2]) > 1:
         raise UserError(
-            f"{folder}: only {name}, one file of {int(found[2])}, and no {INDEX_FILE}; download the other files and "
+            f"{folder}: only {name}, one file of {int(shard[2])}, and no {INDEX_FILE}; download the other files and "
             "the index"
         )
     return name
 
 
-def _what_instead(folder: Path, names: list[str]) -> str:
+def _no_weights_message(folder: Path, names: list[str]) -> str:
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES) and not name.startswith("adapter_")]
     weights = [name for name in pickles if name.startswith(("pytorch_model", "model"))]
     adapter = adapter_refusal(folder)
@@ -114,7 +114,7 @@ def _what_instead(folder: Path, names: list[str]) -> str:
 
 
 def _base_of_adapter(folder: Path) -> str:
-    """The base model that adapter_config.json names; empty if it names none."""
+    """Return the base model in adapter_config.json; empty if there is none."""
     file = folder / ADAPTER_CONFIG
     try:
         base = parse_json(file.read_bytes(), str(file)).get("base_model_name_or_path")

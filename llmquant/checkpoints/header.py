@@ -1,8 +1,8 @@
-"""The header of a safetensors file: read with suspicion, written deterministically.
+"""The header of a safetensors file: validated when read, deterministic when written.
 
-A file is an 8-byte little-endian length, that many bytes of JSON (`name -> {dtype, shape, data_offsets}` and an
-optional `__metadata__`), then the tensors' bytes without gaps. Everything is checked before anything is allocated, so
-a damaged or hostile file ends in one UserError whatever it claims.
+A file consists of an 8-byte little-endian length, that many bytes of JSON (`name -> {dtype, shape, data_offsets}` and
+an optional `__metadata__`), and the bytes of the tensors without gaps. The header is checked before anything is
+allocated, so any damaged or hostile file raises one UserError.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from llmquant.errors import UserError
 
-DTYPES: dict[str, torch.dtype] = {
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -37,10 +37,10 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
-# The library's own limit on the JSON, and limits beyond which no tensor is real. They keep hostile sizes out of
-# torch, whose arithmetic on them would overflow.
+# The safetensors library has the same limit on the JSON. No real tensor exceeds the other limits; without them, hostile
+# sizes would overflow in torch.
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 16
 MAX_NAME_LENGTH = 1000
@@ -49,25 +49,25 @@ MAX_DIMENSION = 2**40
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """Where a tensor lies on disk."""
+    """Dtype, shape and position of a tensor on disk."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: Path
-    """The safetensors file."""
+    """The safetensors file that holds the tensor."""
     start: int
-    """Position of its first byte in the file."""
+    """Position of the tensor's first byte in the file."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk, and in memory."""
+        """Bytes of the tensor on disk and in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(file: Path, handle: BinaryIO, file_bytes: int) -> dict[str, TensorInfo]:
-    """Tensors of an open safetensors file by name, in the order of their bytes; UserError if anything is wrong with
-    it."""
+    """Return the tensors of an open safetensors file by name, in the order of their bytes. Raises UserError if the
+    header is not valid."""
     prefix = handle.read(8)
     if len(prefix) < 8:
         raise UserError(f"{file}: {file_bytes} bytes, too short for a safetensors file; download it again")
@@ -104,14 +104,20 @@ def _tensor_info(file: Path, data_start: int, name: str, entry: Any) -> TensorIn
     if len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise UserError(f"{where}: is not a name of a tensor; the file is damaged")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise UserError(f"{where}: dtype {entry['dtype']!r:.40} is not known; supported: {', '.join(DTYPES)}")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise UserError(
+            f"{where}: dtype {entry['dtype']!r:.40} is not known; supported: {', '.join(SAFETENSORS_DTYPES)}"
+        )
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(n, MAX_DIMENSION) for n in shape):
         raise UserError(f"{where}: shape {shape!r:.60} is not a shape; the file is damaged")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n, 2**63) for n in offsets):
         raise UserError(f"{where}: data_offsets {offsets!r:.60} are not two positions; the file is damaged")
     info = TensorInfo(
-        name=name, dtype=DTYPES[entry["dtype"]], shape=tuple(shape), file=file, start=data_start + offsets[0]
+        name=name,
+        dtype=SAFETENSORS_DTYPES[entry["dtype"]],
+        shape=tuple(shape),
+        file=file,
+        start=data_start + offsets[0],
     )
     if offsets[1] - offsets[0] != info.nbytes:
         raise UserError(
@@ -126,7 +132,7 @@ def _is_size(value: Any, limit: int) -> bool:
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from untrusted bytes; UserError if it is anything else, or if a key occurs twice."""
+    """Parse a JSON object from untrusted bytes. Raises UserError for anything else, or if a key occurs twice."""
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -146,16 +152,16 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 
 def layout_order(tensors: Iterable[tuple[str, torch.dtype]]) -> list[str]:
-    """Names in the order in which their bytes are written: wider dtypes first, otherwise as given.
+    """Return the names in the order in which their bytes are written: wider dtypes first, else in the given order.
 
-    The format allows no gaps, and readers map tensors in place, so this is what keeps every tensor aligned to its
-    dtype.
+    This order aligns every tensor to its dtype, although the format allows no gaps. Loaders that map files in place
+    need the alignment.
     """
     return [name for name, dtype in sorted(tensors, key=lambda item: -item[1].itemsize)]
 
 
 def build_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON for tensors that follow in this order; padded so that their bytes start on a multiple of 8."""
+    """Return length and JSON for tensors in this order, padded so that the tensors start at a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, (dtype, shape) in tensors.items():

@@ -1,6 +1,6 @@
-"""`journal.json`: what a partial checkpoint was asked to become, and which of its files are complete.
+"""`journal.json`: the request of an unfinished run, and the files that are complete.
 
-It is replaced as a whole, so it is never half a journal; a file that it does not name does not count.
+Each update replaces the whole file atomically. A file that the journal does not name counts as missing.
 """
 
 from __future__ import annotations
@@ -10,57 +10,61 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmquant.checkpoints.durable import write_atomically
+from llmquant.checkpoints.atomic import write_atomically
 from llmquant.checkpoints.header import parse_json
 from llmquant.errors import UserError
 
 JOURNAL_FILE = "journal.json"
-LAYOUT = 1
+LAYOUT = 2
+"""Version of the journal and of the notes of its parts. Every incompatible change of either must increase it."""
 
 
 @dataclass(kw_only=True)
 class FileRecord:
-    """A complete file."""
+    """Size and hash of a complete file."""
 
     bytes: int
     sha256: str
     note: dict[str, Any] | None = None
-    """What its maker wants to remember of it."""
+    """JSON values that the writer of a part stores with it; None if there are none."""
 
 
 @dataclass(kw_only=True)
-class Plan:
-    """What finishing will write. Once it is there, a partial checkpoint can be completed without anything else."""
+class ShardPlan:
+    """The shards of the finished checkpoint. With a plan, an unfinished run can be completed from its journal alone."""
 
     shards: dict[str, dict[str, str]]
-    """File name -> {tensor: the part that holds it}, in order."""
+    """Shard file name -> {tensor: the part that holds it}, in order."""
     metadata: dict[str, str]
-    """`__metadata__` of every shard."""
+    """`__metadata__` in the header of every shard."""
     manifest: dict[str, Any]
-    """What the manifest says beside the files."""
+    """Entries of the manifest other than `files`."""
 
 
 @dataclass(kw_only=True)
 class Journal:
-    """The state of a partial checkpoint."""
+    """The state of an unfinished run."""
 
     folder: Path
+    """The folder of the unfinished run, `<out>.partial`."""
     request: dict[str, Any]
-    """Everything the result depends on: options, versions, hashes of inputs."""
+    """Everything that the result depends on: options, versions, hashes of inputs."""
     parts: dict[str, FileRecord] = field(default_factory=dict)
-    """Parts by name."""
+    """Complete parts by name."""
     shards: dict[str, FileRecord] = field(default_factory=dict)
-    """Finished shards by file name."""
-    plan: Plan | None = None
+    """Complete shards by file name."""
+    plan: ShardPlan | None = None
+    """The planned shards; None until all parts are complete."""
 
     def save(self) -> None:
+        """Write `journal.json` atomically. Raises UserError if the disk is full."""
         content = asdict(self) | {"layout": LAYOUT}
         del content["folder"]
         write_atomically(self.folder / JOURNAL_FILE, [json.dumps(content, indent=1, ensure_ascii=False).encode()])
 
     @classmethod
     def load(cls, folder: Path) -> Journal:
-        """UserError if it is damaged or of another layout."""
+        """Read `journal.json` from a folder. Raises UserError if it is damaged or has another layout."""
         file = folder / JOURNAL_FILE
         remedy = "add --restart to begin anew, or choose another OUT"
         try:
@@ -73,22 +77,23 @@ class Journal:
                     request=content["request"],
                     parts={name: FileRecord(**record) for name, record in content["parts"].items()},
                     shards={name: FileRecord(**record) for name, record in content["shards"].items()},
-                    plan=None if plan is None else Plan(**plan),
+                    plan=None if plan is None else ShardPlan(**plan),
                 )
         except (UserError, OSError, KeyError, TypeError, AttributeError):
             raise UserError(f"{file}: damaged; {remedy}") from None
         raise UserError(
-            f"{file}: written by another version of llmquant (layout {layout!r:.20}, not {LAYOUT}); {remedy}"
+            f"{file}: an unfinished run of another version of llmquant (layout {layout!r:.20}, not {LAYOUT}), which "
+            f"this version cannot continue; {remedy}"
         )
 
 
 def as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """What a dict becomes when it is written and read back, so that requests can be compared."""
+    """Return the dict that reading its JSON text gives, so that requests can be compared."""
     return json.loads(json.dumps(value))
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """`key was a, is b` for every leaf that differs."""
+    """Return `key was a, is b` for every leaf that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             text

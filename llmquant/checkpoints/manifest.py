@@ -1,5 +1,4 @@
-"""`llmquant.json` inside a finished checkpoint: how it was made, and the hash of every file, so that it can be
-checked."""
+"""`llmquant.json` in a finished checkpoint: the request that produced it, and the size and hash of every file."""
 
 from __future__ import annotations
 
@@ -17,21 +16,21 @@ from llmquant.paths import check_readable
 
 MANIFEST_FILE = "llmquant.json"
 REPORT_JSON, REPORT_HTML = REPORT_FILES = ("quantize_report.json", "report.html")
-"""What is told of the run that made a checkpoint. It holds times and memory, which differ from run to run, so it has no
-part in the promise of same bytes, and no hash in the manifest: it can be made anew without harm."""
+"""Reports of the run that wrote a checkpoint. Times and memory in them differ from run to run. So they are not part of
+the reproducible bytes, have no hash in the manifest, and may be rewritten."""
 
 SMALL_FILE_BYTES = 64 * 2**20
-"""A file up to this size is hashed to tell whether it changed; a larger one only if it is younger than the manifest."""
+"""Files up to this size are hashed to detect changes. Larger ones are hashed if they are newer than the manifest."""
 
 
 def build_manifest(content: dict[str, Any], files: dict[str, FileRecord]) -> bytes:
-    """The manifest's bytes: content, and size and SHA-256 of every other file."""
+    """Return the bytes of the manifest: content, and the size and SHA-256 of every other file."""
     records = {name: {"bytes": files[name].bytes, "sha256": files[name].sha256} for name in sorted(files)}
     return json.dumps(content | {"files": records}, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; UserError if there is none, or if it is damaged."""
+    """Read the manifest of a checkpoint. Raises UserError if there is none, or if it is damaged."""
     check_readable(folder)
     file = folder / MANIFEST_FILE
     if not file.is_file():
@@ -43,7 +42,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_files(folder: Path) -> list[str]:
-    """What differs between a checkpoint and its manifest, one line each; empty if nothing does. Reads every file."""
+    """Return the differences between a checkpoint and its manifest, one line each. Reads every file."""
     records = read_manifest(folder)["files"]
     problems = []
     for name, record in records.items():
@@ -61,34 +60,34 @@ def verify_files(folder: Path) -> list[str]:
     return problems
 
 
-def unreplaceable(folder: Path) -> list[str]:
-    """What would be lost if a finished checkpoint were replaced: the names in it that its manifest does not list, and
-    the listed files that changed since they were written, marked so. Folders end in a slash. Links are not followed.
+def unlisted_or_changed(folder: Path) -> list[str]:
+    """Return the files of a finished checkpoint that its manifest does not list, or that changed since then.
 
-    Raises UserError if there is no manifest, or if it is damaged.
+    Replacing the checkpoint would lose them. Names of folders end in a slash; "(changed)" follows a changed file.
+    Links are not followed. Raises UserError if there is no manifest, or if it is damaged.
     """
     records, written_ns = read_manifest(folder)["files"], (folder / MANIFEST_FILE).stat().st_mtime_ns
     expected_folders = {parent for name in records for parent in Path(name).parents}
-    found = []
+    lost = []
     for path, folders, files in os.walk(folder):
         here = Path(path).relative_to(folder)
         unexpected = [
             name for name in folders if here / name not in expected_folders or (folder / here / name).is_symlink()
         ]
-        found += [f"{(here / name).as_posix()}/" for name in unexpected]
+        lost += [f"{(here / name).as_posix()}/" for name in unexpected]
         folders[:] = sorted(set(folders) - set(unexpected))
         for name in (here / file for file in files):
             file = folder / name
             listed = name.as_posix() in records
             if not stat.S_ISREG(file.lstat().st_mode) or not (listed or str(name) in (MANIFEST_FILE, *REPORT_FILES)):
-                found.append(name.as_posix())
+                lost.append(name.as_posix())
             elif listed and not _is_unchanged(file, records[name.as_posix()], written_ns):
-                found.append(f"{name.as_posix()} (changed)")
-    return sorted(found)
+                lost.append(f"{name.as_posix()} (changed)")
+    return sorted(lost)
 
 
 def _is_unchanged(file: Path, record: Any, written_ns: int) -> bool:
-    """Whether a file is the one of which the manifest keeps a record. written_ns: when the manifest was written."""
+    """Whether a file still equals its record in the manifest. written_ns: modification time of the manifest."""
     status = file.stat()
     if not isinstance(record, dict) or status.st_size != record.get("bytes"):
         return False

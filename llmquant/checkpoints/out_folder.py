@@ -1,8 +1,8 @@
-"""Whether a folder may become OUT. Nothing is written here.
+"""Check whether a folder may become OUT. Nothing is written here.
 
-OUT appears by a rename, and the folder that it replaces is deleted. OUT must therefore be free, or empty, or (with
-overwrite) a checkpoint that this tool finished and that holds nothing else. Neither OUT nor `<out>.partial` may be,
-hold or lead to anything that is read.
+A run creates OUT by a rename and deletes the folder that OUT replaces. So OUT must not exist, or must be empty, or
+(with overwrite) must be a finished checkpoint of llmquant that holds nothing else. Neither OUT nor `<out>.partial` may
+be, contain or link to an input.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from llmquant.checkpoints.manifest import MANIFEST_FILE, unreplaceable
+from llmquant.checkpoints.manifest import MANIFEST_FILE, unlisted_or_changed
 from llmquant.errors import UserError
-from llmquant.paths import check_encoding, listed, partial_folder, real_path
+from llmquant.paths import check_encoding, join_names, partial_folder, real_path
 
 
-def check_place(out: Path) -> None:
-    """UserError unless a folder can be made at OUT by a rename."""
+def check_location(out: Path) -> None:
+    """Raise UserError unless a rename can create a folder at OUT."""
     out = real_path(out)
     check_encoding(str(out))
     _check_parent(out)
@@ -27,13 +27,13 @@ def check_place(out: Path) -> None:
         raise UserError(f"{out}: exists and is not a folder; choose another OUT")
     current = real_path(Path())
     if any(_same(folder, out) for folder in (current, *current.parents)):
-        raise UserError(f"{out}: the current folder is in it, and OUT is put there by a rename; choose another OUT")
+        raise UserError(f"{out}: the current folder is in it, and OUT is created by a rename; choose another OUT")
     if os.path.ismount(out):
-        raise UserError(f"{out}: a mount point, and OUT is put there by a rename; choose a folder inside it")
+        raise UserError(f"{out}: a mount point, and OUT is created by a rename; choose a folder inside it")
 
 
 def _check_parent(out: Path) -> None:
-    """UserError unless the folders above OUT are there and writable, or can be made."""
+    """Raise UserError unless the folders above OUT are writable, or can be created."""
     partial = partial_folder(out)
     parent = next(folder for folder in partial.parents if os.path.lexists(folder))
     if not parent.is_dir():
@@ -46,23 +46,26 @@ def _check_parent(out: Path) -> None:
             raise UserError(f"{out}: {folder} cannot be written; check its permissions, or choose another OUT")
 
 
-def check_apart(out: Path, reads: Iterable[Path]) -> None:
-    """UserError if OUT, or the folder in which it is made, is or holds one of the files and folders that are read; or
-    if OUT lies in the Hugging Face cache of a model that is read."""
+def check_no_overlap(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise UserError if OUT or `<out>.partial` is or contains an input, or if OUT is in the Hugging Face cache of the
+    model that is read."""
     out = real_path(out)
-    for read in reads:
-        real, typed_in = Path(os.path.realpath(read)), Path(os.path.realpath(read.parent))
+    for path in inputs:
+        target, parent = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
         for folder in (out, partial_folder(out)):
-            if _same(read, folder):
-                raise UserError(f"{folder}: this command reads it (as {read}); choose another OUT")
-            if any(_same(place, folder) for place in dict.fromkeys([*real.parents, typed_in, *typed_in.parents])):
-                raise UserError(f"{folder}: holds {read}, which this command reads; choose another OUT")
-        if real.parent.name == "snapshots" and out.is_relative_to(real.parent.parent):
+            if _same(path, folder):
+                raise UserError(f"{folder}: this command reads it (as {path}); choose another OUT")
+            if any(_same(above, folder) for above in dict.fromkeys([*target.parents, parent, *parent.parents])):
+                raise UserError(f"{folder}: holds {path}, which this command reads; choose another OUT")
+        if target.parent.name == "snapshots" and out.is_relative_to(target.parent.parent):
             raise UserError(f"{out}: lies in the Hugging Face cache of the model that is read; choose another OUT")
 
 
 def check_replaceable(folder: Path, out: Path, overwrite: bool) -> None:
-    """UserError unless a folder, which is or was OUT, is not there, is empty, or may be replaced without a loss."""
+    """Raise UserError unless a folder may be replaced: it does not exist, is empty, or holds only files of llmquant.
+
+    folder: OUT, or the place to which an unfinished run has moved it. overwrite: whether a checkpoint may be replaced.
+    """
     if not folder.is_dir():
         return
     try:
@@ -75,25 +78,25 @@ def check_replaceable(folder: Path, out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(
             f"{out}: exists; choose another OUT"
-            + (", or add --overwrite to replace it" if finished else f" (it holds {listed(names)})")
+            + (", or add --overwrite to replace it" if finished else f" (it holds {join_names(names)})")
         )
     try:
-        lost = unreplaceable(folder)
+        lost = unlisted_or_changed(folder)
     except UserError:
         reason = f"its {MANIFEST_FILE} is damaged" if finished else f"no {MANIFEST_FILE}"
         raise UserError(
-            f"{out}: not a checkpoint that llmquant finished ({reason}), so --overwrite spares it; choose another OUT, "
-            f"or move away {listed(names)}"
+            f"{out}: not a checkpoint that llmquant finished ({reason}), so --overwrite does not replace it; "
+            f"choose another OUT, or move away {join_names(names)}"
         ) from None
     if lost:
         raise UserError(
-            f"{out}: holds more than llmquant wrote, so --overwrite spares it; choose another OUT, or move away "
-            f"{listed(lost)}"
+            f"{out}: holds more than llmquant wrote, so --overwrite does not replace it; choose another OUT, "
+            f"or move away {join_names(lost)}"
         )
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one file or folder that exists, also by a link or by other letters of one name."""
+    """Whether two paths are the same existing file or folder, also through links or names that differ only in case."""
     try:
         return one.samefile(other)
     except OSError:

@@ -1,8 +1,8 @@
-"""The quantized linears of a checkpoint, whichever tool wrote it.
+"""Find and read the quantized linears of a checkpoint that any tool wrote.
 
-Finding them checks every header against `quantization_config` without reading weights; reading one checks its values.
-A linear counts as quantized if its packed tensor is there: configurations also cover linears that their tool left in
-16 bit without saying so, but none may exclude a linear that is packed.
+`find_quantized_modules` checks all headers against `quantization_config` without reading weights. `read_quantized`
+checks the values of one linear. A linear is quantized if its packed tensor exists: a configuration may also cover
+linears that its tool left in 16 bit, but it must not exclude a packed linear.
 
 Letters: N out_features, K in_features.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoints.reader import OLD_CONFIG_FILES, CheckpointReader
-from llmquant.checkpoints.storage import packed_tensor, refuse_other_storage
+from llmquant.checkpoints.storage import packed_tensor, refuse_unsupported_storage
 from llmquant.errors import UserError
 from llmquant.formats.format import Format, ParsedQuantization
 from llmquant.formats.registry import FORMATS, parse_quantization_config
@@ -27,32 +27,32 @@ from llmquant.weight import QuantizedWeight
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedModule:
-    """A linear as it lies on disk."""
+    """A packed linear of a checkpoint, whose tensors have not been read."""
 
     name: str
+    """Module name in the checkpoint."""
     format: Format
     spec: QuantSpec
     out_features: int
     in_features: int
     tensors: dict[str, str]
-    """Suffix -> name of the tensor."""
+    """Suffix -> full name of the stored tensor."""
 
 
 def parsed_quantization(reader: CheckpointReader) -> ParsedQuantization | None:
-    """What the checkpoint's configuration says about its packed linears, or None if none is packed.
+    """Return the parsed configuration of a checkpoint, or None if no linear is packed.
 
-    UserError if its weights are stored in a way that is not decoded here, if nothing says how they are packed, or if
-    the configuration cannot be understood.
+    Raises UserError if the storage of the weights is not supported, or if the configuration is missing or not valid.
     """
-    refuse_other_storage(reader.path, reader.tensors)
+    refuse_unsupported_storage(reader.path, reader.tensors)
     packed = packed_tensor(reader.tensors)
     if packed is None:
         return None
     config = reader.quantization_config
     if config is None:
         raise UserError(
-            f"{reader.path}: '{packed}' is packed, but config.json has no quantization_config that says how, nor is "
-            f"there {' or '.join(OLD_CONFIG_FILES)}; restore the one that its tool wrote"
+            f"{reader.path}: '{packed}' is packed, but config.json has no quantization_config that says how, and there "
+            f"is no {' or '.join(OLD_CONFIG_FILES)}; restore the file that its tool wrote"
         )
     try:
         return parse_quantization_config(config)
@@ -61,8 +61,8 @@ def parsed_quantization(reader: CheckpointReader) -> ParsedQuantization | None:
 
 
 def refuse_quantized(reader: CheckpointReader) -> None:
-    """UserError if the weights of a checkpoint are not plain floating-point numbers of 16 bits or more."""
-    refuse_other_storage(reader.path, reader.tensors)
+    """Raise UserError if the weights of a checkpoint are not plain floating-point numbers of 16 bits or more."""
+    refuse_unsupported_storage(reader.path, reader.tensors)
     if (packed := packed_tensor(reader.tensors)) is not None:
         method = (reader.quantization_config or {}).get("quant_method", "unknown")
         raise UserError(
@@ -72,7 +72,7 @@ def refuse_quantized(reader: CheckpointReader) -> None:
 
 
 def storage_notes(reader: CheckpointReader) -> tuple[str, ...]:
-    """The notes of a reader, and one about a `quantization_config` that its plain weights contradict."""
+    """Return the notes of a reader, plus a note if plain weights contradict a `quantization_config`."""
     config = reader.quantization_config
     if config is None or packed_tensor(reader.tensors) is not None:
         return reader.notes
@@ -85,24 +85,25 @@ def storage_notes(reader: CheckpointReader) -> tuple[str, ...]:
 
 
 def find_quantized_modules(reader: CheckpointReader, parsed: ParsedQuantization) -> dict[str, QuantizedModule]:
-    """Every packed linear by module name, in the order of the checkpoint, with dtypes and shapes checked."""
+    """Return all packed linears by module name, in the order of the checkpoint. Raises UserError if a dtype or shape
+    is wrong."""
     format = parsed.format
-    own, foreign = set(format.suffixes), _foreign_suffixes(format)
-    found: dict[str, dict[str, str]] = {}
+    foreign = _foreign_suffixes(format)
+    tensors_of: dict[str, dict[str, str]] = {}
     for name in reader.tensors:
         module, _, suffix = name.rpartition(".")
-        if suffix in own:
-            found.setdefault(module, {})[suffix] = name
+        if suffix in format.suffixes:
+            tensors_of.setdefault(module, {})[suffix] = name
         elif suffix in foreign:
             raise UserError(
                 f"{reader.path}: {name} belongs to {foreign[suffix]}, but config.json says {format.name}; "
                 "correct quantization_config"
             )
-    return {module: _check_module(reader, parsed, module, tensors) for module, tensors in found.items()}
+    return {module: _check_module(reader, parsed, module, tensors) for module, tensors in tensors_of.items()}
 
 
 def read_quantized(reader: CheckpointReader, module: QuantizedModule) -> QuantizedWeight:
-    """The weight of a packed linear, with its values checked; UserError names the tensor."""
+    """Read the weight of a packed linear and check its values. Raises UserError that names the tensor."""
     tensors = {suffix: reader.read(name) for suffix, name in module.tensors.items()}
     try:
         return module.format.unpack(tensors, module.spec, module.out_features, module.in_features)
@@ -111,7 +112,7 @@ def read_quantized(reader: CheckpointReader, module: QuantizedModule) -> Quantiz
 
 
 def validate_quantized(reader: CheckpointReader) -> dict[str, QuantizedModule]:
-    """Checks everything about a quantized checkpoint, values too (reads all of it, one linear at a time)."""
+    """Check a quantized checkpoint, including all values, and return its packed linears. Reads one linear at a time."""
     parsed = parsed_quantization(reader)
     if parsed is None:
         raise UserError(f"{reader.path}: no tensor is packed; this is not a quantized checkpoint")
@@ -122,15 +123,17 @@ def validate_quantized(reader: CheckpointReader) -> dict[str, QuantizedModule]:
 
 
 def check_digests(out: Path, digests: Mapping[str, str]) -> None:
-    """Reopen a checkpoint as any reader would and compare its packed linears with what they should be; UserError if one
-    differs. digests: name in the checkpoint -> `QuantizedWeight.digest()`."""
+    """Reopen a checkpoint like any loader and compare its packed linears. Raises UserError if one differs.
+
+    digests: module name in the checkpoint -> `QuantizedWeight.digest()`.
+    """
     reader = CheckpointReader(out)
     parsed = parsed_quantization(reader)
     packed = {} if parsed is None else find_quantized_modules(reader, parsed)
     for name, digest in digests.items():
         if name not in packed or read_quantized(reader, packed[name]).digest() != digest:
             raise UserError(
-                f"{out}: '{name}' does not come back from the disk as it was solved; "
+                f"{out}: '{name}' does not come back from the disk as it was quantized; "
                 "do not use this folder, check the disk, and begin anew with --restart"
             )
 
@@ -138,20 +141,22 @@ def check_digests(out: Path, digests: Mapping[str, str]) -> None:
 def _check_module(
     reader: CheckpointReader, parsed: ParsedQuantization, module: str, names: dict[str, str]
 ) -> QuantizedModule:
-    grid = parsed.grid_of(module)
+    try:
+        grid = parsed.grid_of(module)
+    except UserError as error:
+        raise UserError(f"{reader.path / reader.quantization_file}: {error}") from None
     if grid is None:
         raise UserError(
             f"{reader.path}: {next(iter(names.values()))} is packed, but config.json leaves {module} in 16 bit; "
             "correct quantization_config"
         )
     if f"{module}.weight" in reader.tensors:
-        raise UserError(
-            f"{reader.path}: {module} has both weight and {next(iter(names.values()))}; one of them must go"
-        )
+        raise UserError(f"{reader.path}: {module} has both weight and {next(iter(names.values()))}; remove one of them")
     index = parsed.format.group_index
-    if grid.moving_groups and index not in names:
+    if grid.act_order_groups and index not in names:
         raise UserError(
-            f"{reader.path}: {module}.{index}: missing, though config.json says that groups move (act-order)"
+            f"{reader.path}: {module}.{index}: missing, but config.json says that groups are in act-order; "
+            "restore the tensor, or correct quantization_config"
         )
     try:
         out_features, in_features = parsed.format.features(_headers(reader, names), grid.spec)
@@ -168,7 +173,7 @@ def _check_module(
 
 
 def _headers(reader: CheckpointReader, names: dict[str, str]) -> dict[str, Tensor]:
-    """Stand-ins without memory; a tensor that tells a shape is tiny, and is read."""
+    """Return meta tensors with the stored dtypes and shapes. A `weight_shape` tensor is small and is read."""
     tensors = {}
     for suffix, name in names.items():
         info = reader.info(name)
@@ -180,6 +185,7 @@ def _headers(reader: CheckpointReader, names: dict[str, str]) -> dict[str, Tenso
 
 
 def _foreign_suffixes(format: Format) -> dict[str, str]:
+    """Return suffix -> name of its format, for the suffixes that only other formats use."""
     return {
         suffix: other.name for other in FORMATS.values() for suffix in other.suffixes if suffix not in format.suffixes
     }

@@ -1,14 +1,14 @@
-"""A Hugging Face checkpoint folder, opened lazily.
+"""Read a Hugging Face checkpoint folder lazily.
 
-Opening reads `config.json` and the shards' headers and checks all of them against each other; a tensor's bytes are
-read when it is asked for, into memory of its own. Files are never memory-mapped: mapped pages count as the process's
-memory for as long as the map lives, and a file that shrinks under a map kills the process.
+Opening a folder reads `config.json` and the headers of the shards, and checks that they agree. The bytes of a tensor
+are read on request, into new memory. Files are never memory-mapped: mapped pages count as memory of the process as long
+as the map exists, and a file that shrinks under a map kills the process.
 
-An index decides which tensors there are, and in which file. Where the shards hold more or less than it lists, the
-difference is a note: it matters only to a model that needs one of those tensors.
+The index decides which tensors exist, and in which file. If the shards hold more or fewer tensors than it lists, the
+reader adds a note and raises no error, because the difference matters only to a model that needs one of those tensors.
 
-Nothing is ever unpickled, and no file outside the folder is opened (a Hugging Face cache, whose files are links to
-its own `blobs` folder, is let through).
+Nothing is ever unpickled. No file outside the folder is opened, except in a Hugging Face cache, whose files are links
+into its own `blobs` folder.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from llmquant.checkpoints.wrappers import unwrapped_names
 from llmquant.errors import UserError
 
 OLD_CONFIG_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Files in which old tools wrote a `quantization_config`, and the method that they leave out."""
+"""Files in which old tools wrote their `quantization_config`, and the quant_method that they omit."""
 
 MAX_JSON_BYTES = 256 * 2**20
 CHUNK_BYTES = 8 * 2**20
 
 
 class CheckpointReader:
-    """The tensors and the configuration of a checkpoint folder. Raises UserError if anything about it is wrong."""
+    """The tensors and the configuration of a checkpoint folder. Raises UserError if the folder is not valid."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -55,8 +55,9 @@ class CheckpointReader:
         self._stamps: dict[Path, tuple[int, int, int]] = {}
         self._notes: list[str] = []
         self.unread: dict[str, str] = {}
-        """Tensors that only the index or only a shard knows, and that are not read: name -> why."""
-        self.tensors: dict[str, TensorInfo] = self._unwrapped(self._open_shards())
+        """Tensors that cannot be read because only the index or only a shard has them: name -> reason."""
+        self.tensors: dict[str, TensorInfo] = self._without_wrappers(self._open_shards())
+        """All readable tensors by name."""
 
     @property
     def total_bytes(self) -> int:
@@ -70,25 +71,26 @@ class CheckpointReader:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is unusual about the folder and does not stand in the way of reading it, a sentence each."""
+        """Unusual facts about the folder that do not prevent reading it, one sentence each."""
         return tuple(self._notes)
 
     @cached_property
     def quantization_config(self) -> dict[str, Any] | None:
-        """What the folder says about its quantization, or None; `checkpoints/storage.py` sees if its tensors agree.
+        """The `quantization_config` of the folder, or None. `checkpoints/storage.py` checks whether the tensors agree.
 
-        It is part of config.json. Before that, AutoGPTQ wrote `quantize_config.json`, and AutoAWQ `quant_config.json`.
+        It is part of config.json. Old versions of AutoGPTQ wrote it into `quantize_config.json`, those of AutoAWQ into
+        `quant_config.json`.
         """
         return self._read_json_of_old_tools(self.quantization_file) if self._key is None else self.config[self._key]
 
     @cached_property
     def quantization_file(self) -> str:
-        """Name of the file in which `quantization_config` stands, or would stand."""
+        """Name of the file that holds `quantization_config`; config.json if there is none."""
         names = [name for name in OLD_CONFIG_FILES if (self.path / name).exists()]
         return names[0] if names and self._key is None else "config.json"
 
     def _quantization_key(self) -> str | None:
-        """The key of config.json that holds a `quantization_config`; an empty one says nothing."""
+        """Return the key of config.json that holds a non-empty `quantization_config`, or None."""
         for key in CONFIG_KEYS:
             value = self.config.get(key)
             if value and not isinstance(value, dict):
@@ -103,28 +105,30 @@ class CheckpointReader:
         return {"quant_method": OLD_CONFIG_FILES[file_name], **self._read_json(file_name)}
 
     def info(self, name: str) -> TensorInfo:
-        """Where a tensor lies; UserError if there is none of that name."""
+        """Return dtype, shape and position of a tensor. Raises UserError if there is no such tensor."""
         if name not in self.tensors:
-            raise UserError(f"{self.path}: no tensor {name}; config.json and the safetensors files do not fit together")
+            raise UserError(
+                f"{self.path}: no tensor {name}; config.json and the safetensors files do not match, "
+                "download them again"
+            )
         return self.tensors[name]
 
     def read(self, name: str) -> Tensor:
-        """A tensor in memory of its own, as stored."""
+        """Read a tensor into new memory, in its stored dtype."""
         info = self.info(name)
         tensor = read_tensor(info)
         self._check_unchanged(info)
         return tensor
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """The bytes of a tensor piece by piece, to copy one that is too large to hold. A piece is valid until the
+        """Yield the bytes of a tensor in chunks, to copy it without holding it in memory. A chunk is valid until the
         next."""
         info = self.info(name)
         yield from tensor_chunks(info)
         self._check_unchanged(info)
 
     def file_hashes(self) -> dict[str, str]:
-        """SHA-256 of config.json and of every shard, by file name: what identifies these inputs. Reads everything
-        once."""
+        """Return the SHA-256 of config.json and of every shard, by file name. Reads all files."""
         return {file.name: file_sha256(file) for file in [self.path / "config.json", *self.shards]}
 
     # --- opening -----------------------------------------------------------------------------------------------------
@@ -173,17 +177,17 @@ class CheckpointReader:
             name: f"{index_name} says that it lies in {file_name}, which does not hold it"
             for name, file_name in absent.items()
         }
-        for names, what in (
+        for names, problem in (
             (list(extra), f"stored, but not listed in {index_name}: not read"),
             ([name for name in unlisted if name in tensors], f"stored twice: read from where {index_name} says"),
             (list(absent), f"listed in {index_name}, but stored nowhere"),
         ):
             if names:
-                self._notes.append(f"{count_tensors(names)} {what}")
+                self._notes.append(f"{count_tensors(names)} {problem}")
         return tensors
 
-    def _unwrapped(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """The same tensors by their names in the model, if a wrapper's names were saved with them."""
+    def _without_wrappers(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Return the tensors without the names of training wrappers, such as `module.`."""
         plain, removed = unwrapped_names(tensors)
         if not removed:
             return tensors
@@ -212,8 +216,8 @@ class CheckpointReader:
             raise UserError(f"{file}: cannot be read ({error.strerror}); check the file and its permissions") from None
 
     def check_link(self, file: Path) -> None:
-        """A link may lead anywhere in the folder, or from a snapshot of a Hugging Face cache into that cache's
-        blobs."""
+        """Raise UserError unless a file, or the target of a link, is in the folder. Links from a snapshot in a Hugging
+        Face cache into the `blobs` folder of that cache are accepted too."""
         try:
             target, folder = file.resolve(strict=True), self.path.resolve(strict=True)
         except (OSError, RuntimeError):
@@ -234,7 +238,7 @@ class CheckpointReader:
             raise UserError(f"{file}: cannot be read ({error.strerror}); check the file and its permissions") from None
 
     def _check_unchanged(self, info: TensorInfo) -> None:
-        """UserError if the file of a tensor that was just read is not the one that was opened."""
+        """Raise UserError if the file of a tensor has changed since its header was read."""
         try:
             unchanged = _stamp(info.file.stat()) == self._stamps[info.file]
         except OSError:
@@ -246,7 +250,7 @@ class CheckpointReader:
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """A tensor in memory of its own; UserError if the file is not what its header said."""
+    """Read a tensor into new memory. Raises UserError if the file no longer matches its header."""
     buffer = torch.empty(info.nbytes, dtype=torch.uint8)
     with _open_at(info) as handle:
         _read_into(handle, memoryview(buffer.numpy()), info)  # type: ignore[arg-type]
@@ -254,13 +258,13 @@ def read_tensor(info: TensorInfo) -> Tensor:
 
 
 def tensor_chunks(info: TensorInfo) -> Iterator[memoryview]:
-    """The bytes of a tensor piece by piece; a piece is valid until the next."""
+    """Yield the bytes of a tensor in chunks. A chunk is valid until the next."""
     buffer = memoryview(bytearray(min(CHUNK_BYTES, info.nbytes)))
     with _open_at(info) as handle:
         for position in range(0, info.nbytes, CHUNK_BYTES):
-            piece = buffer[: min(CHUNK_BYTES, info.nbytes - position)]
-            _read_into(handle, piece, info)
-            yield piece
+            chunk = buffer[: min(CHUNK_BYTES, info.nbytes - position)]
+            _read_into(handle, chunk, info)
+            yield chunk
 
 
 def _open_at(info: TensorInfo) -> FileIO:
@@ -286,7 +290,7 @@ def _read_into(handle: FileIO, view: memoryview, info: TensorInfo) -> None:
 
 
 def file_sha256(file: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     try:
@@ -299,7 +303,7 @@ def file_sha256(file: Path) -> str:
 
 
 def count_tensors(names: Sequence[str]) -> str:
-    """How many tensors, and the first of them, as the subject of a note."""
+    """Return the number of tensors and the first name, as the subject of a note."""
     return f"1 tensor ('{names[0]}')" if len(names) == 1 else f"{len(names)} tensors ('{names[0]}', …)"
 
 
@@ -308,10 +312,10 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:
-    """What changes when a file is written or replaced."""
+    """Return inode, size and modification time, which change when a file is written or replaced."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _is_plain_name(name: str) -> bool:
-    """True for a .safetensors file name without any folder part."""
+    """Whether a name is that of a .safetensors file, without a folder."""
     return name.endswith(".safetensors") and not any(mark in name for mark in ("/", "\\", "\0")) and name[0] != "."

@@ -1,13 +1,13 @@
-"""The files beside the weights: which belong to the model and go into OUT, and which do not. The hub download asks for
-the same files.
+"""Decide which files beside the weights are copied into OUT. A download from the hub uses the same lists.
 
-    kept     configuration, tokenizer, processor and chat templates (LOADED_FILES); the model's card, licence and notes
-             (DOCUMENTS); the `.py` files that a configuration names, and those that these import
-    written  what says how weights are stored (STORAGE_FILES): it is read, and OUT gets its own
-    left     adapters and the state of a trainer (OTHER_JOBS), other formats' descriptions (OTHER_FORMATS), hidden
-             files, other weights, and whatever is of no type above; sub-folders but for the named chat templates
+    copied       configuration, tokenizer, processor and chat templates (LOADED_FILES); model card, licence and notes
+                 (DOCUMENTS); the `.py` files that a configuration names, and the `.py` files that these import
+    rewritten    descriptions of the stored weights (STORAGE_FILES): they are read, and OUT gets new ones
+    not copied   adapters and trainer state (TRAINING_FILES), descriptions of other formats (OTHER_FORMATS), hidden
+                 files, other weights, files of any other type, and sub-folders except for chat templates
 
-A name that is left is not kept, whatever its type. Patterns are those of `fnmatch`.
+A file that matches a "not copied" list is not copied, even if it also matches another list. Patterns are those of
+`fnmatch`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from llmquant.errors import UserError
-from llmquant.paths import listed, printable
+from llmquant.paths import join_names, printable
 
 
 def _any_case(pattern: str) -> str:
@@ -31,9 +31,9 @@ def _any_case(pattern: str) -> str:
 TEMPLATE_FOLDER = "additional_chat_templates"
 LOADED_FILES = (
     *("*.json", "*.jinja", f"{TEMPLATE_FOLDER}/*.jinja"),
-    # The types of the vocabularies of transformers' tokenizers; Mistral's are called tokenizer.model.v3.
+    # Vocabulary files of transformers' tokenizers. Mistral's files are called tokenizer.model.v3.
     *("*.model", "tokenizer.model*", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab", "*.tokenizer"),
-    # Text is a vocabulary only under these names.
+    # Text files are vocabularies only under these names.
     *("*vocab*.txt", "*merges*.txt", "*tokens*.txt", "*dict*.txt"),
 )
 DOCUMENTS = (
@@ -41,12 +41,12 @@ DOCUMENTS = (
     *(_any_case(f"*{word}*") for word in ("licence", "license", "notice", "use_policy")),
     *(_any_case(word) for word in ("copying*", "readme.md", "model_card.md")),
 )
-KEPT_FILES = (*LOADED_FILES, *DOCUMENTS)
+COPIED_FILES = (*LOADED_FILES, *DOCUMENTS)
 CODE_FILES = ("*.py",)
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 
 ADAPTER_FILES = ("adapter_*",)
-OTHER_JOBS = (
+TRAINING_FILES = (
     *ADAPTER_FILES,
     *("trainer_*", "training_args.*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*"),
     *("all_results.json", "train_results.json", "eval_results.json", "test_results.json", "predict_results.json"),
@@ -56,10 +56,10 @@ OTHER_FORMATS = (
     *("consolidated*", "params.json", "ndarray-cache*.json"),
 )
 HIDDEN = (".*",)
-"""`._*`, which macOS leaves on other file systems, among them."""
-NOT_THE_MODEL = (*OTHER_JOBS, *OTHER_FORMATS, *HIDDEN)
+"""Hidden files, including `._*`, which macOS creates on foreign file systems."""
+NOT_COPIED_FILES = (*TRAINING_FILES, *OTHER_FORMATS, *HIDDEN)
 
-# Ours, and those of AutoGPTQ, AutoAWQ, AutoRound and ModelOpt.
+# Files of llmquant, AutoGPTQ, AutoAWQ, AutoRound and ModelOpt.
 STORAGE_FILES = (
     *("*.safetensors.index.json", "llmquant.json", "quantize_report.json", "report.html"),
     *("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json"),
@@ -75,89 +75,89 @@ _RELATIVE_IMPORT = re.compile(r"^[ \t]*from[ \t]+\.(\w*)[\w.]*[ \t]+import[ \t]+
 
 @dataclass(frozen=True)
 class SideFiles:
-    """The files beside the weights of one checkpoint folder, by their names in it."""
+    """The files beside the weights of a checkpoint folder, by name."""
 
-    kept: tuple[str, ...]
-    """Those that belong to the model."""
-    outward: dict[str, str]
-    """Documents that are links out of the folder, or to nothing, with their targets; they are not followed."""
-    left: tuple[str, ...]
-    """What else the folder holds and a user may miss in OUT; sub-folders end in a slash. Weights, hidden files, the
-    state of a trainer and descriptions of how weights are stored are not named."""
+    copied: tuple[str, ...]
+    """Files that belong to the model and are copied into OUT."""
+    outside_links: dict[str, str]
+    """Documents that are links to a file outside the folder, or to no file: name -> target. They are not copied."""
+    not_copied: tuple[str, ...]
+    """Other files and sub-folders that a user may miss in OUT; names of sub-folders end in a slash. Weights, hidden
+    files, trainer state and descriptions of the stored weights are not listed."""
 
     @property
-    def incidents(self) -> dict[str, str]:
-        """What belongs to the model and is not copied into OUT: file name -> the reason, in one line."""
+    def fallbacks(self) -> dict[str, str]:
+        """Files of the model that are not copied into OUT: name -> the reason, in one line."""
         return {
             name: f"not copied: a link to {target}, "
             + ("outside the checkpoint" if os.path.lexists(target) else "which does not exist")
-            for name, target in self.outward.items()
+            for name, target in self.outside_links.items()
         }
 
     @property
-    def remark(self) -> str:
-        """One line on what else is not copied; empty if there is nothing else."""
-        return f"not copied: {listed(list(self.left))}" if self.left else ""
+    def note(self) -> str:
+        """One line that lists `not_copied`; empty if there are none."""
+        return f"not copied: {join_names(list(self.not_copied))}" if self.not_copied else ""
 
 
 def find_side_files(folder: Path, check_link: Callable[[Path], None], ignored: Iterable[Path] = ()) -> SideFiles:
-    """Sorts what a checkpoint folder holds beside its weights.
+    """Classify the files beside the weights of a checkpoint folder.
 
-    check_link: raises UserError for a link that must not be followed (`CheckpointReader.check_link`). That is raised
-    here for the files that loaders read. ignored: folders that are not named, because they are made by the run.
+    check_link: raises UserError for a link that must not be followed (`CheckpointReader.check_link`). For a file that
+    loaders read, its UserError is raised. ignored: folders that are not listed, because the run creates them.
     """
-    kept: list[str] = []
-    left: list[str] = []
-    outward: dict[str, str] = {}
+    copied: list[str] = []
+    not_copied: list[str] = []
+    outside_links: dict[str, str] = {}
     code = code_files(folder)
     for path in sorted([*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*")]):
         name = path.relative_to(folder).as_posix()
         if name == TEMPLATE_FOLDER or path in ignored or _matches(name, HIDDEN):
             continue
         if path.is_dir():
-            left.append(f"{printable(name)}/")
+            not_copied.append(f"{printable(name)}/")
         elif name != printable(name):
-            # The manifest, which is UTF-8, could not name it.
-            left.append(printable(name))
-        elif name in code or _is_kept(name):
+            # The manifest is UTF-8 and cannot hold the name.
+            not_copied.append(printable(name))
+        elif name in code or _is_copied(name):
             try:
                 check_link(path)
-                (kept if path.is_file() else left).append(name)
+                (copied if path.is_file() else not_copied).append(name)
             except UserError:
                 if name in code or _matches(name, LOADED_FILES):
                     raise
-                outward[name] = os.path.realpath(path)
-        elif _matches(name, ADAPTER_FILES) or not _is_known(name):
-            left.append(name)
-    return SideFiles(tuple(kept), outward, tuple(left))
+                outside_links[name] = os.path.realpath(path)
+        elif _matches(name, ADAPTER_FILES) or not _has_known_use(name):
+            not_copied.append(name)
+    return SideFiles(tuple(copied), outside_links, tuple(not_copied))
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of that name holds the weights of a model, of any framework."""
-    return _matches(name, WEIGHT_FILES) and not _matches(name, (*OTHER_JOBS, *HIDDEN))
+    """Whether a file of this name holds model weights, of any framework."""
+    return _matches(name, WEIGHT_FILES) and not _matches(name, (*TRAINING_FILES, *HIDDEN))
 
 
 def code_files(folder: Path) -> set[str]:
-    """The `.py` files that the configurations name in `auto_map`, and those that these import from the same folder."""
-    found: set[str] = set()
+    """Return the `.py` files that configurations name in `auto_map`, and the files of the folder that these import."""
+    files: set[str] = set()
     modules = [module for config in CODE_CONFIGS for module in _auto_map_modules(folder / config)]
     while modules:
         file = folder / f"{modules.pop()}.py"
-        if file.name not in found and file.is_file():
-            found.add(file.name)
+        if file.name not in files and file.is_file():
+            files.add(file.name)
             try:
                 modules += _imported_modules(file.read_text(encoding="utf-8", errors="replace"))
             except OSError as error:
                 raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
-    return found
+    return files
 
 
 def _auto_map_modules(config: Path) -> list[str]:
-    """The modules that a configuration names in `auto_map`: those in its own folder, without those of other
-    repositories (`owner/name--module.Class`). A configuration that cannot be read names none."""
+    """Return the modules that a configuration names in `auto_map`, without modules of other repositories
+    (`owner/name--module.Class`). A configuration that cannot be read names none."""
     try:
         auto_map = json.loads(config.read_bytes())["auto_map"]
-        # A bare list is the old form, for tokenizers.
+        # Old tokenizer configurations hold a list.
         values = [auto_map] if isinstance(auto_map, list) else auto_map.values()
         references = [each for value in values for each in (value if isinstance(value, list) else [value])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -167,22 +167,22 @@ def _auto_map_modules(config: Path) -> list[str]:
 
 
 def _imported_modules(code: str) -> list[str]:
-    """The modules of the same folder that a module imports, by `from .module import …` or `from . import module`."""
-    found: list[str] = []
+    """Return the modules of the same folder that code imports, by `from .module import …` or `from . import module`."""
+    modules: list[str] = []
     for module, names in _RELATIVE_IMPORT.findall(code):
-        found += [module] if module else re.findall(r"\w+", names)
-    return found
+        modules += [module] if module else re.findall(r"\w+", names)
+    return modules
 
 
-def _is_kept(name: str) -> bool:
+def _is_copied(name: str) -> bool:
     if "/" in name:
         return fnmatchcase(name, f"{TEMPLATE_FOLDER}/*.jinja")
-    return _matches(name, KEPT_FILES) and not _is_known(name) and not _matches(name, CODE_FILES)
+    return _matches(name, COPIED_FILES) and not _has_known_use(name) and not _matches(name, CODE_FILES)
 
 
-def _is_known(name: str) -> bool:
-    """Whether a file that is not kept is of a known use."""
-    return _matches(name, (*WEIGHT_FILES, *STORAGE_FILES, *NOT_THE_MODEL))
+def _has_known_use(name: str) -> bool:
+    """Whether a file is not copied for a known reason."""
+    return _matches(name, (*WEIGHT_FILES, *STORAGE_FILES, *NOT_COPIED_FILES))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

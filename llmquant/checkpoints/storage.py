@@ -1,11 +1,11 @@
-"""How a checkpoint's weights are stored, told from its tensors.
+"""Detect from its tensors how a checkpoint stores its weights.
 
-A `quantization_config` is what some tool wrote once: a merged model may have kept that of its QLoRA training, and an
-FP8 checkpoint may have lost its own. So the tensors decide:
+A `quantization_config` is not reliable: a merged model may still have the one of its QLoRA training, and an FP8
+checkpoint may have lost its own. So the tensors decide:
 
-    plain     floating-point weights of 16 bits and more, whatever config.json says
-    packed    codes in the layout of one of `FORMATS`, which `quantization_config` describes
-    other     FP8, FP4, bitsandbytes, …: weights that nothing here decodes, refused by their name
+    plain         floating-point weights of 16 bits and more, whatever config.json says
+    packed        codes in the layout of one of `FORMATS`, which `quantization_config` describes
+    unsupported   FP8, FP4, bitsandbytes, …: weights that llmquant cannot decode; a UserError names the kind
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 BYTE_SCALES = (torch.uint8, torch.float8_e8m0fnu)
 INTEGERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64, torch.int64)
 PACKED_SUFFIXES = ("qweight", "weight_packed")
-"""The codes in the formats that are read here."""
+"""Suffixes of the packed codes in all of `FORMATS`."""
 CONFIG_KEYS = ("quantization_config", "compression_config")
-"""Where config.json says how weights are stored; llm-compressor once used the second."""
+"""Keys of config.json that describe the storage of weights; older llm-compressor versions wrote the second."""
 
 SCALE_NAMES = ("scale_weight", "scaled_fp8", "qzeros", "g_idx")
-"""Tensors of weights that are scaled or packed, wherever they lie; ComfyUI writes the first two."""
-SCALE_NAMES_BESIDE = ("scale", "scales", "zeros", "zero_point")
-"""The same, where they lie beside a `weight`."""
+"""Suffixes that always belong to a scaled or packed weight; ComfyUI writes the first two."""
+SCALE_NAMES_BESIDE_WEIGHT = ("scale", "scales", "zeros", "zero_point")
+"""Suffixes that belong to a scaled or packed weight if the same module has a `weight`."""
 
 Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
-class OtherStorage:
-    """Weights that nothing here decodes."""
+class UnsupportedStorage:
+    """A kind of stored weights that llmquant cannot decode."""
 
     kind: str
-    """What they are, in words."""
+    """Name of the kind for messages, such as "FP8 weights"."""
     tensor: str
-    """The first tensor that shows it."""
+    """Name of the first tensor of this kind."""
 
 
-def other_storage(tensors: Tensors) -> OtherStorage | None:
-    """The storage of a checkpoint that is neither plain nor packed in one of our formats, or None."""
-    for kind, shows in KINDS.items():
+def find_unsupported_storage(tensors: Tensors) -> UnsupportedStorage | None:
+    """Return the storage of a checkpoint that is neither plain nor packed in one of `FORMATS`, or None."""
+    for kind, is_kind in UNSUPPORTED.items():
         for name, info in tensors.items():
-            if shows(name, info, tensors):
-                return OtherStorage(kind, name)
+            if is_kind(name, info, tensors):
+                return UnsupportedStorage(kind, name)
     return None
 
 
 def packed_tensor(tensors: Tensors) -> str | None:
-    """The first tensor that holds packed codes of one of our formats, or None."""
+    """Return the first tensor that holds packed codes of one of `FORMATS`, or None."""
     return next((name for name in tensors if _suffix(name) in PACKED_SUFFIXES), None)
 
 
-def refuse_other_storage(path: object, tensors: Tensors) -> None:
-    """UserError if weights are stored in a way that nothing here decodes."""
-    if (found := other_storage(tensors)) is not None:
+def refuse_unsupported_storage(path: object, tensors: Tensors) -> None:
+    """Raise UserError if llmquant cannot decode the weights."""
+    if (found := find_unsupported_storage(tensors)) is not None:
         info = tensors[found.tensor]
         dtype = str(info.dtype).removeprefix("torch.")
         raise UserError(
@@ -70,7 +70,7 @@ def refuse_other_storage(path: object, tensors: Tensors) -> None:
 
 
 def without_storage_keys(config: Mapping[str, object]) -> dict[str, object]:
-    """A config.json without what it says about the storage of weights, in the configs inside it too."""
+    """Return a configuration without `CONFIG_KEYS`, which are removed from nested configurations too."""
     return {
         key: without_storage_keys(value) if isinstance(value, dict) and key.endswith("_config") else value
         for key, value in config.items()
@@ -78,7 +78,7 @@ def without_storage_keys(config: Mapping[str, object]) -> dict[str, object]:
     }
 
 
-# --- what shows a storage --------------------------------------------------------------------------------------------
+# --- tests for each kind --------------------------------------------------------------------------------------------
 
 
 def _suffix(name: str) -> str:
@@ -86,13 +86,13 @@ def _suffix(name: str) -> str:
 
 
 def _beside(name: str, suffix: str, tensors: Tensors) -> TensorInfo | None:
-    """Another tensor of the same module."""
+    """Return the tensor with this suffix in the module of `name`, or None."""
     module = name.rpartition(".")[0]
     return tensors.get(f"{module}.{suffix}" if module else suffix)
 
 
 def _is_fp4(name: str, info: TensorInfo, tensors: Tensors) -> bool:
-    """NVFP4: four-bit floats two to a byte, with a float8 scale per 16 of them and a float32 one for all."""
+    """Whether this is NVFP4: two 4-bit floats in a byte, a float8 scale per 16 of them, a float32 scale per tensor."""
     if _suffix(name) not in ("weight", "weight_packed") or info.dtype != torch.uint8:
         return False
     scale = _beside(name, "weight_scale", tensors)
@@ -100,7 +100,8 @@ def _is_fp4(name: str, info: TensorInfo, tensors: Tensors) -> bool:
 
 
 def _is_mxfp4(name: str, info: TensorInfo, tensors: Tensors) -> bool:
-    """MXFP4: `_blocks` and `_scales` of gpt-oss, `weight_packed` and `weight_scale` of compressed-tensors."""
+    """Whether this is MXFP4 of gpt-oss (`_blocks`, `_scales`) or compressed-tensors (`weight_packed`,
+    `weight_scale`)."""
     suffix = _suffix(name)
     if suffix.endswith(("_blocks", "_scales")) and info.dtype in BYTE_SCALES:
         return True
@@ -122,14 +123,14 @@ def _is_mlx(name: str, info: TensorInfo, tensors: Tensors) -> bool:
 
 
 def _has_codebooks(name: str, info: TensorInfo, tensors: Tensors) -> bool:
-    """AQLM and VPTQ: indices into codebooks."""
+    """Whether this is AQLM or VPTQ, which store indices into codebooks."""
     pairs = {"codes": "codebooks", "indices": "centroids"}
     suffix = _suffix(name)
     return suffix in pairs and info.dtype in INTEGERS and _beside(name, pairs[suffix], tensors) is not None
 
 
 def _named(*suffixes: str) -> Callable[[str, TensorInfo, Tensors], bool]:
-    """Whether a tensor is called so and holds integers."""
+    """Return a function that tests whether a tensor has one of these suffixes and holds integers."""
     return lambda name, info, tensors: _suffix(name) in suffixes and info.dtype in INTEGERS
 
 
@@ -138,21 +139,21 @@ def _is_integer_weight(name: str, info: TensorInfo, tensors: Tensors) -> bool:
 
 
 def is_scale(name: str, tensors: Tensors) -> bool:
-    """Whether a tensor that the model does not have is, by its name, a scale or packed block of one that it has."""
+    """Whether the name of a tensor outside the model shows that it is a scale or packed block of a weight."""
     suffix = _suffix(name)
-    if suffix in SCALE_NAMES_BESIDE:
+    if suffix in SCALE_NAMES_BESIDE_WEIGHT:
         return _beside(name, "weight", tensors) is not None
     return suffix in SCALE_NAMES or suffix.endswith(("_scales", "_blocks"))
 
 
-def _is_left_scale(name: str, info: TensorInfo, tensors: Tensors) -> bool:
-    """A scale beside a weight that is not packed: whether it was applied to the weight cannot be seen."""
+def _is_scale_of_plain_weight(name: str, info: TensorInfo, tensors: Tensors) -> bool:
+    """Whether this is the scale of a weight that is not packed. The tensors do not show whether it was applied."""
     suffix = _suffix(name)
     known = ("weight_scale", "weight_scale_2", "weight_global_scale")
     return suffix.endswith("_scale_inv") or (suffix in known and _beside(name, "weight", tensors) is not None)
 
 
-KINDS: dict[str, Callable[[str, TensorInfo, Tensors], bool]] = {
+UNSUPPORTED: dict[str, Callable[[str, TensorInfo, Tensors], bool]] = {
     "NVFP4 weights": _is_fp4,
     "MXFP4 weights": _is_mxfp4,
     "bitsandbytes weights": _is_bitsandbytes,
@@ -166,6 +167,6 @@ KINDS: dict[str, Callable[[str, TensorInfo, Tensors], bool]] = {
     "torchao weights": lambda name, info, tensors: _suffix(name).endswith("weight_qdata"),
     "quanto weights": lambda name, info, tensors: name.endswith(("weight._data", "weight._scale")),
     "integer weights": _is_integer_weight,
-    "scales of quantized weights": _is_left_scale,
+    "scales of quantized weights": _is_scale_of_plain_weight,
 }
-"""Storage -> whether a tensor shows it, the most particular first."""
+"""Kind of stored weights -> function that tests whether a tensor is of it. The most specific kinds come first."""

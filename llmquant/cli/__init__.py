@@ -1,7 +1,7 @@
-"""The command line: one function per subcommand, each a thin skin over a function that Python can call too.
+"""The command line. Each subcommand is a thin wrapper of a function that Python code can call too.
 
-Nothing heavy is imported here, only inside the commands: `llmquant --help` loads neither torch nor transformers.
-What a user can cause (`UserError`) is one line on stderr and exit code 2.
+Heavy packages are imported only inside the commands, so `llmquant --help` loads neither torch nor transformers.
+A `UserError` is printed as one line on stderr, with exit code 2.
 """
 
 import contextlib
@@ -12,20 +12,20 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from llmquant import __version__
 from llmquant.cli.bench import bench_command, tune_command
 from llmquant.cli.convert import convert_command
 from llmquant.cli.evaluate import eval_command
-from llmquant.cli.folder import inspect_command, report_command, verify_command
 from llmquant.cli.generate import generate_command
+from llmquant.cli.inspect import inspect_command, report_command, verify_command
+from llmquant.cli.output import Interrupted, is_main_process, print_error
 from llmquant.cli.quantize import quantize_command
-from llmquant.cli.voice import Interrupted, say, speaks
 from llmquant.errors import UserError
 from llmquant.paths import check_encoding
 from llmquant.remote_code import failure_of_remote_code, failure_to_call_remote_code
+from llmquant.version import __version__
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+"""Exit code after Ctrl-C: 128 + SIGINT, as in shells."""
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize_command,
@@ -38,11 +38,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report_command,
     "eval": eval_command,
 }
-"""In the order of `llmquant --help`."""
+"""The subcommands in the order of `llmquant --help`."""
 
 app = typer.Typer(
     name="llmquant",
-    help="Quantize the weights of Hugging Face causal language models, run them and measure them.",
+    help="Quantize the weights of Hugging Face causal language models, run the result and measure it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,26 +64,27 @@ def main() -> None:
     try:
         for argument in sys.argv[1:]:
             check_encoding(argument)
-        with contextlib.nullcontext() if speaks() else contextlib.redirect_stdout(None):
+        with contextlib.nullcontext() if is_main_process() else contextlib.redirect_stdout(None):
             app()
     except UserError as error:
-        say(error)
+        print_error(error)
         sys.exit(2)
     except Interrupted as stop:
-        say(stop)
+        print_error(stop)
         sys.exit(INTERRUPTED)
     except Exception as error:
         line = failure_of_remote_code(error) or failure_to_call_remote_code(error)
         if line is None:
             raise
-        say(line)
+        print_error(line)
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as stop:
-        # typer turns Ctrl-C into this code, without a word; before its command has begun, it lets it through.
+        # typer turns Ctrl-C during a command into this exit code without a message. Ctrl-C before the command begins
+        # raises KeyboardInterrupt here.
         if isinstance(stop, SystemExit) and stop.code != INTERRUPTED:
             if (line := failure_of_remote_code(stop)) is None:
                 raise
-            say(line)
+            print_error(line)
             sys.exit(2)
-        say("interrupted")
+        print_error("interrupted")
         sys.exit(INTERRUPTED)

@@ -8,49 +8,53 @@ from typing import Annotated
 from typer import Argument, Option
 
 from llmquant.cli.options import Device, Dtype, Json, Quiet, RemoteCode, count
-from llmquant.cli.voice import show
+from llmquant.cli.output import print_result
 from llmquant.errors import UserError
 
 
 def eval_command(
     models: Annotated[list[str], Argument(help="Checkpoint folders or hub ids, quantized or not.", metavar="MODEL...")],
-    against: Annotated[str | None, Option(help="The original: adds KL divergence and top-1 agreement with it.")] = None,
+    against: Annotated[str | None, Option(help="The original model, for KL divergence and top-1 agreement.")] = None,
     dataset: Annotated[
         str | None, Option(help="wikitext2 (default), c4, ptb, python-docs, or a .txt, .jsonl, .parquet file.")
     ] = None,
     join: Annotated[
-        str, Option(help="Between rows: rows (a blank line), text (nothing), auto (the source's own rule).")
+        str, Option(help="Separator of rows: rows (a blank line), text (nothing), auto (by source).")
     ] = "auto",
     chat: Annotated[
-        bool, Option("--chat", help="Rows are conversations: put their messages into the chat template.")
+        bool, Option("--chat", help="Rows are conversations; apply the chat template to their messages.")
     ] = False,
-    seq_len: Annotated[int | None, Option(help="Tokens of a window; by default 2048, or the model's context.")] = None,
-    stride: Annotated[int | None, count("Tokens between windows' beginnings; by default they do not overlap.")] = None,
-    windows: Annotated[int | None, count("Use only the first N windows.")] = None,
-    batch_size: Annotated[int, count("Windows, or questions, that run side by side.")] = 1,
-    tasks: Annotated[
-        str | None, Option(help="Tasks of lm-evaluation-harness: arc_easy,hellaswag.", metavar="NAMES")
+    seq_len: Annotated[
+        int | None, Option(help="Tokens of a window; by default 2048, or the model's context if shorter.")
     ] = None,
-    task_folder: Annotated[Path | None, Option(help="Folder with .yaml files of further tasks.")] = None,
-    examples: Annotated[int | None, count("Ask only the first N questions of a task.")] = None,
+    stride: Annotated[
+        int | None, count("Tokens from the start of one window to the next; by default windows do not overlap.")
+    ] = None,
+    windows: Annotated[int | None, count("Use only the first N windows.")] = None,
+    batch_size: Annotated[int, count("Windows, or questions of a task, in a batch.")] = 1,
+    tasks: Annotated[
+        str | None, Option(help="Tasks of lm-evaluation-harness, such as arc_easy,hellaswag.", metavar="NAMES")
+    ] = None,
+    task_folder: Annotated[Path | None, Option(help="Folder with .yaml files of more tasks.")] = None,
+    examples: Annotated[int | None, count("Use only the first N questions of each task.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity of models, how far they are from the original (--against), and their scores in --tasks."""
+    """Measure perplexity, KL divergence from the original (--against), and scores in --tasks."""
     if tasks is None and (task_folder is not None or examples is not None):
         raise UserError("eval: --task-folder and --examples go with --tasks; name the tasks")
     from llmquant.console.evaluate import print_evaluation
-    from llmquant.console.progress import progress, quiet_libraries
+    from llmquant.console.progress import quiet_libraries, show_progress
 
     quiet_libraries()
-    from llmquant.pipeline.evaluate import evaluate
+    from llmquant.runtime.evaluate import evaluate
 
-    # The bars of lm-evaluation-harness write to stderr, and have no switch.
+    # The progress bars of lm-evaluation-harness write to stderr and cannot be switched off.
     silence = contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext()
-    with progress(quiet=quiet) as on_step, silence:
+    with show_progress(quiet=quiet) as on_progress, silence:
         result = evaluate(
             models,
             against,
@@ -67,6 +71,6 @@ def eval_command(
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            on_step=on_step,
+            on_progress=on_progress,
         )
-    show(result, print_evaluation, as_json=as_json)
+    print_result(result, print_evaluation, as_json=as_json)

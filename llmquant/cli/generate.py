@@ -7,35 +7,35 @@ from typing import Annotated
 from typer import Option
 
 from llmquant.cli.options import AnyModel, Device, Dtype, Json, Quiet, RemoteCode, count
-from llmquant.cli.voice import say
+from llmquant.cli.output import print_error
+from llmquant.data.files import text_lines
 from llmquant.errors import UserError
-from llmquant.paths import typed_path
-from llmquant.textfiles import text_lines
+from llmquant.paths import parse_path
 
 
 def generate_command(
     model: AnyModel,
-    prompt: Annotated[str | None, Option(help="The text to continue.")] = None,
-    prompts: Annotated[Path | None, Option(help="A file with one prompt per line, run in batches.")] = None,
-    batch_size: Annotated[int, count("Prompts of a file that run together.")] = 8,
-    chat: Annotated[bool, Option("--chat", help="Put the prompt into the model's chat template.")] = False,
-    max_new_tokens: Annotated[int, count("Tokens after which a text ends.")] = 128,
-    greedy: Annotated[bool, Option("--greedy", help="Always the most likely token.")] = False,
-    temperature: Annotated[float | None, Option(help="Draw at random; lower is closer to greedy.")] = None,
-    top_p: Annotated[float | None, Option(help="Draw from the tokens that together have this probability.")] = None,
-    top_k: Annotated[int | None, Option(help="Draw from the K most likely tokens.", metavar="K")] = None,
-    seed: Annotated[int, count("Of the draw.")] = 0,
-    backend: Annotated[str, Option(help="Kernel of the quantized linears; see inspect --backends.")] = "auto",
+    prompt: Annotated[str | None, Option(help="Text to continue.")] = None,
+    prompts: Annotated[Path | None, Option(help="File with one prompt per line, run in batches.")] = None,
+    batch_size: Annotated[int, count("Prompts of the file in a batch.")] = 8,
+    chat: Annotated[bool, Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
+    max_new_tokens: Annotated[int, count("Largest number of new tokens.")] = 128,
+    greedy: Annotated[bool, Option("--greedy", help="Always take the most likely token.")] = False,
+    temperature: Annotated[float | None, Option(help="Sampling temperature; lower is closer to greedy.")] = None,
+    top_p: Annotated[
+        float | None, Option(help="Sample from the most likely tokens with this total probability.")
+    ] = None,
+    top_k: Annotated[int | None, Option(help="Sample from the K most likely tokens.", metavar="K")] = None,
+    seed: Annotated[int, count("Seed of the sampling.")] = 0,
+    backend: Annotated[str, Option(help="Kernel of the quantized linears (see inspect --backends).")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    compiled: Annotated[
-        bool, Option("--compile", help="On a GPU: decode through torch.compile and CUDA graphs.")
-    ] = False,
+    compiled: Annotated[bool, Option("--compile", help="On a GPU: decode with torch.compile and CUDA graphs.")] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Let MODEL continue a text, or answer with --chat."""
+    """Continue a text with MODEL, or answer a prompt with --chat."""
     if (prompt is None) == (prompts is None):
         raise UserError("generate: give one of --prompt TEXT and --prompts FILE")
     lines = [str(prompt)] if prompts is None else _lines(prompts)
@@ -48,10 +48,10 @@ def generate_command(
     from llmquant.checkpoints.quantized import parsed_quantization, storage_notes
     from llmquant.checkpoints.reader import CheckpointReader
     from llmquant.hub import load_tokenizer, resolve_model
-    from llmquant.runtime.generate import Sampling, generate
+    from llmquant.runtime.generate import SamplingParams, generate
     from llmquant.runtime.load import load
 
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_new_tokens=max_new_tokens, greedy=greedy, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
     path = resolve_model(model, trust_remote_code)
@@ -59,7 +59,7 @@ def generate_command(
     parsed_quantization(reader)
     if not quiet:
         for note in storage_notes(reader):
-            say(note)
+            print_error(note)
     tokenizer = load_tokenizer(path, trust_remote_code)
     loaded = load(path, device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
     results = []
@@ -80,7 +80,7 @@ def generate_command(
 
 
 def _lines(file: Path) -> list[str]:
-    file = typed_path(file)
+    file = parse_path(file)
     lines = [line.rstrip("\r\n") for line in text_lines(file) if line.strip()]
     if not lines:
         raise UserError(f"{file}: holds no prompt; write one per line")

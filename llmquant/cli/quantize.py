@@ -9,66 +9,69 @@ import typer
 from typer import Argument, Option
 
 from llmquant.cli.options import Device, Json, NewFolder, Overwrite, Quiet, RemoteCode, Restart, count
-from llmquant.cli.voice import Interrupted, say, show, speaks
+from llmquant.cli.output import Interrupted, is_main_process, print_error, print_result
 from llmquant.errors import UserError
-from llmquant.paths import partial_folder, typed_path
+from llmquant.paths import parse_path, partial_folder
 from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe, parse_size
 
 RECIPE, SPEC, OPTIONS = Recipe(), Recipe().spec, Options()
-"""Where the defaults come from."""
+"""Objects with the default values of the options below."""
 
 
 def quantize_command(
     model: Annotated[str, Argument(help="Checkpoint folder or hub id; not quantized yet.")],
     out: NewFolder,
-    method: Annotated[str, Option(help=f"How codes are chosen: {', '.join(METHODS)}.")] = RECIPE.method,
-    effort: Annotated[str, Option(help=f"How much is searched: {', '.join(EFFORTS)}.")] = "default",
-    bits: Annotated[int, Option(help=f"Bits of a weight: {', '.join(map(str, SUPPORTED_BITS))}.")] = SPEC.bits,
+    method: Annotated[str, Option(help=f"Quantization method: {', '.join(METHODS)}.")] = RECIPE.method,
+    effort: Annotated[str, Option(help=f"Search effort: {', '.join(EFFORTS)}.")] = "default",
+    bits: Annotated[int, Option(help=f"Bits per weight: {', '.join(map(str, SUPPORTED_BITS))}.")] = SPEC.bits,
     group_size: Annotated[
-        int, Option(help="Input columns that share a scale; -1 for one scale per output.")
+        int, Option(help="Input columns per scale; -1 for one scale per output channel.")
     ] = SPEC.group_size,
     symmetric: Annotated[
-        bool, Option("--sym/--asym", help="Zero in the middle, or a zero-point per group.")
+        bool, Option("--sym/--asym", help="Symmetric grid, or a zero-point for each group.")
     ] = SPEC.symmetric,
     format: Annotated[
-        str, Option(help="gptq, gptq_v2, awq, compressed-tensors; auto: gptq, or compressed-tensors with --asym.")
+        str, Option(help="gptq, gptq_v2, awq, compressed-tensors; auto is gptq, or compressed-tensors with --asym.")
     ] = "auto",
     dtype: Annotated[
-        str, Option(help="What stays unquantized: auto (as it is), float32, bfloat16 or float16.")
+        str, Option(help="Dtype of unquantized tensors: auto (unchanged), float32, bfloat16 or float16.")
     ] = "auto",
     calibration: Annotated[
-        str, Option(help="wikitext2, c4, ptb, python-docs, or a .txt, .jsonl, .parquet file.")
+        str, Option(help="Calibration text: wikitext2, c4, ptb, python-docs, or a .txt, .jsonl or .parquet file.")
     ] = "auto",
-    samples: Annotated[int, count("Windows of calibration text.")] = OPTIONS.num_samples,
-    seq_len: Annotated[int, count("Tokens of a window.")] = OPTIONS.seq_len,
-    seed: Annotated[int, count("Of the draw of windows.")] = OPTIONS.seed,
+    samples: Annotated[int, count("Number of calibration samples.")] = OPTIONS.num_samples,
+    seq_len: Annotated[int, count("Tokens of each calibration sample.")] = OPTIONS.seq_len,
+    seed: Annotated[int, count("Seed of the random choice of samples.")] = OPTIONS.seed,
     skip: Annotated[
-        list[str] | None, Option(help="Leave linears in 16 bit: '*.down_proj'. May be repeated.", metavar="PATTERN")
+        list[str] | None,
+        Option(help="Do not quantize linears that match, such as '*.down_proj'. May be repeated.", metavar="PATTERN"),
     ] = None,
     override: Annotated[
         list[str] | None,
         Option(
-            help="Another grid for some linears: '*.down_proj:bits=8,group_size=64,asym', or 'PATTERN:skip'. May be "
-            "repeated; the last word counts.",
+            help="Another grid for linears that match: '*.down_proj:bits=8,group_size=64,asym', or 'PATTERN:skip'. "
+            "May be repeated; the last match wins.",
             metavar="PATTERN:CHANGES",
         ),
     ] = None,
     target_bpw: Annotated[
         float | None,
-        Option(help="Choose grids linear by linear, so that they average this many bits per weight.", metavar="BITS"),
+        Option(help="Choose a grid for each linear, with this average of bits per weight.", metavar="BITS"),
     ] = None,
     target_size: Annotated[
-        str | None, Option(help="The same by the size of the result: 5GB, 750MB, 4.5GiB.", metavar="SIZE")
+        str | None,
+        Option(help="Choose a grid for each linear, for a result of this size: 5GB, 750MB, 4.5GiB.", metavar="SIZE"),
     ] = None,
-    target: Annotated[
+    engine: Annotated[
         list[str] | None,
         Option(
-            help="Refuse what this engine would not load: vllm, sglang, transformers. May be repeated.",
+            help="Check that this engine loads the result: vllm, sglang, transformers. May be repeated.",
             metavar="ENGINE",
         ),
     ] = None,
+    target: Annotated[list[str] | None, Option(hidden=True, help="Deprecated alias of --engine.")] = None,
     tensor_parallel: Annotated[
-        int, count("GPUs over which the targets will split the model.")
+        int, count("Number of GPUs that will share the model in the engines.")
     ] = OPTIONS.tensor_parallel,
     device: Device = "auto",
     verify: Annotated[
@@ -77,21 +80,21 @@ def quantize_command(
     max_memory: Annotated[
         str | None,
         Option(
-            help="Most memory to take (of the GPU with --device cuda): 3GB, 800MiB. Activations that do not fit go to "
-            "the disk.",
+            help="Memory limit (of the GPU with --device cuda): 3GB, 800MiB. Activations that do not fit are "
+            "written to disk.",
             metavar="SIZE",
         ),
     ] = None,
-    strict: Annotated[bool, Option("--strict", help="Exit with 1 when anything fell back.")] = False,
+    strict: Annotated[bool, Option("--strict", help="Exit with code 1 if there was any fallback.")] = False,
     overwrite: Overwrite = False,
     restart: Restart = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and predictions only.")] = False,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Quantize MODEL into the folder OUT."""
-    out = typed_path(out)
+    out = parse_path(out)
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
     if effort not in EFFORTS:
         raise UserError(f"effort '{effort}': not one of {', '.join(EFFORTS)}; use --effort default")
@@ -107,7 +110,7 @@ def quantize_command(
     )
     from llmquant.console.calibration import print_calibration
     from llmquant.console.plan import print_plan
-    from llmquant.console.progress import block_progress, quiet_libraries
+    from llmquant.console.progress import quiet_libraries, show_block_progress
     from llmquant.console.report import print_report
 
     try:
@@ -123,7 +126,7 @@ def quantize_command(
             seed=seed,
             device=device,
             max_memory_bytes=None if max_memory is None else parse_size(max_memory, "max_memory"),
-            targets=tuple(target or ()),
+            engines=(*(engine or ()), *(target or ())),
             tensor_parallel=tensor_parallel,
             overwrite=overwrite,
             restart=restart,
@@ -133,33 +136,33 @@ def quantize_command(
         if dry_run:
             plan = pipeline.dry_run(model, out, recipe, options)
             if as_json:
-                from llmquant.pipeline.coverage import coverage_of
-                from llmquant.pipeline.duration import estimate
-                from llmquant.pipeline.footprint import footprint_of
+                from llmquant.estimates.duration import estimate_duration
+                from llmquant.estimates.memory import estimate_memory
+                from llmquant.planning.coverage import coverage_of
 
-                predictions = (coverage_of(plan), footprint_of(plan), estimate(plan))
+                predictions = (coverage_of(plan), estimate_memory(plan), estimate_duration(plan))
                 print(
                     json.dumps({key: value for part in (plan, *predictions) for key, value in part.to_dict().items()})
                 )
             else:
                 print_plan(plan, out)
             return
-        is_quiet = quiet or not speaks()
-        with block_progress(quiet=is_quiet) as on_step:
+        is_quiet = quiet or not is_main_process()
+        with show_block_progress(quiet=is_quiet) as on_progress:
             command = shlex.join(["llmquant", *sys.argv[1:]])
             on_calibration = None if is_quiet else print_calibration
             report = pipeline.quantize(
-                model, out, recipe, options, on_step, on_calibration=on_calibration, command=command
+                model, out, recipe, options, on_progress, on_calibration=on_calibration, command=command
             )
     except KeyboardInterrupt:
         if not partial_folder(out).exists():
             raise
         without = " without --restart" if restart else ""
         raise Interrupted(f"interrupted; the same command{without} continues the run") from None
-    show(report, print_report, as_json=as_json)
+    print_result(report, print_report, as_json=as_json)
     if report.verification.verdict == "broken":
-        say("the result is broken, see the verdict")
+        print_error("the result is broken, see the verdict")
         raise typer.Exit(1)
-    if strict and report.incidents:
-        say(f"--strict: {len(report.incidents)} incidents")
+    if strict and report.fallbacks:
+        print_error(f"--strict: {len(report.fallbacks)} fallbacks")
         raise typer.Exit(1)

@@ -1,1 +1,1 @@
-"""What the commands show: one module per thing that is shown."""
+"""The output of the commands: one module per command."""

@@ -1,4 +1,4 @@
-"""What `llmquant bench` shows: a table, and the same as a picture."""
+"""The output of `llmquant bench`: a table and a plot."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from typing import TYPE_CHECKING
 
 from llmquant.console.tables import new_table, screen
 from llmquant.errors import UserError
-from llmquant.paths import check_file
-from llmquant.words import size
+from llmquant.humanize import format_bytes
+from llmquant.paths import check_output_file
 
 if TYPE_CHECKING:
-    from llmquant.runtime.bench import Bench, Run
+    from llmquant.runtime.bench import BenchmarkResult, BenchmarkRun
 
 PLOT_SUFFIXES = (".svg", ".png", ".pdf")
 PLOT_TITLE = "llmquant bench"
-"""In the metadata of the file, by which a later call knows it."""
+"""The title in the metadata of a plot. Only files with this title are overwritten."""
 
-ACCENT, BESIDE, QUIET, INK, FAINT = "#0b7285", "#9cc3cb", "#d5dade", "#343a40", "#868e96"
-"""The first contender, the others, the original; words, and small print."""
+ACCENT, OTHER, ORIGINAL, INK, FAINT = "#0b7285", "#9cc3cb", "#d5dade", "#343a40", "#868e96"
+"""Colours of the first model, the other models, the original, labels, and small print."""
 
 
-def print_bench(result: Bench) -> None:
-    """One line per contender; with an original, how many times as fast as that it is."""
+def print_bench(result: BenchmarkResult) -> None:
+    """Print one row per model and kernel, with its speed relative to the original if there is one."""
     table = new_table("model", "kernel", ">weights", ">peak", ">load", ">prefill/s", ">decode/s")
     for run in result.runs:
-        peak = "" if run.peak_bytes is None else size(run.peak_bytes)
+        peak = "" if run.peak_bytes is None else format_bytes(run.peak_bytes)
         rates = [_rate(result, run, f"{step}_tokens_per_second") for step in ("prefill", "decode")]
-        table.add_row(run.model, run.kernel, size(run.weight_bytes), peak, f"{run.load_seconds:.1f} s", *rates)
+        table.add_row(run.model, run.kernel, format_bytes(run.weight_bytes), peak, f"{run.load_seconds:.1f} s", *rates)
     screen().print(table)
     screen().print(_conditions(result), style="dim")
 
 
-def _rate(result: Bench, run: Run, name: str) -> str:
+def _rate(result: BenchmarkResult, run: BenchmarkRun, name: str) -> str:
     rate, base = getattr(run, name), result.original
     return f"{rate:.1f}" if base is None or run is base else f"{rate:.1f} ({rate / getattr(base, name):.2f}x)"
 
 
-def _conditions(result: Bench) -> str:
+def _conditions(result: BenchmarkResult) -> str:
     work = result.workload
     prompts = "a prompt" if work.batch_size == 1 else f"{work.batch_size} prompts"
     return (
@@ -47,14 +47,14 @@ def _conditions(result: Bench) -> str:
 
 
 def check_plot_path(path: Path) -> None:
-    """UserError where no picture can be written to path."""
+    """Raise UserError if no plot can be written to a path."""
     if path.suffix not in PLOT_SUFFIXES:
         raise UserError(f"{path}: a plot is one of {', '.join(PLOT_SUFFIXES)}; use --plot bench.svg")
-    check_file(path, "--plot", lambda content: PLOT_TITLE.encode() in content)
+    check_output_file(path, "--plot", lambda content: PLOT_TITLE.encode() in content)
 
 
-def plot_bench(result: Bench, path: Path) -> None:
-    """Draw decoding, prefill and memory as bars side by side, the original in grey."""
+def plot_bench(result: BenchmarkResult, path: Path) -> None:
+    """Plot decoding speed, prefill speed and memory as bars, with the original in grey."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,7 +67,7 @@ def plot_bench(result: Bench, path: Path) -> None:
         ("weights in memory, MB", [run.weight_bytes / 1e6 for run in runs], False),
     ]
     labels = [f"{Path(run.model).name}\n{run.kernel}" for run in runs]
-    colours = [QUIET if run is base else ACCENT if run is runs[0] else BESIDE for run in runs]
+    colours = [ORIGINAL if run is base else ACCENT if run is runs[0] else OTHER for run in runs]
     figure = Figure(figsize=(10, 1 + 0.45 * len(runs)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True)
     for axis, (title, values, is_rate) in zip(axes, panels, strict=True):
@@ -85,7 +85,7 @@ def plot_bench(result: Bench, path: Path) -> None:
     axes[0].set_yticks(range(len(runs)), labels)
     axes[0].invert_yaxis()
     figure.supxlabel(_conditions(result), x=0.01, ha="left", fontsize=8, color=FAINT)
-    # Without the date and random names in it, the same figures give the same file.
+    # Without a date and random ids, the same numbers give the same file.
     with matplotlib.rc_context({"svg.hashsalt": "llmquant"}):
         no_date = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, dpi=160, metadata={"Title": PLOT_TITLE, **no_date})

@@ -1,4 +1,4 @@
-"""The calibration text in a few lines, for the dry run and for the start of a run."""
+"""A summary of the calibration text, for dry runs and for the start of a run."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def calibration_lines(account: Mapping[str, Any]) -> list[str]:
-    """Source and size of a calibration text, what it holds, what fell back, and what is worth knowing.
+def calibration_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the source and size of a calibration text, its contents, fallbacks and notes as lines of text.
 
-    account: as `pipeline.calibration.preview` and `CalibrationTokens.audit` give it.
+    summary: the result of `preview_calibration` or `CalibrationTokens.summary`.
     """
-    lines = [f"{account['source']}, {account['num_samples']} x {account['seq_len']} tokens"]
-    if "num_tokens_available" in account:
+    lines = [f"{summary['source']}, {summary['num_samples']} x {summary['seq_len']} tokens"]
+    if "num_tokens_available" in summary:
         lines.append(
-            f"rows: {account['num_rows']:,}, of which {account['num_blank_rows']:,} without text, "
-            f"{account['num_duplicate_rows']:,} repeated; tokens: {account['num_tokens_available']:,}, windows: "
-            f"{account['num_windows_available']:,}, tokens left over: {account['num_tokens_left_over']:,}"
+            f"rows: {summary['num_rows']:,}, of which {summary['num_blank_rows']:,} without text, "
+            f"{summary['num_duplicate_rows']:,} repeated; tokens: {summary['num_tokens_available']:,}, windows: "
+            f"{summary['num_windows_available']:,}, tokens left over: {summary['num_tokens_left_over']:,}"
         )
     else:
-        lines.append("the Hugging Face hub gives its first row; the run fetches the others and counts the tokens")
-    return [*lines, *account.get("incidents", ()), *account.get("remarks", ())]
+        lines.append(
+            "the first row was fetched from the Hugging Face hub; the run fetches the others and counts the tokens"
+        )
+    return [*lines, *summary.get("fallbacks", ()), *summary.get("notes", ())]
 
 
-def print_calibration(account: Mapping[str, Any]) -> None:
-    """The lines on stderr, where progress is shown."""
-    for line in calibration_lines(account):
+def print_calibration(summary: Mapping[str, Any]) -> None:
+    """Print the lines on stderr, as progress is printed."""
+    for line in calibration_lines(summary):
         print(f"calibration text: {line}", file=sys.stderr, flush=True)

@@ -1,29 +1,29 @@
-"""The table of `llmquant eval`."""
+"""The output of `llmquant eval`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from llmquant.console.tables import new_table, screen
-from llmquant.words import size
+from llmquant.humanize import format_bytes
 
 if TYPE_CHECKING:
     from llmquant.eval.perplexity import Perplexity
     from llmquant.eval.tasks import TaskScore
-    from llmquant.pipeline.evaluate import Evaluation, ModelEvaluation
+    from llmquant.runtime.evaluate import Evaluation, ModelEvaluation
 
-# What a task is known by, where it has several numbers: normalised by length, as the tables of papers are.
 CHIEF_METRICS = ("acc_norm", "acc", "exact_match")
+"""The metrics that tables show, most preferred first. Papers report length-normalised accuracies."""
 
 
 def print_evaluation(result: Evaluation) -> None:
-    """One row a model, the original first; below it what was measured."""
+    """Print one row for each model, starting with the original, and the conditions below."""
     rows = [*([result.against] if result.against else []), *result.models]
     if result.dataset is not None:
         _print_text(result, rows)
-    for remark in result.remarks:
-        screen().print(f"{result.dataset}: {remark}", style="dim")
     for note in result.notes:
+        screen().print(f"{result.dataset}: {note}", style="dim")
+    for note in result.storage_notes:
         screen().print(note, style="dim")
     if any(row.tasks for row in rows):
         _print_tasks(rows)
@@ -34,7 +34,7 @@ def _print_text(result: Evaluation, rows: list[ModelEvaluation]) -> None:
     table = new_table("model", ">size", ">perplexity", *divergences, ">tokens/s")
     for row in rows:
         assert row.perplexity is not None
-        cells = [size(row.stored_bytes), _plus_minus(row.perplexity)]
+        cells = [format_bytes(row.stored_bytes), _plus_minus(row.perplexity)]
         if compared := row.divergence:
             cells += [f"{value:.4f}" for value in (compared.kl_mean, compared.kl_median, compared.kl_p99)]
             cells.append(f"{compared.top1_agreement:.1%}")
@@ -65,7 +65,7 @@ def _print_tasks(rows: list[ModelEvaluation]) -> None:
 
 
 def chief_metric(score: TaskScore) -> str | None:
-    """The metric that a table shows; the others are in the JSON."""
+    """Return the metric that the table shows. The JSON output has all metrics."""
     return next((name for name in CHIEF_METRICS if name in score.metrics), next(iter(score.metrics), None))
 
 

@@ -1,4 +1,4 @@
-"""What `llmquant quantize --dry-run` says."""
+"""The output of `llmquant quantize --dry-run`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING
 
 from llmquant.console.calibration import calibration_lines
 from llmquant.console.report import coverage_facts
-from llmquant.console.tables import grouped, kinds_of, new_table, print_facts, screen
-from llmquant.words import clock, size
+from llmquant.console.tables import kinds_of, new_table, print_facts, screen
+from llmquant.grouping import grouped
+from llmquant.humanize import dtype_name, format_bytes, format_clock
 
 if TYPE_CHECKING:
-    from llmquant.pipeline.plan import LinearPlan, Plan
+    from llmquant.planning.plan import LinearPlan, Plan
 
 
 def print_plan(plan: Plan, out: Path) -> None:
-    """What `llmquant quantize --dry-run` says."""
-    from llmquant.pipeline.coverage import coverage_of
-    from llmquant.pipeline.disk import disk_bytes, free_bytes
-    from llmquant.pipeline.duration import estimate
-    from llmquant.pipeline.parts import side_files
-    from llmquant.pipeline.targets import RULES_DATE, TARGETS, needs_of
+    """Print the grids, sizes, predictions and calibration text of a plan."""
+    from llmquant.estimates.disk import disk_bytes, free_bytes
+    from llmquant.estimates.duration import estimate_duration
+    from llmquant.pipeline.output import side_files
+    from llmquant.planning.coverage import coverage_of
+    from llmquant.planning.engines import ENGINES, RULES_DATE, package_notes
 
     def row(linear: LinearPlan) -> tuple[str, str, str]:
         assert linear.spec is not None
@@ -30,7 +31,7 @@ def print_plan(plan: Plan, out: Path) -> None:
     for (kind, shape, grid), linears in grouped(plan.quantized, row).items():
         weights = sum(linear.out_features * linear.in_features for linear in linears)
         stored = sum(plan.packed_bytes(linear) for linear in linears)
-        table.add_row(kind, str(len(linears)), shape, grid, f"{8 * stored / weights:.3f}", size(stored))
+        table.add_row(kind, str(len(linears)), shape, grid, f"{8 * stored / weights:.3f}", format_bytes(stored))
     screen().print(table)
     coverage = coverage_of(plan)
     facts = coverage_facts(coverage.share, coverage.unquantized)
@@ -41,38 +42,42 @@ def print_plan(plan: Plan, out: Path) -> None:
     ):
         for reason, same in grouped(linears, lambda linear: linear.reason).items():
             facts.append((title, f"{reason}: {len(same)} x {kinds_of(linear.name for linear in same)}"))
-    if missed := coverage.incident():
-        facts.append(("incident", f"block weights: {missed}"))
+    if missed := coverage.fallback():
+        facts.append(("fallback", f"block weights: {missed}"))
     beside = side_files(plan.reader, out)
-    facts += [("incident", f"{name}: {what}") for name, what in beside.incidents.items()]
-    facts += [("remarks", f"checkpoint: {note}") for note in plan.notes]
-    if beside.remark:
-        facts.append(("remarks", f"beside the weights: {beside.remark}"))
+    facts += [("fallback", f"{name}: {what}") for name, what in beside.fallbacks.items()]
+    facts += [("notes", f"checkpoint: {note}") for note in plan.notes]
+    if beside.note:
+        facts.append(("notes", f"beside the weights: {beside.note}"))
     facts += [
-        ("format", f"{plan.format.name}, {str(plan.dtype).removeprefix('torch.')}"),
+        ("format", f"{plan.format.name}, {dtype_name(plan.dtype)}"),
         ("bits", f"{plan.bits_per_weight:.3f} per quantized weight"),
-        ("size", f"{size(plan.reader.total_bytes)} -> {size(plan.output_bytes)}"),
-        # The memory first: it counts what this process holds, and the timings take some.
+        ("size", f"{format_bytes(plan.reader.total_bytes)} -> {format_bytes(plan.output_bytes)}"),
+        # The memory is estimated before the time, because the estimate counts the memory that this process already
+        # holds, and the timings add to it.
         ("peak memory", _predicted_memory(plan)),
-        ("time", f"about {clock(estimate(plan).seconds)}, estimated from timings of its shapes on this machine, now"),
-        ("disk", f"{size(disk_bytes(plan, out))} needed while it runs, {size(free_bytes(out))} free"),
+        (
+            "time",
+            f"about {format_clock(estimate_duration(plan).seconds)}, estimated from timings on this machine",
+        ),
+        ("disk", f"{format_bytes(disk_bytes(plan, out))} needed while it runs, {format_bytes(free_bytes(out))} free"),
     ]
     if plan.recipe.has_budget:
         facts.append(
-            ("budget", "grids above keep it as if all weights were equally sensitive; the run measures, then chooses")
+            ("budget", "the grids above assume equally sensitive weights; the run measures sensitivities, then chooses")
         )
     if plan.calibration is not None:
         facts += [("calibration", line) for line in calibration_lines(plan.calibration)]
-    for name in plan.options.targets:
-        facts.append(("target", f"{TARGETS[name].name} loads it, by its rules of {RULES_DATE}"))
-    facts += [("target", needed) for needed in needs_of(plan)]
+    for name in plan.options.engines:
+        facts.append(("engine", f"{ENGINES[name].name} loads the result, by its rules of {RULES_DATE}"))
+    facts += [("engine", needed) for needed in package_notes(plan)]
     facts.append(("dry run", "nothing is written; the same command without --dry-run does it"))
     print_facts(facts)
 
 
 def _predicted_memory(plan: Plan) -> str:
-    from llmquant.pipeline.footprint import footprint_of
+    from llmquant.estimates.memory import estimate_memory
 
-    footprint = footprint_of(plan)
-    spilled = f", {size(footprint.spilled_bytes)} of activations on the disk" if footprint.spilled_bytes else ""
-    return f"about {size(footprint.peak_bytes)}{spilled}"
+    memory = estimate_memory(plan)
+    spilled = f", {format_bytes(memory.spilled_bytes)} of activations on disk" if memory.spilled_bytes else ""
+    return f"about {format_bytes(memory.peak_bytes)}{spilled}"

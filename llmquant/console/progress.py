@@ -1,30 +1,29 @@
-"""Progress while a command works, on stderr: bars on a terminal, now and then a line elsewhere."""
+"""Progress of a command on stderr: bars on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmquant import words
+from llmquant import humanize
+from llmquant.progress import OnProgress, Phase, Progress, ignore_progress
 
 SECONDS_BETWEEN_LINES = 5.0
-"""Without a terminal, no more than one progress line in this time, besides the last of each step."""
-
-PHASES = ("calibration text", "hashing the checkpoint", "sensitivity", "gradients", "finishing", "verifying", "samples")
-"""What a quantization does before and after the blocks."""
+"""Smallest time between two progress lines without a terminal. The last line of a phase is always printed."""
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and advice of the libraries underneath off the screen: their errors are still raised.
+    """Silence the progress bars and warnings of transformers and datasets. Their errors are still raised.
 
-    `datasets` looks at its variable when it is imported, which a run on a local text never does: it takes 130 MiB.
+    `datasets` reads its environment variable on import. It is not imported here, because the import takes 130 MiB, and
+    a run on a local text does not need it.
     """
     import transformers
 
@@ -34,112 +33,134 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def progress(*, quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Gives a function (what, done, total) to call as work goes on: a bar per step on a terminal, lines elsewhere."""
+def show_progress(*, quiet: bool = False) -> Iterator[OnProgress]:
+    """Yield the `OnProgress` of a command: one bar per phase on a terminal, lines elsewhere."""
     console = Console(stderr=True)
     if quiet:
-        yield lambda what, done, total: None
+        yield ignore_progress
     elif not console.is_terminal:
         yield _line_printer()
     else:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress("{task.description}", *columns, console=console) as bars:
-            tasks = {}
+        with rich_progress.Progress("{task.description}", *columns, console=console) as bars:
+            tasks: dict[Phase, rich_progress.TaskID] = {}
 
-            def on_step(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done, total=total)
+            def on_progress(progress: Progress) -> None:
+                if progress.phase not in tasks:
+                    tasks[progress.phase] = bars.add_task(progress.phase.value, total=progress.total)
+                bars.update(tasks[progress.phase], completed=progress.done, total=progress.total)
 
-            yield on_step
+            yield on_progress
 
 
-def _line_printer() -> Callable[[str, int, int], None]:
+def _line_printer() -> OnProgress:
     start = last = monotonic()
 
-    def on_step(what: str, done: int, total: int) -> None:
+    def on_progress(progress: Progress) -> None:
         nonlocal last
         now = monotonic()
-        if done == total or now - last >= SECONDS_BETWEEN_LINES:
+        if progress.done == progress.total or now - last >= SECONDS_BETWEEN_LINES:
             last = now
-            print(f"{what} {done}/{total} ({now - start:.0f} s)", file=sys.stderr, flush=True)
+            line = f"{progress.phase.value} {progress.done}/{progress.total} ({now - start:.0f} s)"
+            print(line, file=sys.stderr, flush=True)
 
-    return on_step
+    return on_progress
 
 
 @contextmanager
-def block_progress(*, quiet: bool = False) -> Iterator[Callable[[int, int, str, float | None], None]]:
-    """Gives the `OnStep` of a quantization: one bar over the blocks on a terminal, a line now and then elsewhere."""
-    console, clock = Console(stderr=True), _BlockClock()
+def show_block_progress(*, quiet: bool = False) -> Iterator[OnProgress]:
+    """Yield the `OnProgress` of a quantization: one bar over the blocks on a terminal, occasional lines elsewhere."""
+    console = Console(stderr=True)
     if quiet:
-        yield lambda done, total, what, error: None
+        yield ignore_progress
     elif not console.is_terminal:
-        printed: list[Any] = [0.0, -1, ""]
-
-        def on_line(done: int, total: int, what: str, error: float | None) -> None:
-            clock.note(done, total, what, error)
-            now = monotonic()
-            # A block's line comes when it is finished; what goes before and after the blocks has its own.
-            since, before, phase = printed
-            if what in PHASES:
-                line = what if what != phase else ""
-            else:
-                is_due = done > before >= 0 and (done == total or now - since >= SECONDS_BETWEEN_LINES)
-                line = f"block {done}/{total}{clock.error}  {clock.times}" if is_due else ""
-            if line:
-                print(line, file=sys.stderr, flush=True)
-            printed[:] = [now if line else since, 0 if what in PHASES else done, what]
-
-        yield on_line
+        yield _BlockLines()
     else:
-        now_column = TextColumn("{task.fields[now]}", style="dim")
-        columns = ("{task.description}", BarColumn(bar_width=24), "{task.fields[times]}", now_column)
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("starting", total=None, times="", now="")
+        columns = ("{task.description}", BarColumn(bar_width=24), "{task.fields[times]}")
+        detail_column = TextColumn("{task.fields[detail]}", style="dim")
+        with rich_progress.Progress(*columns, detail_column, console=console, transient=True) as bar:
+            task = bar.add_task("starting", total=None, times="", detail="")
+            clock = _BlockClock()
 
-            def on_step(done: int, total: int, what: str, error: float | None) -> None:
-                clock.note(done, total, what, error)
-                title = f"block {min(done + 1, total)}/{total}"
-                if what in PHASES:
-                    bar.update(task, description=what, completed=done, total=total, times=clock.times, now="")
-                else:
-                    now = f"{clock.error}  {what or clock.what}"
-                    bar.update(task, description=title, completed=done, total=total, times=clock.times, now=now)
+            def on_progress(progress: Progress) -> None:
+                clock.update(progress)
+                title, detail = progress.phase.value, ""
+                if progress.phase in (Phase.BLOCKS, Phase.READING_BACK):
+                    title = f"block {min(progress.done + 1, progress.total)}/{progress.total}"
+                    detail = f"{clock.error}  {clock.detail}"
+                bar.update(
+                    task,
+                    description=title,
+                    completed=progress.done,
+                    total=progress.total,
+                    times=clock.times,
+                    detail=detail,
+                )
 
-            yield on_step
+            yield on_progress
+
+
+class _BlockLines:
+    """Prints one line for each phase before and after the blocks, and for finished blocks one line per
+    SECONDS_BETWEEN_LINES."""
+
+    def __init__(self) -> None:
+        self._clock = _BlockClock()
+        self._phase: Phase | None = None
+        self._finished: int | None = None
+        """Blocks that were finished at the last call; None before the first block."""
+        self._last_line = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        self._clock.update(progress)
+        line = ""
+        if progress.phase not in (Phase.BLOCKS, Phase.READING_BACK):
+            line = progress.phase.value if progress.phase != self._phase else ""
+            self._finished = 0
+        else:
+            if self._finished is not None and progress.done > self._finished:
+                is_last = progress.done == progress.total
+                if is_last or monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+                    line = f"block {progress.done}/{progress.total}{self._clock.error}  {self._clock.times}"
+            self._finished = progress.done
+        if line:
+            self._last_line = monotonic()
+            print(line, file=sys.stderr, flush=True)
+        self._phase = progress.phase
 
 
 class _BlockClock:
-    """How long a quantization has taken and will take; blocks that are read back do not count."""
+    """The elapsed and remaining time of a quantization. Blocks that are read back do not count."""
 
     def __init__(self) -> None:
         self._start = monotonic()
-        self._solving_since: tuple[float, int] | None = None
-        self._left: float | None = None
-        self._last: float | None = None
-        self.what = ""
-        """The last step that had a name."""
+        self._first_block: tuple[float, int] | None = None
+        """Time at which the first block that is not read back began, and the number of blocks finished before it."""
+        self._remaining: float | None = None
+        self._error: float | None = None
+        self.detail = ""
+        """The last named step within a block."""
 
-    def note(self, done: int, total: int, what: str, error: float | None) -> None:
+    def update(self, progress: Progress) -> None:
         now = monotonic()
-        self.what = what or self.what
-        self._last = self._last if error is None else error
-        if what in PHASES or what == "reading back":
-            self._left = None
+        self.detail = progress.detail or self.detail
+        self._error = self._error if progress.error is None else progress.error
+        if progress.phase != Phase.BLOCKS:
+            self._remaining = None
             return
-        if self._solving_since is None:
-            self._solving_since = now, done
-        since, first = self._solving_since
-        if done > first:
-            self._left = (now - since) / (done - first) * (total - done)
+        if self._first_block is None:
+            self._first_block = now, progress.done
+        since, first = self._first_block
+        if progress.done > first:
+            self._remaining = (now - since) / (progress.done - first) * (progress.total - progress.done)
 
     @property
     def times(self) -> str:
-        """Elapsed, and about how much is left."""
-        left = "" if not self._left else f", {words.clock(self._left)} left"
-        return f"{words.clock(monotonic() - self._start)}{left}"
+        """Elapsed time, and the estimated remaining time."""
+        remaining = "" if not self._remaining else f", {humanize.format_clock(self._remaining)} left"
+        return f"{humanize.format_clock(monotonic() - self._start)}{remaining}"
 
     @property
     def error(self) -> str:
-        """Relative error of the linears solved last."""
-        return "" if self._last is None else f"  error {words.short(self._last)}"
+        """Relative output error of the linears quantized last."""
+        return "" if self._error is None else f"  error {humanize.format_error(self._error)}"

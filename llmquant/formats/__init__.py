@@ -1,1 +1,1 @@
-
+"""Storage formats: pure functions between a `QuantizedWeight` and named tensors."""

@@ -1,9 +1,9 @@
-"""AWQ's GEMM layout: what AutoAWQ and AutoRound write.
+"""The GEMM layout of AWQ, which AutoAWQ and AutoRound write.
 
 | tensor | dtype | shape | content |
 |---|---|---|---|
 | qweight | int32 | [K, N/8] | 4-bit codes, packed along N in the order below |
-| qzeros | int32 | [G, N/8] | zero-points (no -1), packed the same |
+| qzeros | int32 | [G, N/8] | zero-points z (not z - 1), packed in the same order |
 | scales | float16 | [G, N] | |
 
 Nibble i (bits 4i … 4i+3) of word c holds column 8c + ORDER[i].
@@ -47,7 +47,7 @@ INVERSE_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 KNOWN_KEYS = key_set(
     "quant_method method bits w_bit group_size q_group_size zero_point version modules_to_not_convert sym lm_head meta "
     "checkpoint_format format pack_dtype desc_act "
-    # What follows tells how the weights were found, or which kernel to run: nothing about the tensors.
+    # The keys below describe how the weights were computed, or which kernel to run. They do not affect the tensors.
     "do_fuse fuse_max_seq_len modules_to_fuse exllama_config backend quantizer provider autoround_version iters lr "
     "minmax_lr enable_minmax_tuning enable_quanted_input enable_norm_bias_tuning low_gpu_mem_usage low_cpu_mem_usage "
     "nsamples seqlen scale_dtype data_type gradient_accumulate_steps amp batch_size dataset block_name_to_quantize "
@@ -57,29 +57,30 @@ FOREIGN_KEYS = {"config_groups": "compressed-tensors", "quantization_status": "c
 
 
 def _pack_columns(codes: Tensor) -> Tensor:
-    """uint8 [R, N] -> int32 [R, N/8]."""
+    """Pack uint8 [R, N] into int32 [R, N/8], with R rows."""
     in_order = codes.unflatten(1, (-1, 8))[:, :, ORDER].flatten(1)
     return pack_bits(in_order, 4, dim=1)
 
 
 def _unpack_columns(words: Tensor) -> Tensor:
-    """int32 [R, N/8] -> uint8 [R, N]."""
+    """Unpack int32 [R, N/8] into uint8 [R, N], with R rows."""
     in_order = unpack_bits(words, 4, 1, words.shape[1] * 8)
     return in_order.unflatten(1, (-1, 8))[:, :, INVERSE_ORDER].flatten(1)
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Always float16: loaders of this format know no other."""
+    """Return float16, the only scale dtype that loaders of this format support."""
     return torch.float16
 
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-    """4 bits, whole words along N, whole groups along K."""
+    """Return why this format cannot store a linear. It needs 4 bits, whole words along N and whole groups along K."""
     if spec.bits != 4:
         return f"bits {spec.bits}: the AWQ format holds 4 bits only; use --format compressed-tensors, or --bits 4"
     if out_features % 8:
         return (
-            f"out_features {out_features} is not a multiple of 8, as AWQ packing needs; use --format compressed-tensors"
+            f"out_features {out_features} is not a multiple of 8, which AWQ packing needs; "
+            "use --format compressed-tensors"
         )
     return refuse_partial_group(spec, in_features, "the AWQ format")
 
@@ -97,7 +98,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     if reason := refuses(weight.spec, weight.out_features, weight.in_features, weight.scale_NG.dtype):
         raise UserError(reason)
     if weight.group_index_K is not None:
-        raise UserError("g_idx: the AWQ format has no groups in moving order; use --format gptq")
+        raise UserError("g_idx: the AWQ format cannot store act-order groups; use --format gptq")
     return {
         "qweight": _pack_columns(weight.codes_NK.T),
         "qzeros": _pack_columns(weight.zero_NG.T),
@@ -134,14 +135,15 @@ def config(
     default: QuantSpec,
     specs: Mapping[str, QuantSpec | None],
     *,
-    moving_groups: bool = False,
+    act_order_groups: bool = False,
     meta: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `quantization_config`. One grid for all: linears that differ can only be left in 16 bit.
+    """Return the `quantization_config`. All quantized linears have one grid; the others stay in 16 bit.
 
-    `zero_point` is true for symmetric grids as well (their zero-points are 8): the fast kernels ask for it.
+    `zero_point` is true for symmetric grids as well (their zero-points are 8), because the fast kernels require it.
+    Raises UserError if the linears have several grids, or if loaders could not tell their names apart.
     """
-    assert not moving_groups
+    assert not act_order_groups
     for name, spec in specs.items():
         if spec is not None and spec != default:
             raise UserError(
@@ -159,7 +161,8 @@ def config(
 
 
 def _skip_names(specs: Mapping[str, QuantSpec | None]) -> list[str]:
-    """Names to leave in 16 bit. Loaders match substrings, so none may occur in the name of a quantized linear."""
+    """Return names for the linears that stay in 16 bit. Loaders match substrings, so none of these names may be part of
+    the name of a quantized linear."""
     quantized = [name for name, spec in specs.items() if spec is not None]
     names: dict[str, None] = {}
     for name in (name for name, spec in specs.items() if spec is None):
@@ -176,7 +179,7 @@ def _skip_names(specs: Mapping[str, QuantSpec | None]) -> list[str]:
 
 
 def parse(config: Mapping[str, Any]) -> ParsedQuantization:
-    """Understands what AutoAWQ (also its own key names), AutoRound, GPTQModel and we write."""
+    """Parse a configuration of AutoAWQ (with its own key names too), AutoRound, GPTQModel or llmquant."""
     where = "quantization_config (awq)"
     check_keys(config, KNOWN_KEYS, FOREIGN_KEYS, where)
     for key in ("version", "checkpoint_format", "format"):

@@ -1,14 +1,15 @@
-"""The `pack-quantized` layout of compressed-tensors: what llm-compressor writes, and vLLM's kept format.
+"""The `pack-quantized` layout of compressed-tensors, which llm-compressor writes and vLLM maintains.
 
 | tensor | dtype | shape | content |
 |---|---|---|---|
 | weight_packed | int32 | [N, ceil(K*b/32)] | codes, packed along K, tail bits 0 |
-| weight_scale | that of the model | [N, G] | |
+| weight_scale | dtype of the model | [N, G] | |
 | weight_shape | int64 | [2] | (N, K) |
 | weight_zero_point | int32 | [ceil(N*b/32), G] | zero-points, packed along N; asymmetric grids only |
-| weight_g_idx | int32 | [K] | legacy: group of each column where groups move; never written |
+| weight_g_idx | int32 | [K] | group of each column (act-order); found in old files only, never written |
 
-Its own documents count codes from -2**(b-1) and store them with 2**(b-1) added, which is our code from 0 … 2**b - 1.
+The documentation of the format counts codes from -2**(b-1) and adds 2**(b-1) to store them. The stored codes are
+therefore those of a `QuantizedWeight`, 0 … 2**b - 1.
 
 Letters: N out_features, K in_features, G groups of group_size columns, b bits.
 """
@@ -35,13 +36,13 @@ from llmquant.formats.format import (
     check_scales,
     check_tensors,
     check_zeros,
-    compile_pattern,
     key_set,
     make_grid,
     refuse_partial_group,
     require,
     string_list,
 )
+from llmquant.formats.patterns import MatchTimer, Pattern
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -54,7 +55,7 @@ KNOWN_KEYS = key_set(
 GROUP_KEYS = key_set("targets weights input_activations output_activations format")
 WEIGHT_KEYS = key_set(
     "num_bits type symmetric strategy group_size dynamic actorder block_structure scale_dtype zp_dtype "
-    # How the range was found: nothing about the tensors.
+    # The keys below describe how the range was found. They do not affect the tensors.
     "observer observer_kwargs"
 )
 FOREIGN_KEYS = {
@@ -64,12 +65,12 @@ FOREIGN_KEYS = {
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """That of the model, as it is."""
+    """Return the dtype of the model, unchanged."""
     return dtype
 
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-    """Any K and N, but whole groups: the reader divides K by group_size."""
+    """Return why this format cannot store a linear. It needs whole groups: its loader divides K by group_size."""
     return refuse_partial_group(spec, in_features, "compressed-tensors")
 
 
@@ -90,7 +91,7 @@ def pack(weight: QuantizedWeight) -> dict[str, Tensor]:
     if reason := refuses(spec, weight.out_features, weight.in_features, weight.scale_NG.dtype):
         raise UserError(reason)
     if weight.group_index_K is not None:
-        raise UserError("weight_g_idx: engines no longer load groups in moving order; use --format gptq")
+        raise UserError("weight_g_idx: engines no longer load act-order groups in this format; use --format gptq")
     tensors = {
         "weight_packed": pack_bits(weight.codes_NK, spec.bits, dim=1),
         "weight_scale": weight.scale_NG.contiguous(),
@@ -116,7 +117,7 @@ def features(tensors: Mapping[str, Tensor], spec: QuantSpec) -> tuple[int, int]:
     zero = tensors.get("weight_zero_point")
     if zero is not None:
         packed = (torch.int32, (num_words(out_features, spec.bits), spec.num_groups(in_features)))
-        # Writers before 2025 stored one signed byte per zero-point.
+        # Tools stored one signed byte per zero-point until 2025.
         legacy = (torch.int8, (out_features, spec.num_groups(in_features)))
         expected["weight_zero_point"] = legacy if zero.dtype == torch.int8 else packed
     check_tensors(tensors, expected, "weight_scale", spec)
@@ -158,16 +159,16 @@ def config(
     default: QuantSpec,
     specs: Mapping[str, QuantSpec | None],
     *,
-    moving_groups: bool = False,
+    act_order_groups: bool = False,
     meta: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `quantization_config`: one config group per grid.
+    """Return the `quantization_config`, with one config group per grid.
 
-    One grid targets the class Linear. Several name every linear: an engine that fuses q, k and v asks for the class
-    before it asks for the parts, so a group for Linear would swallow the others. meta has no place here: the reader
-    forbids unknown keys.
+    A single config group targets the class Linear. Several config groups name all their linears: an engine that fuses
+    q, k and v looks up the class before the three names, so a config group for Linear would apply to all of them.
+    `meta` is not used, because the loader rejects unknown keys.
     """
-    assert not moving_groups
+    assert not act_order_groups
     groups: dict[QuantSpec, list[str]] = {default: []}
     for name, spec in specs.items():
         if spec is not None:
@@ -207,10 +208,10 @@ def _weights(spec: QuantSpec) -> dict[str, Any]:
 
 
 def parse(config: Mapping[str, Any]) -> ParsedQuantization:
-    """Understands what llm-compressor and we write.
+    """Parse a configuration of llm-compressor or llmquant.
 
-    A linear is matched by name (exactly, or `re:` from its start) before it is matched by its class, which is Linear;
-    `ignore` comes first.
+    `ignore` takes precedence over all targets. Otherwise, a target that names the linear (exactly, or by a `re:`
+    pattern from its start) takes precedence over a target of its class, Linear.
     """
     where = "quantization_config (compressed-tensors)"
     check_keys(config, KNOWN_KEYS, FOREIGN_KEYS, where)
@@ -231,14 +232,16 @@ def parse(config: Mapping[str, Any]) -> ParsedQuantization:
     if not isinstance(groups, dict) or not groups:
         raise UserError(f"{where}: config_groups {groups!r:.40}; must be an object with at least one group")
 
+    timer = MatchTimer()
     rules: list[tuple[_Matcher, ModuleGrid]] = []
     for name, group in groups.items():
         group_where = f"{where}: {name}"
         if not isinstance(group, dict):
             raise UserError(f"{group_where}: {group!r:.40}; must be an object")
         grid = _group_grid(group, layout, group_where)
-        rules.append((_Matcher(string_list(group.get("targets"), f"{group_where}: targets"), group_where), grid))
-    ignore = _Matcher(string_list(config.get("ignore"), f"{where}: ignore"), f"{where}: ignore")
+        targets = string_list(group.get("targets"), f"{group_where}: targets")
+        rules.append((_Matcher(targets, group_where, timer), grid))
+    ignore = _Matcher(string_list(config.get("ignore"), f"{where}: ignore"), f"{where}: ignore", timer)
     by_class = [grid for matcher, grid in rules if matcher.matches_class]
     if len(set(by_class)) > 1:
         raise UserError(
@@ -255,15 +258,15 @@ def parse(config: Mapping[str, Any]) -> ParsedQuantization:
 
 
 class _Matcher:
-    """A list of `targets` or `ignore`: exact names, `re:` expressions, and the class Linear."""
+    """The entries of a `targets` or `ignore` list: exact names, `re:` patterns, and the class Linear."""
 
-    def __init__(self, entries: list[str], where: str) -> None:
+    def __init__(self, entries: list[str], where: str, timer: MatchTimer) -> None:
         self.matches_class = "Linear" in entries
         self._names = frozenset(entry for entry in entries if not entry.startswith("re:"))
-        self._patterns = [compile_pattern(entry[3:], where) for entry in entries if entry.startswith("re:")]
+        self._patterns = [Pattern(entry[3:], where, timer) for entry in entries if entry.startswith("re:")]
 
     def matches_name(self, module: str) -> bool:
-        return module in self._names or any(pattern.match(module) for pattern in self._patterns)
+        return module in self._names or any(pattern.matches(module) for pattern in self._patterns)
 
 
 def _group_grid(group: Mapping[str, Any], layout: str, where: str) -> ModuleGrid:
@@ -295,8 +298,8 @@ def _group_grid(group: Mapping[str, Any], layout: str, where: str) -> ModuleGrid
     order = weights.get("actorder")
     if order not in (None, False, True, "static", "weight", "group", "dynamic"):
         raise UserError(f"{where}: actorder {order!r:.40}; must be null, static, weight, group or dynamic")
-    moving = order in (True, "group", "dynamic")
-    return make_grid(weights.get("num_bits", 8), group_size, weights.get("symmetric", True), moving, where)
+    act_order_groups = order in (True, "group", "dynamic")
+    return make_grid(weights.get("num_bits", 8), group_size, weights.get("symmetric", True), act_order_groups, where)
 
 
 FORMAT = Format(

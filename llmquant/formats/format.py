@@ -1,15 +1,14 @@
-"""What a format is: pure functions between `QuantizedWeight` and named tensors, and between specs and `config.json`.
+"""A storage format: pure functions between `QuantizedWeight` and named tensors, and between specs and `config.json`.
 
-A linear called `m` is stored as tensors `m.<suffix>`; a format knows its suffixes, their dtypes and shapes, and the
-words in them. It does not know files, modules or models: `checkpoints/` adds those. `registry.FORMATS` has the entries.
+A linear called `m` is stored as tensors `m.<suffix>`; a format defines its suffixes, their dtypes and shapes, and the
+words in them. Files, modules and models are the concern of `checkpoints/`. `registry.FORMATS` lists all
+formats.
 
 Letters: N out_features, K in_features, G groups of group_size columns (the last may be shorter).
 """
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant import __version__
 from llmquant.errors import UserError
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
+from llmquant.version import __version__
 from llmquant.weight import QuantizedWeight, group_of_column
 
 QUANTIZER = f"llmquant:{__version__}"
@@ -30,24 +29,26 @@ TensorShapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleGrid:
-    """What a `quantization_config` says about one linear."""
+    """How one linear is quantized, according to a `quantization_config`."""
 
     spec: QuantSpec
-    """The grid."""
-    moving_groups: bool = False
-    """Columns belong to groups in any order, so a group-index tensor must be there."""
+    """Bits, group size and symmetry of the linear."""
+    act_order_groups: bool = False
+    """Whether columns are assigned to groups in any order (desc_act). If so, the linear must have a group-index tensor
+    (g_idx)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedQuantization:
-    """A `quantization_config`, understood."""
+    """A parsed and validated `quantization_config`."""
 
     format: Format
-    """How the tensors are laid out."""
+    """The layout of the packed tensors."""
     default: QuantSpec | None
-    """The grid of a linear that no rule names; None where every rule names its linears."""
+    """The grid of a linear that no rule names; None if the configuration names every quantized linear."""
     grid_of: Callable[[str], ModuleGrid | None]
-    """Module name -> its grid, or None for a linear that stays in 16 bit."""
+    """Module name -> the grid of the linear, or None if it stays in 16 bit. Raises UserError if the patterns of the
+    configuration take too long to match."""
 
     def spec_of(self, module: str) -> QuantSpec | None:
         """The grid of a linear, or None if it stays in 16 bit."""
@@ -57,55 +58,55 @@ class ParsedQuantization:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One on-disk format, as pure functions."""
+    """One storage format as a record of pure functions."""
 
     name: str
-    """Its key in `FORMATS`, and the value of `--format`."""
+    """Key of the format in `FORMATS`, and the value of `--format`."""
     suffixes: tuple[str, ...]
-    """Every tensor that a linear may be stored as, the packed codes first."""
+    """Suffixes of all tensors that may store a linear, the packed codes first."""
     group_index: str | None
-    """The suffix that holds the group of each column when groups move; None if the format has no such tensor."""
+    """Suffix of the tensor with the group of each column (act-order); None if the format has no such tensor."""
     min_zero: int
-    """Smallest zero-point that can be stored: 1 for gptq v1, whose stored zero is z - 1; 0 elsewhere."""
+    """Smallest zero-point that can be stored: 1 for gptq v1, which stores z - 1, and 0 for the other formats."""
     scale_dtype: Callable[[torch.dtype], torch.dtype]
-    """(dtype of the model) -> dtype in which scales are stored. Round scales to it before rounding weights."""
+    """(dtype of the model) -> dtype of the stored scales. Scales must be rounded to it before weights are rounded."""
     refuses: Callable[[QuantSpec, int, int, torch.dtype], str | None]
-    """(spec, N, K, scale dtype) -> why such a linear cannot be held, with the remedy; None if it can."""
+    """(spec, N, K, scale dtype) -> why the format cannot store such a linear, with the remedy; None if it can."""
     tensor_shapes: Callable[[QuantSpec, int, int, torch.dtype], TensorShapes]
-    """(spec, N, K, scale dtype) -> suffix -> (dtype, shape) of what `pack` returns."""
+    """(spec, N, K, scale dtype) -> {suffix: (dtype, shape)} of the tensors that `pack` returns."""
     pack: Callable[[QuantizedWeight], dict[str, Tensor]]
-    """The stored tensors by suffix. Codes, scales and zeros are kept exactly, or a UserError says what would not be."""
+    """Weight -> its stored tensors by suffix. They hold codes, scales and zero-points exactly; `pack` raises UserError
+    if they cannot."""
     features: Callable[[Mapping[str, Tensor], QuantSpec], tuple[int, int]]
-    """(tensors, spec) -> (N, K), after checking every dtype and shape; UserError names the tensor. Reads no values, so
-    tensors may be on the meta device (except compressed-tensors' `weight_shape`)."""
+    """(tensors, spec) -> (N, K), after checking every dtype and shape. Raises UserError that names the tensor. No
+    values are read, so tensors may be on the meta device (except compressed-tensors' `weight_shape`)."""
     unpack: Callable[[Mapping[str, Tensor], QuantSpec, int, int], QuantizedWeight]
-    """(tensors, spec, N, K) -> the weight. Checks shapes and values; UserError names the tensor."""
+    """(tensors, spec, N, K) -> the weight, after checking shapes and values. Raises UserError that names the tensor."""
     config: Callable[..., dict[str, Any]]
-    """(default spec, {every linear: spec or None}, moving_groups=False, meta={}) -> `quantization_config`. UserError if
-    the loaders of this format could not tell the linears apart."""
+    """(default spec, {every linear: spec or None}, act_order_groups=False, meta={}) -> `quantization_config`. Raises
+    UserError if the loaders of this format could not tell the linears apart."""
     parse: Callable[[Mapping[str, Any]], ParsedQuantization]
-    """`quantization_config` -> what it means. UserError on keys that are unknown or contradict each other."""
+    """`quantization_config` -> its parsed form. Raises UserError for keys that are unknown or contradict each other."""
     mixes_group_sizes: bool = False
-    """Whether every engine that loads the format reads a group size per linear. transformers ignores the exceptions of
-    the gptq formats, and the awq format has none: a linear that needs smaller groups gives them to all the others."""
+    """Whether every engine that loads the format reads a group size per linear. transformers ignores the per-linear
+    overrides of the gptq formats, and the awq format has none. If this is False, all linears get the smallest group
+    size that one of them needs."""
     config_file: str | None = None
-    """A file of its own in which loaders also look for the configuration."""
+    """Name of a second file in which loaders look for the configuration; None if they read config.json only."""
 
 
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def require(tensors: Mapping[str, Tensor], suffix: str) -> Tensor:
-    """The tensor of that suffix; UserError if it is missing."""
+    """Return the tensor with this suffix. Raises UserError if it is missing."""
     if suffix not in tensors:
-        raise UserError(
-            f"{suffix}: missing, though the other tensors of this linear are there; the checkpoint is damaged"
-        )
+        raise UserError(f"{suffix}: missing, but other tensors of this linear are present; the checkpoint is damaged")
     return tensors[suffix]
 
 
 def check_matrix(tensors: Mapping[str, Tensor], suffix: str, dtype: torch.dtype = torch.int32) -> tuple[int, int]:
-    """Shape of a non-empty matrix of that dtype; UserError otherwise."""
+    """Return the shape of a matrix. Raises UserError unless it is non-empty and has this dtype."""
     tensor = require(tensors, suffix)
     if tensor.dtype != dtype or tensor.ndim != 2 or 0 in tensor.shape:
         raise UserError(f"{suffix}: {_describe(tensor)}; must be a non-empty {_name(dtype)} matrix")
@@ -113,22 +114,22 @@ def check_matrix(tensors: Mapping[str, Tensor], suffix: str, dtype: torch.dtype 
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: TensorShapes, scale_suffix: str, spec: QuantSpec) -> None:
-    """Compares dtypes and shapes with what the configuration asks for; scales may have any of `SCALE_DTYPES`."""
+    """Raise UserError if a dtype or shape differs from the configuration. Scales may have any of `SCALE_DTYPES`."""
     for suffix, (dtype, shape) in expected.items():
         tensor = require(tensors, suffix)
         allowed = SCALE_DTYPES if suffix == scale_suffix else (dtype,)
         if tensor.dtype not in allowed or tuple(tensor.shape) != shape:
             names = " or ".join(_name(each) for each in allowed)
             raise UserError(
-                f"{suffix}: {_describe(tensor)}; quantization_config ({spec.describe()}) asks for {names} {list(shape)}"
+                f"{suffix}: {_describe(tensor)}; quantization_config ({spec.describe()}) requires {names} {list(shape)}"
             )
 
 
 def check_scales(scale_NG: Tensor, zero_NG: Tensor, spec: QuantSpec, suffix: str) -> None:
-    """UserError unless every scale is finite and positive. One below zero may stand beside the middle zero-point.
+    """Raise UserError unless every scale is finite and positive, or negative with the middle zero-point.
 
-    AutoRound writes those: it turns a symmetric group around where its largest weight is positive, since codes reach
-    one step further down than up.
+    AutoRound writes negative scales. It negates a symmetric group if the largest weight is positive, because the grid
+    has one more level below zero than above.
     """
     negative = (scale_NG < 0) & (zero_NG != spec.mid_code)
     for wrong, name in ((~torch.isfinite(scale_NG), "NaN or inf"), (negative | (scale_NG == 0), "zero or negative")):
@@ -139,7 +140,7 @@ def check_scales(scale_NG: Tensor, zero_NG: Tensor, spec: QuantSpec, suffix: str
 
 
 def check_zeros(zero_NG: Tensor, spec: QuantSpec, suffix: str) -> None:
-    """UserError if a symmetric grid has a zero-point that is not the middle code."""
+    """Raise UserError if a symmetric grid has a zero-point other than the middle code."""
     if spec.symmetric and not bool((zero_NG == spec.mid_code).all()):
         raise UserError(
             f"{suffix}: zero-points from {int(zero_NG.min())} to {int(zero_NG.max())}, but quantization_config says "
@@ -148,7 +149,8 @@ def check_zeros(zero_NG: Tensor, spec: QuantSpec, suffix: str) -> None:
 
 
 def check_group_index(index: Tensor, spec: QuantSpec, in_features: int, suffix: str) -> Tensor | None:
-    """The group of each column, int64 [K], or None if it is `k // group_size`; UserError if it is not a valid group."""
+    """Return the group of each column as int64 [K], or None if it is `k // group_size`. Raises UserError for a group
+    that does not exist."""
     if index.dtype not in (torch.int32, torch.int64) or tuple(index.shape) != (in_features,):
         raise UserError(f"{suffix}: {_describe(index)}; must be int32 [{in_features}]")
     index_K = index.long()
@@ -162,7 +164,7 @@ def check_group_index(index: Tensor, spec: QuantSpec, in_features: int, suffix: 
 
 
 def cast_scales(scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scales in the stored dtype; UserError if any of them would change."""
+    """Return the scales in the stored dtype. Raises UserError if that changes any of them."""
     stored = scale_NG.to(dtype)
     if not torch.equal(stored.to(scale_NG.dtype), scale_NG):
         changed = int((stored.to(scale_NG.dtype) != scale_NG).sum())
@@ -174,7 +176,7 @@ def cast_scales(scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def num_features(words: int, bits: int, suffix: str) -> int:
-    """How many codes a dimension of whole words holds; UserError if it is not a whole number (3 bits)."""
+    """Return how many codes fit into `words` words. Raises UserError if that is not a whole number (3 bits)."""
     if words * 32 % bits:
         raise UserError(
             f"{suffix}: {words} words do not hold a whole number of {bits}-bit codes; check bits in config.json"
@@ -183,7 +185,7 @@ def num_features(words: int, bits: int, suffix: str) -> int:
 
 
 def refuse_partial_group(spec: QuantSpec, in_features: int, needed_by: str) -> str | None:
-    """Why a format whose readers divide in_features by group_size cannot hold a linear, or None where it can."""
+    """Return why a format without partial groups cannot store a linear, or None if it can. needed_by: the format."""
     if spec.group_size == -1 or in_features % spec.group_size == 0:
         return None
     return (
@@ -192,11 +194,11 @@ def refuse_partial_group(spec: QuantSpec, in_features: int, needed_by: str) -> s
     )
 
 
-def check_features(found: tuple[int, int], out_features: int, in_features: int, suffix: str) -> None:
-    """UserError unless the tensors hold an [N, K] weight."""
-    if found != (out_features, in_features):
+def check_features(stored: tuple[int, int], out_features: int, in_features: int, suffix: str) -> None:
+    """Raise UserError unless `stored`, the size of the stored weight, is (out_features, in_features)."""
+    if stored != (out_features, in_features):
         raise UserError(
-            f"{suffix}: holds a weight of {list(found)}, but the model's is [{out_features}, {in_features}]"
+            f"{suffix}: holds a weight of {list(stored)}, but the model's is [{out_features}, {in_features}]"
         )
 
 
@@ -212,12 +214,12 @@ def _describe(tensor: Tensor) -> str:
 
 
 def key_set(names: str) -> frozenset[str]:
-    """The words of a text."""
+    """Return the words of a string as a set."""
     return frozenset(names.split())
 
 
 def check_keys(config: Mapping[str, Any], known: frozenset[str], foreign: Mapping[str, str], where: str) -> None:
-    """Refuses keys of another format, and keys that nobody knows unless they are switched off (null, false, empty)."""
+    """Raise UserError for keys of another format, and for unknown keys whose value is not null, false or empty."""
     for key, value in config.items():
         if key in foreign:
             raise UserError(
@@ -231,72 +233,21 @@ def check_keys(config: Mapping[str, Any], known: frozenset[str], foreign: Mappin
             )
 
 
-def make_grid(bits: Any, group_size: Any, symmetric: Any, moving_groups: Any, where: str) -> ModuleGrid:
-    """Checks the values that came from a file, and builds the grid."""
+def make_grid(bits: Any, group_size: Any, symmetric: Any, act_order_groups: Any, where: str) -> ModuleGrid:
+    """Return the grid of these values from a file. Raises UserError for a value that is not valid."""
     if type(bits) is not int or bits not in SUPPORTED_BITS:
         raise UserError(f"{where}: bits {bits!r:.40}; must be one of {', '.join(map(str, SUPPORTED_BITS))}")
     if type(group_size) is not int or (group_size < 1 and group_size != -1):
         raise UserError(f"{where}: group_size {group_size!r:.40}; must be a positive number, or -1 for one group")
-    for name, flag in (("sym", symmetric), ("desc_act", moving_groups)):
+    for name, flag in (("sym", symmetric), ("desc_act", act_order_groups)):
         if type(flag) is not bool:
             raise UserError(f"{where}: {name} {flag!r:.40}; must be true or false")
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
-    return ModuleGrid(spec=spec, moving_groups=moving_groups)
-
-
-MAX_REPEATS = 6
-"""Repetitions without end in one alternative of a regular expression."""
-
-
-def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
-    """A regular expression from a file; UserError if it is not one, or one that could match for ever."""
-    if runs_away(pattern):
-        raise UserError(
-            f"{where}: {pattern!r:.60} repeats a group, or has more than {MAX_REPEATS} repetitions in one alternative: "
-            "matching it could take for ever; write it without"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a later version of Python may read otherwise
-            return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{where}: {pattern!r:.60} is not a regular expression ({error})") from None
-
-
-def runs_away(pattern: str) -> bool:
-    """Whether backtracking could take exponential time (a repeated group), or a high power of the name's length. The
-    names of linears need neither."""
-    if re.search(r"\(\?(#|[aiLmsu]*x)", pattern):
-        return True  # comments, which could hide what follows from the scan below
-    # Per open group: repetitions of the longest alternative so far, and of the one that is read.
-    longest, current = [0], [0]
-    in_set, previous = False, ""
-    characters = iter(pattern)
-    for character in characters:
-        if character == "\\":
-            next(characters, None)
-        elif in_set:
-            in_set = character != "]"
-        elif character == "[":
-            in_set = True
-        elif character == "(":
-            longest.append(0)
-            current.append(0)
-        elif character == "|":
-            longest[-1], current[-1] = max(longest[-1], current[-1]), 0
-        elif character == ")" and len(current) > 1:
-            inside = max(longest.pop(), current.pop())
-            current[-1] += inside
-        elif character in "*+{":
-            if previous == ")":
-                return True
-            current[-1] += 1
-        previous = character
-    return any(max(pair) > MAX_REPEATS for pair in zip(longest, current, strict=True))
+    return ModuleGrid(spec=spec, act_order_groups=act_order_groups)
 
 
 def string_list(value: Any, where: str) -> list[str]:
-    """A list of strings (or null: an empty one) from a file; UserError if it is anything else."""
+    """Return a list of strings from a file; null is an empty list. Raises UserError for anything else."""
     if value is None:
         return []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

@@ -1,8 +1,8 @@
-"""Linears that the engines run as one: vLLM and SGLang put their weights side by side at load.
+"""Linears that engines fuse: vLLM and SGLang concatenate their weights when they load a model.
 
-Parts of one such set must have one grid, or be left in 16 bit together; and where a configuration names linears, an
-engine may look up the fused name. The names are those of transformers' models; a model that fuses them itself (a
-`qkv_proj` on disk) has nothing to put together.
+All linears of a fused set must have the same grid, or all must stay in 16 bit. If a configuration names linears, an
+engine may look up the fused name in it. The names in this module are those of transformers' models. A model that stores
+a fused linear (a `qkv_proj` on disk) needs none of this.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ FUSED: dict[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
-"""Name in an engine -> names of its parts, side by side under one parent."""
+"""Name of the fused linear in an engine -> names of the linears that it replaces, all in one parent module."""
 
 
 def fused_sets(names: Mapping[str, object]) -> dict[str, tuple[str, ...]]:
-    """Full fused name -> full names of its parts, of every set that is complete among these linears."""
+    """Return {full fused name: full names of its linears} for every fused set whose linears are all in `names`."""
     parents = dict.fromkeys(name.rpartition(".")[0] for name in names)
     candidates = {
-        f"{parent}.{fused}": tuple(f"{parent}.{part}" for part in parts)
+        f"{parent}.{fused}": tuple(f"{parent}.{name}" for name in linears)
         for parent in parents
-        for fused, parts in FUSED.items()
+        for fused, linears in FUSED.items()
     }
-    return {fused: parts for fused, parts in candidates.items() if all(part in names for part in parts)}
+    return {fused: linears for fused, linears in candidates.items() if all(name in names for name in linears)}
 
 
 def with_fused_names(specs: Mapping[str, QuantSpec | None]) -> dict[str, QuantSpec | None]:
-    """The grids of all linears, and under its fused name that of every set whose parts agree."""
+    """Return the grids of all linears, and a grid under the fused name for every fused set with a single grid."""
     fused = fused_sets(specs)
-    agreed = {name: specs[parts[0]] for name, parts in fused.items() if len({specs[part] for part in parts}) == 1}
+    agreed = {name: specs[linears[0]] for name, linears in fused.items() if len({specs[each] for each in linears}) == 1}
     return {**specs, **agreed}

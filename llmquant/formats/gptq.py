@@ -1,11 +1,11 @@
-"""GPTQ's layout, v1 (`gptq`) and v2 (`gptq_v2`): what AutoGPTQ began, and GPTQModel, vLLM and SGLang read.
+"""The layout of GPTQ, v1 (`gptq`) and v2 (`gptq_v2`). AutoGPTQ introduced it; GPTQModel, vLLM and SGLang read it.
 
 | tensor | dtype | shape | content |
 |---|---|---|---|
 | qweight | int32 | [K*b/32, N] | codes, packed along K |
 | qzeros | int32 | [G, N*b/32] | zero-points, packed along N; v1 stores z - 1, v2 stores z |
 | scales | float16 or bfloat16 | [G, N] | |
-| g_idx | int32 | [K] | group of each column, `k // g` in what we write |
+| g_idx | int32 | [K] | group of each column; llmquant writes `k // g` |
 
 Letters: N out_features, K in_features, G groups of group_size columns (the last may be shorter), b bits.
 """
@@ -37,13 +37,13 @@ from llmquant.formats.format import (
     check_scales,
     check_tensors,
     check_zeros,
-    compile_pattern,
     key_set,
     make_grid,
     num_features,
     string_list,
 )
 from llmquant.formats.fused import with_fused_names
+from llmquant.formats.patterns import MatchTimer, Pattern
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -52,7 +52,7 @@ SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 KNOWN_KEYS = key_set(
     "quant_method method checkpoint_format format bits group_size sym desc_act lm_head dynamic pack_dtype meta "
     "modules_in_block_to_quantize "
-    # What follows tells how the weights were found, or which kernel to run: nothing about the tensors.
+    # The keys below describe how the weights were computed, or which kernel to run. They do not affect the tensors.
     "true_sequential static_groups damp_percent damp_auto_increment dataset tokenizer model_seqlen batch_size "
     "block_name_to_quantize cache_block_outputs exllama_config max_input_length module_name_preceding_first_block "
     "pad_token_id use_cuda_fp16 use_exllama disable_exllama backend model_name_or_path model_file_base_name "
@@ -74,12 +74,14 @@ OVERRIDE_KEYS = key_set("bits group_size sym desc_act damp_percent damp_auto_inc
 
 
 def scale_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float16 and bfloat16 stay as they are: engines copy scales into the model's dtype, exact if it is theirs."""
+    """Return bfloat16 for bfloat16 and float16 otherwise. Engines copy scales into the model's dtype, so scales of that
+    dtype stay exact."""
     return dtype if dtype == torch.bfloat16 else torch.float16
 
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-    """Rows of words must be whole: K * b and N * b multiples of 32 (3 bits: K and N multiples of 32)."""
+    """Return why this format cannot store a linear. It needs whole words: K * b and N * b must be multiples of 32, and
+    for 3 bits K and N themselves."""
     multiple = 32 if spec.bits == 3 else 32 // spec.bits
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if size % multiple:
@@ -101,7 +103,7 @@ def tensor_shapes(spec: QuantSpec, out_features: int, in_features: int, dtype: t
 
 
 def pack(weight: QuantizedWeight, *, zero_offset: int) -> dict[str, Tensor]:
-    """zero_offset is what v1 takes off each zero-point: 1 there, 0 in v2."""
+    """Return the stored tensors. zero_offset: subtracted from each zero-point, 1 in v1 and 0 in v2."""
     spec = weight.spec
     if reason := refuses(spec, weight.out_features, weight.in_features, weight.scale_NG.dtype):
         raise UserError(reason)
@@ -123,7 +125,7 @@ def features(tensors: Mapping[str, Tensor], spec: QuantSpec) -> tuple[int, int]:
     in_features = num_features(rows, spec.bits, "qweight")
     expected = tensor_shapes(spec, out_features, in_features, torch.float16)
     if "g_idx" not in tensors:
-        # Some writers leave it out when it is k // g; whether it may be missing is for the configuration to say.
+        # Some tools omit g_idx if it is k // g. The configuration decides whether it may be missing.
         del expected["g_idx"]
     check_tensors(tensors, expected, "scales", spec)
     if reason := refuses(spec, out_features, in_features, torch.float16):
@@ -137,8 +139,8 @@ def unpack(
     check_features(features(tensors, spec), out_features, in_features, "qweight")
     qzeros = tensors["qzeros"]
     if zero_offset and spec.bits != 3:
-        # GPTQModel goes from v2 to v1 by subtracting 1 from every field of a word at once; adding them back at once
-        # undoes it even where a zero-point of 0 borrowed from its neighbour.
+        # GPTQModel converts v2 to v1 by one subtraction, which takes 1 from every field of a word. One addition undoes
+        # this, even if a zero-point of 0 borrowed from its neighbor.
         qzeros = qzeros + _ones_in_each_field(spec.bits)
         zero_GN = unpack_bits(qzeros, spec.bits, 1, out_features)
     else:
@@ -157,7 +159,7 @@ def unpack(
 
 
 def _ones_in_each_field(bits: int) -> int:
-    """0x11111111 for 4 bits: a one in the lowest bit of each field of a word."""
+    """Return a word with a one in the lowest bit of each field: 0x11111111 for 4 bits."""
     return sum(1 << shift for shift in range(0, 32, bits))
 
 
@@ -169,14 +171,14 @@ def config(
     specs: Mapping[str, QuantSpec | None],
     *,
     checkpoint_format: str,
-    moving_groups: bool = False,
+    act_order_groups: bool = False,
     meta: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The `quantization_config`.
+    """Return the `quantization_config`.
 
-    specs has every linear of the model, None for one that stays in 16 bit. What differs from the default goes into
-    `dynamic`, as one regular expression per treatment. An engine that fuses linears looks the fused name up, so those
-    names are in it too.
+    specs: all linears of the model, with None for a linear that stays in 16 bit. `dynamic` gets one regular expression
+    per grid that differs from the default. The expressions match fused names too, because an engine that fuses linears
+    looks up the fused name.
     """
     specs = with_fused_names(specs)
     lm_heads = {name: spec for name, spec in specs.items() if _is_lm_head(name)}
@@ -185,7 +187,7 @@ def config(
         "checkpoint_format": checkpoint_format,
         "bits": default.bits,
         "group_size": default.group_size,
-        "desc_act": moving_groups,
+        "desc_act": act_order_groups,
         "sym": default.symmetric,
         "lm_head": any(spec is not None for spec in lm_heads.values()),
         "pack_dtype": "int32",
@@ -213,12 +215,12 @@ def _override(spec: QuantSpec | None, default: QuantSpec) -> dict[str, Any]:
 
 
 def _pattern(names: list[str], specs: Mapping[str, QuantSpec | None]) -> str:
-    """A regular expression for exactly these names: `\\d+` for the layer number where all layers are treated alike."""
-    treatments = defaultdict(set)
+    """Return a regular expression for exactly these names, with `\\d+` for the layer number if all layers agree."""
+    specs_of_pattern = defaultdict(set)
     for name, spec in specs.items():
-        treatments[_any_number(name)].add(spec)
+        specs_of_pattern[_any_number(name)].add(spec)
     patterns = {
-        _any_number(name) if len(treatments[_any_number(name)]) == 1 else re.escape(name): None for name in names
+        _any_number(name) if len(specs_of_pattern[_any_number(name)]) == 1 else re.escape(name): None for name in names
     }
     return f"^(?:{'|'.join(patterns)})$"
 
@@ -232,10 +234,10 @@ def _is_lm_head(name: str) -> bool:
 
 
 def parse(config: Mapping[str, Any]) -> ParsedQuantization:
-    """Understands what AutoGPTQ, GPTQModel, optimum, AutoRound and we write.
+    """Parse a configuration of AutoGPTQ, GPTQModel, optimum, AutoRound or llmquant.
 
-    `dynamic` maps regular expressions, tried in order from the start of the name, to overrides (`+:` or nothing in
-    front) or to "stays in 16 bit" (`-:`).
+    `dynamic` maps regular expressions to overrides. The first expression that matches the start of the name
+    applies. If it begins with `-:`, the linear stays in 16 bit; the prefix `+:` is optional.
     """
     where = "quantization_config (gptq)"
     check_keys(config, KNOWN_KEYS, FOREIGN_KEYS, where)
@@ -263,7 +265,7 @@ def parse(config: Mapping[str, Any]) -> ParsedQuantization:
 
     def grid_of(module: str) -> ModuleGrid | None:
         for pattern, grid in rules:
-            if pattern.match(module):
+            if pattern.matches(module):
                 return grid
         if _is_lm_head(module):
             return default if lm_head else None
@@ -278,22 +280,21 @@ def _grid(fields: Mapping[str, Any], where: str) -> ModuleGrid:
     return make_grid(fields["bits"], fields["group_size"], fields["sym"], fields["desc_act"], where)
 
 
-def _dynamic_rules(
-    dynamic: Any, fields: Mapping[str, Any], where: str
-) -> list[tuple[re.Pattern[str], ModuleGrid | None]]:
+def _dynamic_rules(dynamic: Any, fields: Mapping[str, Any], where: str) -> list[tuple[Pattern, ModuleGrid | None]]:
     if not isinstance(dynamic, dict):
         raise UserError(f"{where}: dynamic {dynamic!r:.40}; must map regular expressions to overrides")
-    rules: list[tuple[re.Pattern[str], ModuleGrid | None]] = []
+    timer = MatchTimer()
+    rules: list[tuple[Pattern, ModuleGrid | None]] = []
     for key, override in dynamic.items():
         rule_where = f"{where}: dynamic {key!r:.60}"
         if key.startswith("-:"):
-            rules.append((compile_pattern(key[2:], rule_where), None))
+            rules.append((Pattern(key[2:], rule_where, timer), None))
             continue
         if not isinstance(override, dict):
             raise UserError(f"{rule_where}: {override!r:.40}; must be an object of overrides")
         check_keys(override, OVERRIDE_KEYS, {}, rule_where)
         changed = {name: override.get(name, value) for name, value in fields.items()}
-        rules.append((compile_pattern(key.removeprefix("+:"), rule_where), _grid(changed, rule_where)))
+        rules.append((Pattern(key.removeprefix("+:"), rule_where, timer), _grid(changed, rule_where)))
     return rules
 
 

@@ -1,4 +1,4 @@
-"""The formats by name, and which one a `quantization_config` is."""
+"""The formats by name, and the format of a `quantization_config`."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors": compressed_tensors.FORMAT,
 }
 
-# Configurations of before 2024 do not always name their method; these keys do.
-_TELLING_KEYS = {
+_METHOD_OF_KEY = {
     "config_groups": "compressed-tensors",
     "zero_point": "awq",
     "w_bit": "awq",
     "desc_act": "gptq",
     "checkpoint_format": "gptq",
 }
+"""Keys that identify the method of a configuration without quant_method, as some tools wrote before 2024."""
 
 
 def parse_quantization_config(config: Mapping[str, Any]) -> ParsedQuantization:
-    """What a `quantization_config` says; UserError if its method is unknown or its keys contradict each other."""
+    """Parse a `quantization_config`. Raises UserError if its method is unknown or its keys contradict each other."""
     if not isinstance(config, Mapping):
         raise UserError(f"quantization_config: {config!r:.40}; must be an object")
     method = config.get("quant_method", config.get("method"))
     if method is None:
-        told = {name for key, name in _TELLING_KEYS.items() if key in config}
-        if len(told) != 1:
+        candidates = {name for key, name in _METHOD_OF_KEY.items() if key in config}
+        if len(candidates) != 1:
             raise UserError(
-                f"quantization_config: no quant_method, and its keys fit {' and '.join(sorted(told)) or 'no format'}; "
+                "quantization_config: no quant_method, and its keys fit "
+                f"{' and '.join(sorted(candidates)) or 'no format'}; "
                 "add quant_method (gptq, awq or compressed-tensors) to config.json"
             )
-        (method,) = told
+        (method,) = candidates
     # gptq_v2 is a checkpoint_format, not a method.
     if method not in ("gptq", "awq", "compressed-tensors"):
         raise UserError(

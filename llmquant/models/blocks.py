@@ -1,9 +1,11 @@
-"""Decoder blocks and their linears, found in the module tree; and what a watched forward pass tells about them.
+"""Decoder blocks and their linears, found in the module tree, and the structure of a block, traced in a forward pass.
 
-No table of models. The decoder blocks are the ModuleList with the most parameters below the text decoder. Its linears
-are `nn.Linear` and GPT-2's `Conv1D` (the same thing, stored transposed), if they compute just that. Which linears read
-the same input, in which order they run, and which of them write straight to the residual stream is seen by running a
-block once and comparing tensors by identity.
+There is no table of models. The decoder blocks are the ModuleList with the most parameters below the text decoder.
+Linears are `nn.Linear` and GPT-2's `Conv1D` (a linear stored transposed), if they compute nothing else (`is_linear`).
+One run of a block shows, by comparing tensors by identity, which linears read the same input, in which order they run,
+and which of them write directly to the residual stream.
+
+Letters: N out_features, K in_features.
 """
 
 from __future__ import annotations
@@ -24,70 +26,72 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from llmquant.errors import UserError, first_words
+from llmquant.errors import UserError, one_line
+from llmquant.hooks import hooked
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Linears of one block that read the same tensor; they are solved together."""
+class InputGroup:
+    """Linears of one block that read the same tensor; they are quantized together."""
 
     linears: tuple[str, ...]
-    """Names within the block, in the order they run."""
+    """Names of the linears within the block, in the order they run."""
     residual_source: str | None
-    """Module within the block ("" for the block itself) whose input is the residual stream that the stage's one linear
-    is added to, or None when that is not what happens with its output."""
+    """Module within the block ("" for the block itself) whose input is the residual stream to which the output of the
+    group's only linear is added; None if the group has several linears or their output goes elsewhere."""
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """How one block runs."""
+class BlockStructure:
+    """How the linears of one block are connected."""
 
-    stages: tuple[Stage, ...]
+    input_groups: tuple[InputGroup, ...]
+    """Linears that are called once, grouped by input, in the order they run."""
     unused: tuple[str, ...]
-    """Linears that the watched pass did not call."""
+    """Linears that the traced pass did not call."""
     repeated: tuple[str, ...]
-    """Linears that it called more than once."""
+    """Linears that the traced pass called more than once."""
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[str]]:
-    """Name of the ModuleList of decoder blocks, and the names of the blocks in order.
+    """Return the name of the ModuleList of decoder blocks, and the names of the blocks in order.
 
-    Raises UserError for a model without such a list, and for one whose blocks are spread over several: another list
-    beside it, or another with blocks of the same class.
+    Raises UserError for a model without such a list, and for one whose blocks are spread over several lists: a second
+    list has the same parent, or contains blocks of the same class.
     """
     kind, decoder = type(model).__name__, decoder_of(model)
-    lists = set(_lists_of_blocks(decoder))
-    names = {name: module for name, module in model.named_modules() if module in lists}
-    if not names:
+    lists = set(_block_lists_of(decoder))
+    lists_by_name = {name: module for name, module in model.named_modules() if module in lists}
+    if not lists_by_name:
         raise UserError(f"{kind}: no list of decoder blocks with linears in it; nothing to quantize")
 
-    def size(name: str) -> int:
-        return sum(parameter.numel() for parameter in names[name].parameters())
+    def num_parameters(name: str) -> int:
+        return sum(parameter.numel() for parameter in lists_by_name[name].parameters())
 
-    best = max(names, key=size)
-    blocks = dict(names[best].named_children())
-    parent, classes = best.rpartition(".")[0], {type(block) for block in blocks.values()}
-    also = [
+    largest = max(lists_by_name, key=num_parameters)
+    blocks = dict(lists_by_name[largest].named_children())
+    parent, classes = largest.rpartition(".")[0], {type(block) for block in blocks.values()}
+    others = [
         name
-        for name, module in names.items()
-        if name != best and (name.rpartition(".")[0] == parent or classes & {type(block) for block in module})
+        for name, module in lists_by_name.items()
+        if name != largest and (name.rpartition(".")[0] == parent or classes & {type(block) for block in module})
     ]
-    if also:
+    if others:
         raise UserError(
-            f"{kind}: more than one list of decoder blocks ({', '.join(sorted([best, *also]))}); only models whose "
-            "blocks are in one list, and run in that order, can be quantized"
+            f"{kind}: more than one list of decoder blocks ({', '.join(sorted([largest, *others]))}); only models "
+            "whose blocks are in one list, and run in that order, can be quantized"
         )
     for key, block in blocks.items():
         if type(block).forward is nn.Module.forward:
             raise UserError(
-                f"{best}.{key}: this decoder block is a {type(block).__name__}, which is never called as a whole; such "
-                "a model cannot be quantized"
+                f"{largest}.{key}: this decoder block is a {type(block).__name__}, which is never called as a whole; "
+                "such a model cannot be quantized"
             )
-    return best, [f"{best}.{key}" for key in blocks]
+    return largest, [f"{largest}.{key}" for key in blocks]
 
 
-def _lists_of_blocks(model: nn.Module) -> list[nn.ModuleList]:
-    """Lists of modules with linears in them; neither lists of plain linears, nor lists inside another list."""
+def _block_lists_of(model: nn.Module) -> list[nn.ModuleList]:
+    """Return the lists of modules that contain linears, except lists of plain linears and lists inside such a list."""
     found: list[nn.ModuleList] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -100,13 +104,13 @@ def _lists_of_blocks(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """The text decoder, below which the decoder blocks are, or the whole model where transformers names none."""
+    """Return the text decoder, which contains the decoder blocks, or the whole model if transformers names none."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if isinstance(decoder, nn.Module) and _lists_of_blocks(decoder) else model
+    return decoder if isinstance(decoder, nn.Module) and _block_lists_of(decoder) else model
 
 
 def modules_outside(model: nn.Module, block_names: Sequence[str]) -> list[str]:
-    """Names of the modules outside the blocks that have parameters or persistent buffers of their own."""
+    """Return the names of the modules outside the blocks that have parameters or persistent buffers of their own."""
     inside = {module for name in block_names for module in model.get_submodule(name).modules()}
     return [
         name
@@ -119,34 +123,34 @@ def modules_outside(model: nn.Module, block_names: Sequence[str]) -> list[str]:
     ]
 
 
-def run_own(model: nn.Module, call: Callable[[], Any]) -> Any:
-    """Run code of the model; an exception of that code becomes a UserError.
+def run_model_code(model: nn.Module, call: Callable[[], Any]) -> Any:
+    """Run the model's own code; turn its exceptions into a UserError.
 
-    Exceptions of ours, which a hook of ours may raise below it, pass as they are, and so does a lack of memory.
+    Exceptions from llmquant's own hooks, and a lack of memory, are not changed.
     """
     try:
         return call()
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if _is_ours(error):
+        if _is_from_llmquant(error):
             raise
         raise UserError(
             f"{type(model).__name__}: the model's own forward pass fails ({type(error).__name__}: "
-            f"{first_words(error)}); check that this version of transformers runs the original"
+            f"{one_line(error)}); check that this version of transformers runs the original"
         ) from error
 
 
-def _is_ours(error: Exception) -> bool:
-    """Whether the exception passed through code of ours that the model had called."""
+def _is_from_llmquant(error: Exception) -> bool:
+    """Whether the exception was raised in, or passed through, llmquant's code below the model's code."""
     modules = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
     below = list(dropwhile(lambda name: name.startswith("llmquant."), modules))
-    # Our attention stands in the place of torch's and passes on what that raises.
+    # llmquant.runtime.attention replaces torch's attention and passes on the exceptions that torch raises.
     return not below or any(name.startswith("llmquant.") and name != "llmquant.runtime.attention" for name in below)
 
 
 def is_linear_like(module: nn.Module) -> bool:
-    """Whether a module is a linear by its class; what it computes may still be something else."""
+    """Whether a module is a linear by its class; it may still compute something else (`is_linear`)."""
     return isinstance(module, (nn.Linear, Conv1D))
 
 
@@ -158,14 +162,14 @@ def has_hooks(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes x @ W.T + b from one weight matrix that can be quantized, and nothing else.
 
-    A subclass with a forward of its own (Falcon's) counts if that takes the input alone and gives the same on random
-    numbers. One with a `__call__` of its own does not count, nor a linear that has parameters beside, or in the place
-    of, its weight and bias, nor the one of `nn.MultiheadAttention`, whose weight is read without a call.
+    A subclass with its own `forward` (Falcon's) counts if `forward` takes only the input and computes the same on
+    random numbers. These do not count: a subclass with its own `__call__`; a module with parameters other than weight
+    and bias; the output projection of `nn.MultiheadAttention`, whose weight is read without a call.
     """
     if not is_linear_like(module) or isinstance(module, NonDynamicallyQuantizableLinear):
         return False
-    held = {leaf: parameter for leaf, parameter in module._parameters.items() if parameter is not None}
-    if "weight" not in held or held.keys() - {"weight", "bias"} or held["weight"].ndim != 2:
+    parameters = {leaf: parameter for leaf, parameter in module._parameters.items() if parameter is not None}
+    if "weight" not in parameters or parameters.keys() - {"weight", "bias"} or parameters["weight"].ndim != 2:
         return False
     has_own_forward = "forward" in vars(module) or type(module).forward not in (nn.Linear.forward, Conv1D.forward)
     if type(module).__call__ is not nn.Module.__call__:
@@ -174,12 +178,12 @@ def is_linear(module: nn.Module) -> bool:
         return True
     if len(signature(module.forward).parameters) != 1:
         return False
-    with torch.device("cpu"):  # transformers builds models with the meta device as the default: nothing is computed
+    with torch.device("cpu"):  # transformers builds models with meta as the default device, which computes nothing
         return _computes_a_linear(module)
 
 
 def _computes_a_linear(module: nn.Module) -> bool:
-    """Whether the forward of a linear gives x @ W.T + b for a small random weight, and inputs of several magnitudes."""
+    """Whether a module's forward returns x @ W.T + b for a small random weight and inputs of several magnitudes."""
     draw = torch.Generator().manual_seed(0)
     weight_NK, bias_N, x_SLK = (
         torch.randn(shape, generator=draw, dtype=torch.float64) for shape in ((3, 4), (3,), (2, 6, 4))
@@ -195,28 +199,29 @@ def _computes_a_linear(module: nn.Module) -> bool:
     try:
         with torch.no_grad():
             y_SLN = probe.forward(x_SLK)
-    except Exception:  # code of any model, on other shapes than it was made for
+    except Exception:  # the code of any model, on shapes that it was not written for
         return False
-    right_SLN = x_SLK @ weight_NK.T + (bias_N if has_bias else 0.0)
-    same_shape = isinstance(y_SLN, Tensor) and y_SLN.shape == right_SLN.shape
-    return same_shape and torch.allclose(y_SLN.double(), right_SLN, rtol=1e-9, atol=1e-12)
+    expected_SLN = x_SLK @ weight_NK.T + (bias_N if has_bias else 0.0)
+    same_shape = isinstance(y_SLN, Tensor) and y_SLN.shape == expected_SLN.shape
+    return same_shape and torch.allclose(y_SLN.double(), expected_SLN, rtol=1e-9, atol=1e-12)
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Every linear below a module by its name within it, in the order of the tree."""
+    """Return every linear below a module by its name within the module, in the order of the module tree."""
     return {name: child for name, child in module.named_modules() if is_linear(child)}
 
 
 def linear_likes_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Every module below a module that is a linear by its class, by its name within it, in the order of the tree."""
+    """Return, in the form of `linears_of`, every module that is a linear by its class (`is_linear_like`)."""
     return {name: child for name, child in module.named_modules() if is_linear_like(child)}
 
 
 def routers_of(block: nn.Module) -> dict[str, str]:
-    """Linears of a block that choose or weigh instead of transforming, by name, with the reason to keep them.
+    """Return the routers and gates of a block: name -> reason not to quantize it.
 
-    Engines build routers without a scheme, and have no kernel for one output. A router is found by its name, or beside
-    E experts: there, a linear with E outputs, or all linears of a module of which the last has E outputs.
+    Inference engines build routers without a quantization scheme, and have no kernel for a single output. A linear is a
+    router by its name, or by its place next to E experts: a linear with E outputs, or any linear of a module whose last
+    linear has E outputs.
     """
     linears = linear_likes_of(block)
     found = {name: "a router, which no engine loads quantized" for name in linears if "router" in name.lower()}
@@ -233,9 +238,9 @@ def routers_of(block: nn.Module) -> dict[str, str]:
 
 
 def _experts_of(block: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """(name of the module that holds them, experts, how many) of a block.
+    """Yield (name of the parent module, experts, number of experts) for all experts of a block.
 
-    Experts are a list of equal modules with linears in them, or a module with 3-D parameters that says so.
+    Experts are a list of modules of one class that contain linears, or a module with 3-D parameters (`is_experts`).
     """
     for name, module in block.named_modules():
         parent = name.rpartition(".")[0]
@@ -249,7 +254,7 @@ def _experts_of(block: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def is_experts(module: nn.Module, count: int) -> bool:
-    """Whether a module holds that many experts, by its class or an attribute of it."""
+    """Whether a module contains `count` experts, by the name of its class or by one of its attributes."""
     if isinstance(module, _ConvNd):
         return False
     counts = {value for key, value in vars(module).items() if "expert" in key and type(value) is int}
@@ -257,28 +262,28 @@ def is_experts(module: nn.Module, count: int) -> bool:
 
 
 def linear_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out_features, in_features)."""
+    """Return (out_features, in_features)."""
     out_features, in_features = weight_of(linear).shape
     return out_features, in_features
 
 
 def weight_as_NK(linear: nn.Module, weight: Tensor) -> Tensor:
-    """A linear's stored weight as [out_features, in_features] (Conv1D stores the transpose); and back again."""
+    """Convert a linear's weight from its stored layout to [N, K], or back. Conv1D stores the transpose."""
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight of a linear as [out_features, in_features], a view."""
+    """Return a view of the weight of a linear, [N, K]."""
     assert isinstance(linear.weight, Tensor)
     return weight_as_NK(linear, linear.weight)
 
 
-def _key(tensor: Tensor) -> tuple[Any, ...]:
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 class _Additions(TorchFunctionMode):
-    """Notes the operands of every tensor addition."""
+    """Records the operands of every tensor addition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,93 +297,84 @@ class _Additions(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def watch(block: nn.Module, run: Callable[[], Any]) -> BlockPlan:
-    """Run a block once and see how its linears are connected.
+def trace_structure(block: nn.Module, run: Callable[[], Any]) -> BlockStructure:
+    """Run a block once and return how its linears are connected.
 
-    run: calls the block on real activations. Every tensor seen is kept alive until the end, so that equal addresses
+    run: calls the block on real activations. The trace keeps every tensor alive until the end, so that equal addresses
     mean the same tensor.
     """
     linears = linears_of(block)
-    name_of = {module: name for name, module in linears.items()}
-    inputs: list[tuple[str, Tensor]] = []
-    outputs: dict[str, Tensor] = {}
-    entered: list[tuple[str, Tensor]] = []
-    handles = []
+    name_of = {module: name for name, module in block.named_modules()}
+    linear_inputs: list[tuple[str, Tensor]] = []
+    linear_outputs: dict[str, Tensor] = {}
+    module_inputs: list[tuple[str, Tensor]] = []
 
-    def before(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            tensor = first_tensor(args, kwargs)
-            if tensor is None:
-                return
-            if module in name_of:
-                inputs.append((name, tensor))
-            else:
-                entered.append((name, tensor))
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        tensor = first_tensor(args, kwargs)
+        if tensor is not None:
+            (linear_inputs if name_of[module] in linears else module_inputs).append((name_of[module], tensor))
 
-        return hook
+    def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if isinstance(output, Tensor):
+            linear_outputs[name_of[module]] = output
 
-    def after(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if isinstance(output, Tensor):
-                outputs[name] = output
-
-        return hook
-
-    for name, module in block.named_modules():
-        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-    for name, module in linears.items():
-        handles.append(module.register_forward_hook(after(name)))
     additions = _Additions()
-    try:
-        with additions:
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with (
+        hooked([(module, before) for module in name_of], before=True),
+        hooked([(linear, after) for linear in linears.values()]),
+        additions,
+    ):
+        run()
 
-    calls = Counter(name for name, _ in inputs)
+    num_calls = Counter(name for name, _ in linear_inputs)
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, tensor in inputs:
-        if calls[name] == 1:
-            groups.setdefault(_key(tensor), []).append(name)
+    for name, tensor in linear_inputs:
+        if num_calls[name] == 1:
+            groups.setdefault(_identity(tensor), []).append(name)
 
-    stages = []
+    input_groups = []
     for names in groups.values():
-        source = _residual_source(outputs[names[0]], additions.pairs, entered) if len(names) == 1 else None
-        stages.append(Stage(tuple(names), source))
-    return BlockPlan(
-        stages=tuple(stages),
-        unused=tuple(name for name in linears if name not in calls),
-        repeated=tuple(name for name, count in calls.items() if count > 1),
+        source = None
+        if len(names) == 1:
+            source = _residual_source(linear_outputs[names[0]], additions.pairs, module_inputs)
+        input_groups.append(InputGroup(tuple(names), source))
+    return BlockStructure(
+        input_groups=tuple(input_groups),
+        unused=tuple(name for name in linears if name not in num_calls),
+        repeated=tuple(name for name, count in num_calls.items() if count > 1),
     )
 
 
 def first_tensor(args: tuple, kwargs: dict) -> Tensor | None:
-    """The first tensor a module was called with."""
+    """Return the first tensor among the arguments of a call."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 def with_first_tensor(args: tuple, kwargs: dict, tensor: Tensor) -> tuple[tuple, dict]:
-    """The same arguments with another tensor in the place, or places, of the first."""
+    """Return the arguments with every occurrence of the first tensor replaced by another tensor."""
     first = first_tensor(args, kwargs)
     swapped = [tensor if value is first else value for value in (*args, *kwargs.values())]
     return tuple(swapped[: len(args)]), dict(zip(kwargs, swapped[len(args) :], strict=True))
 
 
 def _residual_source(
-    output: Tensor, additions: list[tuple[Tensor, Tensor]], entered: list[tuple[str, Tensor]]
+    output: Tensor, additions: list[tuple[Tensor, Tensor]], module_inputs: list[tuple[str, Tensor]]
 ) -> str | None:
-    """The module whose input is what the output is added to, when it is added to exactly one such tensor."""
-    key = _key(output)
-    partners = [right if _key(left) == key else left for left, right in additions if key in (_key(left), _key(right))]
+    """Return the name of the module whose input an output is added to; None unless it is added exactly once."""
+    key = _identity(output)
+    partners = [
+        right if _identity(left) == key else left
+        for left, right in additions
+        if key in (_identity(left), _identity(right))
+    ]
     if len(partners) != 1:
         return None
-    wanted = _key(partners[0])
-    return next((name for name, tensor in entered if _key(tensor) == wanted), None)
+    stream = _identity(partners[0])
+    return next((name for name, tensor in module_inputs if _identity(tensor) == stream), None)
 
 
-def device_of(name: str) -> torch.device:
-    """The device that `auto`, `cpu` or `cuda[:n]` stands for."""
+def parse_device(name: str) -> torch.device:
+    """Return the device for `auto`, `cpu` or `cuda[:n]`; `auto` prefers CUDA. Raises UserError for any other."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,8 +1,8 @@
-"""The model without its weights: transformers' own module tree on the meta device, and the names that fill it.
+"""The model without its weights: transformers' module tree on the meta device, and the names of the tensors to load.
 
-Parameters are on meta (no memory); buffers that the code computes (rotary frequencies, embedding scales) are real.
-Weights come and go module by module: `Skeleton.load` reads just what a module needs from the checkpoint's shards, and
-`Skeleton.drop` gives it back. So nothing here ever holds the whole model.
+Parameters are on meta (no memory); buffers that the model's code computes (rotary frequencies, embedding scales) are
+real. Weights are loaded module by module: `Skeleton.load` reads the tensors of one module from the checkpoint's shards,
+and `Skeleton.drop` frees them. The whole model is never in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,39 +26,43 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from llmquant.checkpoints.storage import packed_tensor
 from llmquant.checkpoints.wrappers import adapter_tensor
-from llmquant.errors import UserError, first_words
-from llmquant.remote_code import failure_of_remote_code, named_code, read_object, untrusted
+from llmquant.errors import UserError, one_line
+from llmquant.remote_code import failure_of_remote_code, read_object, remote_code_files, untrusted_code_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmquant.checkpoints.reader import CheckpointReader
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes of a model by the name that `--dtype` takes."""
 SLOW_BFLOAT16 = ("DEFAULT", "NO AVX", "AVX2")
-"""Names that torch has for processors without vector instructions for bfloat16."""
+"""CPU capabilities, as torch names them, without vector instructions for bfloat16."""
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a local checkpoint, refused when it is not a causal language model."""
+    """Return the transformers config of a local checkpoint, without its quantization_config.
+
+    Raises UserError if transformers cannot read it, or if it is not the config of a causal language model.
+    """
     try:
-        # Trusted code may lie in another repository of the hub; everything else is in the folder.
+        # Trusted code may be in another repository of the hub; everything else is in the folder.
         config = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=not trust_remote_code
         )
-    except Exception as error:  # whatever transformers stumbles over in a file that anybody may have written
+    except Exception as error:  # config.json is untrusted: transformers may fail on it with any exception
         is_known = str(read_object(path / "config.json").get("model_type")) in CONFIG_MAPPING
-        if not (trust_remote_code or is_known) and (files := named_code(path / "config.json", "AutoConfig")):
-            raise untrusted(path, "configuration", files) from error
+        if not (trust_remote_code or is_known) and (files := remote_code_files(path / "config.json", "AutoConfig")):
+            raise untrusted_code_error(path, "configuration", files) from error
         if (line := failure_of_remote_code(error)) is not None:
             raise UserError(line) from error
         raise UserError(
-            f"{path}/config.json: transformers cannot read it ({first_words(error)}); is it a supported model?"
+            f"{path}/config.json: transformers cannot read it ({one_line(error)}); is it a supported model?"
         ) from error
     remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not remote and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        if not trust_remote_code and (files := named_code(path / "config.json", "AutoModelForCausalLM")):
-            raise untrusted(path, "model", files)
+        if not trust_remote_code and (files := remote_code_files(path / "config.json", "AutoModelForCausalLM")):
+            raise untrusted_code_error(path, "model", files)
         raise UserError(
             f"{path}: model_type '{config.model_type}' is not a causal language model; "
             "give a checkpoint that AutoModelForCausalLM loads"
@@ -78,20 +83,20 @@ def read_config(path: Path, trust_remote_code: bool = False) -> Any:
             f"{path}: architecture {architectures[0]} is not a causal language model; "
             "give the checkpoint of its …ForCausalLM form"
         )
-    # transformers must not look for a quantizer of its own: packed linears are replaced by ours.
+    # transformers must not apply its own quantizer: llmquant replaces the packed linears.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
 CONTEXT_KEYS = ("max_position_embeddings", "max_seq_len", "max_target_positions")
-"""Where a configuration sets the bound on positions; the second is MPT's, the third Whisper's."""
+"""Config keys that bound the number of positions; the second is MPT's, the third Whisper's."""
 
 
 def context_length(config: Any) -> float:
-    """Most tokens that the model's positions allow, an integer; infinite if its configuration sets no bound.
+    """Return the largest number of tokens that the model's positions allow; infinite if the config sets no bound.
 
-    No bound is None for some models, 0 or -1 (XLNet) for others.
+    Some configs express that there is no bound as None, others as 0 or -1 (XLNet).
     """
     text_config = config.get_text_config(decoder=True)
     bounds = (getattr(text_config, name, None) for name in CONTEXT_KEYS)
@@ -102,8 +107,8 @@ def _generates_text(architecture: str) -> bool:
     return architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
 
 
-def check_size(config: Any, reader: CheckpointReader) -> None:
-    """UserError when a config asks for more decoder blocks than the checkpoint has tensors, before they are built."""
+def check_num_blocks(config: Any, reader: CheckpointReader) -> None:
+    """Raise UserError if a config has more decoder blocks than the checkpoint has tensors, before they are built."""
     num_blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if isinstance(num_blocks, int) and num_blocks > len(reader.tensors):
         raise UserError(
@@ -113,14 +118,14 @@ def check_size(config: Any, reader: CheckpointReader) -> None:
 
 
 def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
-    """The dtype most bytes of the checkpoint are stored in: the one to keep. The config's where it has none.
+    """Return the dtype in which most bytes of the checkpoint are stored: the model's dtype.
 
-    In a packed checkpoint, most of the bytes that counted for the original are gone. There it is the config's, if
-    tensors are stored in it.
+    A packed checkpoint lacks most of the original's bytes, so its config's dtype is used if any tensor has it. The
+    config's dtype is also used if no tensor has one of MODEL_DTYPES.
     """
     bytes_of: dict[torch.dtype, int] = {}
     for info in reader.tensors.values():
-        if info.dtype in DTYPES.values():
+        if info.dtype in MODEL_DTYPES.values():
             bytes_of[info.dtype] = bytes_of.get(info.dtype, 0) + info.nbytes
     if config.dtype in bytes_of and packed_tensor(reader.tensors) is not None:
         return config.dtype
@@ -130,44 +135,49 @@ def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: float16 products are emulated on processors; float32 gives the same numbers, faster."""
+    """Return the dtype to compute in: float32 for float16 on a CPU, where it gives the same numbers faster."""
     return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
 
 
-def measuring_dtype(computed: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compare two models in: that of the computation, or float32 where the processor has no AVX-512, and
-    torch multiplies bfloat16 eight times as slowly."""
-    slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in SLOW_BFLOAT16
-    return torch.float32 if slow and computed == torch.bfloat16 else computed
+def comparison_dtype(computed: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which to compare two models: the dtype they compute in, or float32 instead of slow bfloat16.
+
+    On a CPU without AVX-512, torch multiplies bfloat16 matrices eight times as slowly as float32 ones.
+    """
+    is_slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in SLOW_BFLOAT16
+    return torch.float32 if is_slow and computed == torch.bfloat16 else computed
 
 
 def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal language model of a config: parameters on meta in dtype, computed buffers real, in eval mode."""
+    """Build the causal language model of a config: parameters on meta in dtype, computed buffers real, in eval mode.
+
+    Raises UserError if transformers cannot build it.
+    """
     is_registered = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         model.tie_weights()
-    except Exception as error:  # sizes that contradict each other fail in as many ways as there are models
+    except Exception as error:  # contradictory sizes fail with a different exception in every model
         if (line := failure_of_remote_code(error)) is not None:
             raise UserError(line) from error
         raise UserError(
             f"config.json: transformers cannot build the model it describes ({type(error).__name__}: "
-            f"{first_words(error)}); restore or download it again"
+            f"{one_line(error)}); restore or download it again"
         ) from error
     finally:
-        # transformers registers a class of trusted code as it is, and would take it from there the next time: without
-        # the methods for generation that it adds to classes that lack them.
+        # transformers registers a class of trusted code as it is. The next call would use the registered class, without
+        # the generation methods that transformers adds to classes that lack them.
         if not is_registered:
             MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(type(config), None)
     return model.eval().requires_grad_(False)
 
 
 def name_translator(model: PreTrainedModel) -> Callable[[str], str | None]:
-    """A function from the name of a checkpoint's tensor to the name of the model's parameter or buffer, or None.
+    """Return a function from a tensor's name in the checkpoint to its name in the model, or to None if it has none.
 
-    The names agree; or transformers renames them at load (GPT-NeoX's `embed_out` is the model's `lm_head`); or they
-    differ by the base model's prefix (checkpoints saved from the bare model lack it).
+    The two names agree, or transformers renames the tensor at load (GPT-NeoX's `embed_out` is the model's `lm_head`),
+    or they differ by the base model's prefix (checkpoints saved from the base model lack it).
     """
     known = set(model.state_dict())
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
@@ -183,8 +193,10 @@ def name_translator(model: PreTrainedModel) -> Callable[[str], str | None]:
 
 
 def saved_names(model: PreTrainedModel) -> Callable[[str], str]:
-    """A function from the name of a model's tensor to its name in what `save_pretrained` writes, the way back from
-    `name_translator`: transformers undoes its renamings, and writes the base model's prefix always."""
+    """Return a function from a tensor's name in the model to its name in a checkpoint that `save_pretrained` writes.
+
+    The inverse of `name_translator`, except that `save_pretrained` always writes the base model's prefix.
+    """
     transforms = getattr(model, "_weight_conversions", None)
     if transforms is None:
         known = get_model_conversion_mapping(model, add_legacy=False)
@@ -194,9 +206,9 @@ def saved_names(model: PreTrainedModel) -> Callable[[str], str]:
 
 
 def checkpoint_names(model: PreTrainedModel, available: Iterable[str]) -> dict[str, str]:
-    """Map every parameter and persistent buffer of the model to the tensor of the checkpoint that holds it.
+    """Return name in the model -> name in the checkpoint, for each parameter and persistent buffer that has a tensor.
 
-    Tied parameters map to the tensor of the one that is stored. What has no tensor is left out.
+    available: names of the checkpoint's tensors. Parameters tied to a stored one map to its tensor.
     """
     translate = name_translator(model)
     names = {name: stored for stored in available if (name := translate(stored)) is not None}
@@ -208,7 +220,7 @@ def checkpoint_names(model: PreTrainedModel, available: Iterable[str]) -> dict[s
 
 
 def converted_names(model: PreTrainedModel, available: Iterable[str]) -> dict[str, list[str]]:
-    """Parameters that transformers computes from one or more tensors when it loads a checkpoint, with those tensors."""
+    """Return the parameters that transformers computes from tensors of a checkpoint at load: name -> tensor names."""
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
@@ -223,13 +235,13 @@ def converted_names(model: PreTrainedModel, available: Iterable[str]) -> dict[st
 
 
 def loaded_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype of every parameter and persistent buffer as transformers' `from_pretrained(dtype=dtype)` loads it.
+    """Return the dtype in which `from_pretrained(dtype=dtype)` loads every parameter and persistent buffer.
 
-    model: built in that dtype, which most of its tensors have. Some classes make single tensors in another one, or list
-    tensors to be kept in float32 beside 16-bit ones (routing biases of mixture-of-experts models).
+    model: built in that dtype, which most of its tensors have. Some classes create single tensors in another dtype, or
+    list tensors that stay in float32 in a 16-bit model (routing biases of mixture-of-experts models).
     """
-    kept = model._get_dtype_plan(dtype)
-    patterns = {re.compile(pattern.replace("*", ".*")): dtype for pattern, dtype in kept.items()}
+    dtype_plan = model._get_dtype_plan(dtype)
+    patterns = {re.compile(pattern.replace("*", ".*")): dtype for pattern, dtype in dtype_plan.items()}
 
     def dtype_of(name: str, tensor: Tensor) -> torch.dtype:
         listed = (dtype for pattern, dtype in patterns.items() if pattern.search(name))
@@ -243,25 +255,31 @@ class Skeleton:
     """A causal language model whose weights are read from its checkpoint only while they are needed."""
 
     model: PreTrainedModel
-    """The module tree; parameters on meta unless loaded."""
+    """Module tree; parameters are on meta unless they are loaded."""
     reader: CheckpointReader
+    """Checkpoint that the weights are read from."""
     names: dict[str, str]
     """Parameter or buffer name in the model -> tensor name in the checkpoint."""
     device: torch.device
+    """Device that the weights are loaded to."""
     dtype: torch.dtype
-    """The dtype the network computes in."""
+    """Dtype that the model computes in."""
     dtypes: dict[str, torch.dtype]
-    """The dtype of every parameter and persistent buffer when it is loaded, by name in the model (`loaded_dtypes`)."""
+    """Dtype of every loaded parameter and persistent buffer, by name in the model (`loaded_dtypes`)."""
     computed: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
-    """Values, by parameter name, that are no tensor of the checkpoint and are computed whenever they are loaded."""
+    """Functions that compute, at each load, the value of a parameter that has no tensor; by parameter name."""
     _empty: dict[str, nn.Parameter] = field(default_factory=dict)
+    """Parameters on meta that loaded ones have replaced, by name."""
 
     @classmethod
     def open(
         cls, reader: CheckpointReader, config: Any, device: torch.device, dtype: torch.dtype, trust_remote_code: bool
     ) -> Skeleton:
-        """Build the module tree and move its computed buffers to the device."""
-        check_size(config, reader)
+        """Build the module tree and move its computed buffers to the device.
+
+        Raises UserError if the checkpoint and its config do not match.
+        """
+        check_num_blocks(config, reader)
         model = build_empty(config, dtype, trust_remote_code)
         for module in model.modules():
             for key, buffer in module._buffers.items():
@@ -284,8 +302,19 @@ class Skeleton:
             model=model, reader=reader, names=names, device=device, dtype=dtype, dtypes=loaded_dtypes(model, dtype)
         )
 
+    @cached_property
+    def used_tensors(self) -> frozenset[str]:
+        """Names of the checkpoint's tensors that the model uses."""
+        return frozenset(self.names.values())
+
+    @cached_property
+    def parameter_tensors(self) -> frozenset[str]:
+        """Names of the checkpoint's tensors that are parameters. The others are buffers; a mask may hold -inf."""
+        parameters = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        return frozenset(self.names[name] for name in parameters if name in self.names)
+
     def why_missing(self, name: str) -> str:
-        """Why no tensor fills a parameter, as the end of a UserError's sentence, with the remedy."""
+        """Return why no tensor fills a parameter, as the end of an error message, with the remedy."""
         translate = name_translator(self.model)
         for stored, why in self.reader.unread.items():
             if translate(stored) == name:
@@ -298,14 +327,15 @@ class Skeleton:
             )
         return "the checkpoint is incomplete, or its names are not those of transformers' model"
 
-    def missing(self) -> list[str]:
-        """Parameters that no tensor of the checkpoint fills."""
+    def missing_parameters(self) -> list[str]:
+        """Return the names of the parameters that no tensor of the checkpoint fills."""
         return [name for name, _ in self.model.named_parameters() if name not in self.names]
 
     def load(self, prefix: str, replacements: Mapping[str, Tensor] | None = None, recurse: bool = True) -> None:
-        """Fill the parameters and persistent buffers of the module called prefix.
+        """Load the parameters and persistent buffers of a module.
 
-        replacements: values for some of them by full name, instead of what the checkpoint holds.
+        prefix: full name of the module. replacements: values to load instead of the checkpoint's, by full name.
+        recurse: False leaves out the modules inside.
         """
         module = self.model.get_submodule(prefix)
         for key, owner, leaf, tensor in _entries(module, recurse):
@@ -323,7 +353,10 @@ class Skeleton:
             self.put(name, owner, leaf, value)
 
     def put(self, name: str, owner: nn.Module, leaf: str, value: Tensor) -> None:
-        """Give one parameter or buffer its value, on the device, in the dtype that transformers loads it in."""
+        """Set one parameter or buffer to a value, on the device and in the dtype in which transformers loads it.
+
+        name: full name. owner, leaf: module that has it, and its name within that module.
+        """
         value = value.to(device=self.device, dtype=self.dtypes.get(name, value.dtype))
         if leaf in owner._parameters:
             parameter = owner._parameters[leaf]
@@ -334,7 +367,10 @@ class Skeleton:
             owner._buffers[leaf] = value
 
     def drop(self, prefix: str, recurse: bool = True) -> None:
-        """Give back the memory of the parameters of the module called prefix."""
+        """Free the parameters of a module by putting them back on meta.
+
+        prefix: full name of the module. recurse: False leaves out the modules inside.
+        """
         module = self.model.get_submodule(prefix)
         for key, owner, leaf, _ in _entries(module, recurse):
             name = f"{prefix}.{key}" if prefix else key
@@ -343,7 +379,7 @@ class Skeleton:
 
 
 def _entries(module: nn.Module, recurse: bool) -> list[tuple[str, nn.Module, str, Tensor]]:
-    """(name, owner, leaf name, tensor) of every parameter and persistent buffer of a module."""
+    """Return (name, owner, leaf name, tensor) of every parameter and persistent buffer of a module."""
     entries = []
     for prefix, owner in module.named_modules() if recurse else [("", module)]:
         for leaf, parameter in owner._parameters.items():

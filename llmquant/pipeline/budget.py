@@ -1,11 +1,12 @@
-"""Grids to a budget (`--target-bpw`, `--target-size`): which linears get more bits, and which smaller groups.
+"""Mixed precision: the choice of each linear's grid within a size budget (`--target-bpw`, `--target-size`).
 
-Linears that share an input get one grid: engines run them as one. The candidates are 4 and 8 bits in groups of 128, 64
-and 32, as far as the format and the engines that were named take them; 3 and 2 bits only where the budget is too small
-for 4: mixing them in where it is not costs more than it saves. What a grid costs the model is measured
-(`sensitivity.py`), and the best combination is found by dynamic programming (`algorithms/allocation.py`).
+A grid is the bits, the group size and the symmetry of a linear. Linears that share an input get the same grid, because
+engines fuse them. The candidates have 4 or 8 bits and groups of 128, 64 or 32, if the format and the requested engines
+support them. 3 and 2 bits become candidates only if the budget is too small for 4 bits, because mixing them into a
+larger budget costs more than it saves. The loss of each grid is measured (`sensitivity.py`), and the best combination
+is found by dynamic programming (`algorithms/allocation.py`).
 
-What was chosen is kept as a part of the unfinished checkpoint, so that a run that is continued does not choose again.
+The choice is stored as a part of the unfinished checkpoint, so that a continued run does not choose again.
 """
 
 from __future__ import annotations
@@ -17,27 +18,29 @@ from typing import Any
 
 from torch import Tensor
 
-from llmquant.algorithms.allocation import Allocation, Choice, allocate
+from llmquant.algorithms.allocation import Allocation, GridOption, allocate
 from llmquant.errors import UserError
-from llmquant.pipeline.names import block_of
-from llmquant.pipeline.plan import STANDARD_GROUPS, LinearPlan, Plan
-from llmquant.pipeline.sensitivity import SharedInput, measure
-from llmquant.pipeline.targets import check_targets
+from llmquant.module_names import block_of
+from llmquant.planning.engines import check_engines
+from llmquant.planning.plan import STANDARD_GROUPS, LinearPlan, Plan
+from llmquant.solver.sensitivity import SharedInput, measure_sensitivities
 from llmquant.spec import QuantSpec
 
 ALLOCATION = "allocation"
-"""The part that holds what was chosen: no tensors, a note."""
-BITS = ((4, 8), (3, 4, 8), (2, 3, 4, 8))
-"""Bits to choose from: the first of these whose smallest grids fit into the budget."""
+"""Name of the part of the unfinished checkpoint that holds the choice. The part has a note and no tensors."""
+CANDIDATE_BITS = ((4, 8), (3, 4, 8), (2, 3, 4, 8))
+"""Sets of candidate bits. The first set whose smallest grids fit into the budget is used."""
 CURVE_POINTS = 60
-"""At most so many points of the trade-off curve are reported, and its end."""
+"""Largest number of points of the trade-off curve that are reported, besides its last point."""
 
 
-def provisional(plan: Plan) -> Plan:
-    """A plan of about the size that the budget will give, as if all weights were equally sensitive; for a dry run, and
-    to refuse a budget that cannot be kept before anything is read."""
+def plan_provisionally(plan: Plan) -> Plan:
+    """A plan of about the final size, whose grids are chosen as if all weights were equally sensitive.
+
+    Dry runs show this plan. Raises UserError for an impossible budget, before any weight is read.
+    """
     grids = _candidates(plan)
-    # Which linears share an input is known once they have run; in one block, it is some of those that are as wide.
+    # Only a forward pass shows which linears share an input. Here, linears of a block with equal in_features count.
     together: dict[tuple[int | None, int], list[LinearPlan]] = {}
     for linear in _choosable(plan):
         if linear.name in grids:
@@ -52,26 +55,27 @@ def provisional(plan: Plan) -> Plan:
     return with_grids(plan, _by_name(inputs, _allocate(plan, inputs)))
 
 
-def choose(plan: Plan, tokens_SL: Tensor, on_block: Callable[[], None]) -> dict[str, Any]:
-    """Measure, and choose: plain values for the journal and the report (`grids_in` reads them back).
+def choose_allocation(plan: Plan, tokens_SL: Tensor, on_block: Callable[[], None]) -> dict[str, Any]:
+    """Measure sensitivities and choose grids. Returns plain values for the journal and the report.
 
-    A point is `bits_per_weight`, stored bits of all quantized linears together, and `loss`, the estimated divergence
-    from the original of the linears that were chosen for, nats per token.
+    A point is `bits_per_weight`, the stored bits per weight of all quantized linears, and `loss`, the estimated
+    divergence from the original in nats per token that the chosen linears cause. `grids_of_allocation` reads the
+    result.
 
     target_bits_per_weight   the budget
-    chosen                   the point that was taken
-    curve                    the least loss at some budgets, cheapest first
-    uniform                  a grid and its point, for every grid that all of them could have had
-    inputs                   linears that share an input, their grid (`spec`), and the loss on each grid (`losses`)
+    chosen                   the chosen point
+    curve                    the points with the least loss at several budgets, smallest budget first
+    uniform                  each grid that all linears could share, with its point
+    inputs                   for each shared input, its `linears`, their grid (`spec`), and each grid's loss (`losses`)
     """
     grids = _candidates(plan)
 
     def grids_of(names: Sequence[str]) -> list[QuantSpec]:
-        # Linears that overrides have settled keep their grid.
+        # Linears that an override matches keep their grid.
         free = [name for name in names if name in grids]
         return [spec for spec in grids[free[0]] if all(spec in grids[name] for name in free)] if free else []
 
-    inputs = measure(plan, tokens_SL, grids_of, on_block)
+    inputs = measure_sensitivities(plan, tokens_SL, grids_of, on_block)
     result = _allocate(plan, inputs)
     by_name = {linear.name: linear for linear in plan.quantized}
     weights = sum(_weights(linear) for linear in plan.quantized)
@@ -107,13 +111,13 @@ def choose(plan: Plan, tokens_SL: Tensor, on_block: Callable[[], None]) -> dict[
     }
 
 
-def grids_in(chosen: Mapping[str, Any]) -> dict[str, QuantSpec]:
-    """The grid of every linear, from what `choose` gave."""
+def grids_of_allocation(chosen: Mapping[str, Any]) -> dict[str, QuantSpec]:
+    """The grid of every linear by full name, from the result of `choose_allocation`."""
     return {name: QuantSpec(**each["spec"]) for each in chosen["inputs"] for name in each["linears"]}
 
 
 def with_grids(plan: Plan, grids: Mapping[str, QuantSpec]) -> Plan:
-    """The plan with these grids by full name; its recipe's own grid is then the one that most weights have."""
+    """A copy of the plan with other grids, by full name. The recipe's grid becomes the one that most weights have."""
     linears = tuple(
         replace(linear, spec=grids[linear.name], reason="") if linear.name in grids else linear
         for linear in plan.linears
@@ -126,23 +130,23 @@ def with_grids(plan: Plan, grids: Mapping[str, QuantSpec]) -> Plan:
 
 
 def _choosable(plan: Plan) -> list[LinearPlan]:
-    """Linears inside the blocks that no override has settled."""
-    outside = plan.outside
+    """The linears whose grids the budget decides: those inside the blocks that no override matches."""
+    outside = plan.quantized_outside_blocks
     return [
         linear for linear in plan.quantized if linear.name not in outside and not plan.recipe.overrides_of(linear.name)
     ]
 
 
 def _candidates(plan: Plan) -> dict[str, list[QuantSpec]]:
-    """The grids of every choosable linear, by full name; UserError where not even the smallest keep the budget."""
+    """The candidate grids of every choosable linear, by full name. Raises UserError if even the smallest do not fit."""
     choosable = _choosable(plan)
     budget = _budget_bits(plan)
     least = 0
-    for tier in BITS:
+    for tier in CANDIDATE_BITS:
         specs = [replace(plan.recipe.spec, bits=bits, group_size=size) for bits in tier for size in STANDARD_GROUPS]
-        grids = {linear.name: [spec for spec in specs if _holds(plan, linear, spec)] for linear in choosable}
-        taken = [spec for spec in specs if _is_taken(plan, spec, grids)]
-        # A linear that none of them fits keeps the grid it has.
+        grids = {linear.name: [spec for spec in specs if _fits(plan, linear, spec)] for linear in choosable}
+        taken = [spec for spec in specs if _is_loaded_by_engines(plan, spec, grids)]
+        # A linear that fits none of the candidates keeps its grid.
         grids = {name: fitting for name, own in grids.items() if (fitting := [s for s in own if s in taken])}
         least = sum(
             min((_bits(plan, linear, spec) for spec in grids.get(linear.name, ())), default=_bits(plan, linear))
@@ -158,34 +162,34 @@ def _candidates(plan: Plan) -> dict[str, list[QuantSpec]]:
         smallest_bytes = others + (least + _fixed_bits(plan)) // 8
         remedy = f"use --target-size {smallest_bytes / 1e6 + 0.005:.2f}MB or more"
     raise UserError(
-        f"{_asked(plan)}: the smallest grids that {plan.format.name} and the targets take need {smallest:.3f} bits per "
-        f"weight; {remedy}"
+        f"{_requested(plan)}: the smallest grids that {plan.format.name} and the engines take need {smallest:.3f} bits "
+        f"per weight; {remedy}"
     )
 
 
-def _asked(plan: Plan) -> str:
+def _requested(plan: Plan) -> str:
     if plan.recipe.target_bytes is not None:
         return f"target_size {plan.recipe.target_bytes / 1e6:g}MB"
     return f"target_bpw {plan.recipe.target_bpw:g}"
 
 
-def _holds(plan: Plan, linear: LinearPlan, spec: QuantSpec) -> bool:
+def _fits(plan: Plan, linear: LinearPlan, spec: QuantSpec) -> bool:
     shape = linear.out_features, linear.in_features
     return linear.in_features % spec.group_size == 0 and plan.format.refuses(spec, *shape, plan.scale_dtype) is None
 
 
-def _is_taken(plan: Plan, spec: QuantSpec, grids: Mapping[str, Sequence[QuantSpec]]) -> bool:
-    """Whether the engines that were named would load a grid, wherever it fits."""
+def _is_loaded_by_engines(plan: Plan, spec: QuantSpec, grids: Mapping[str, Sequence[QuantSpec]]) -> bool:
+    """Whether the requested engines load a grid on all linears that can have it."""
     trial = {name: spec for name, own in grids.items() if spec in own}
     try:
-        check_targets(with_grids(plan, trial))
+        check_engines(with_grids(plan, trial))
     except UserError:
         return False
     return bool(trial)
 
 
 def _budget_bits(plan: Plan) -> int:
-    """Bits that the choosable linears may take."""
+    """Stored bits that the choosable linears may take together."""
     recipe = plan.recipe
     if recipe.target_bytes is not None:
         kept = plan.output_bytes - sum(plan.packed_bytes(linear) for linear in plan.quantized)
@@ -195,7 +199,7 @@ def _budget_bits(plan: Plan) -> int:
 
 
 def _fixed_bits(plan: Plan, free: set[str] | None = None) -> int:
-    """Bits of the quantized linears that are not to be chosen; `free`: names of those that are."""
+    """Stored bits of the quantized linears whose grid is fixed. free: the others; None for the choosable ones."""
     names = {linear.name for linear in _choosable(plan)} if free is None else free
     return sum(_bits(plan, linear) for linear in plan.quantized if linear.name not in names)
 
@@ -212,7 +216,7 @@ def _allocate(plan: Plan, inputs: Sequence[SharedInput]) -> Allocation:
     by_name = {linear.name: linear for linear in plan.quantized}
     items = [
         [
-            Choice(sum(_bits(plan, by_name[name], spec) for name in each.names), loss)
+            GridOption(sum(_bits(plan, by_name[name], spec) for name in each.names), loss)
             for spec, loss in each.losses.items()
         ]
         for each in inputs
@@ -222,7 +226,7 @@ def _allocate(plan: Plan, inputs: Sequence[SharedInput]) -> Allocation:
     result = allocate(items, budget) if items else None
     if result is None:
         raise UserError(
-            f"{_asked(plan)}: linears that the calibration text does not reach, or that share an input, need more; "
+            f"{_requested(plan)}: linears that the calibration text does not reach, or that share an input, need more; "
             f"use a larger target"
         )
     return result

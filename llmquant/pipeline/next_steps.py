@@ -1,8 +1,8 @@
-"""What to try next if a verdict is not good: options that this run did not use, by what they gain for what they cost.
+"""Options to try next if a verdict is not good, ordered by gain relative to cost.
 
-The order is that of the README's figures: a better rounding at the same size, then bits, then zero-points and smaller
-groups, which cost a few percent of the size, then more time. Only options are named that the same run would accept:
-each is planned, with the run's format, engines and memory, and left out if that is refused or changes nothing.
+The order follows the measurements in `eval/README.md`: better rounding at the same size, then bits, then zero-points
+and smaller groups, which cost a few percent of the size, then more time. Each option is planned with the run's format,
+engines and memory limit. An option is left out if its plan is refused or if it changes nothing.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from itertools import islice
 from typing import Any
 
 from llmquant.errors import UserError
-from llmquant.pipeline.budget import provisional
-from llmquant.pipeline.footprint import footprint_of
-from llmquant.pipeline.parts import quantization_config
-from llmquant.pipeline.plan import STANDARD_GROUPS, Plan, make_plan
-from llmquant.pipeline.targets import check_targets
+from llmquant.estimates.memory import estimate_memory
+from llmquant.pipeline.budget import plan_provisionally
+from llmquant.pipeline.output import quantization_config
+from llmquant.planning.engines import check_engines
+from llmquant.planning.plan import STANDARD_GROUPS, Plan, make_plan
 from llmquant.spec import EFFORTS, Options, Override, Recipe
 
-MOST = 3
-"""Steps that are named at most."""
+MAX_STEPS = 3
+"""Largest number of steps that are suggested."""
 ENOUGH_SAMPLES = Options().num_samples
+"""Number of calibration samples from which on more samples are not suggested."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A change of the command line, and what it leads to."""
+    """A change of the command line, and its effect."""
 
     options: str
     effect: str
@@ -39,12 +40,12 @@ class Step:
 def next_steps(
     plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float = math.inf
 ) -> tuple[tuple[str, str], ...]:
-    """Options that should help and that the run would accept, with their effects; at most MOST.
+    """Options that should help and that the run would accept, with their effects; at most MAX_STEPS.
 
-    errors: the kind of each quantized linear, and its error. num_windows: windows that the calibration text has.
+    errors: the kind and the error of each quantized linear. num_windows: available windows of the calibration text.
     """
     steps = (step for step in _steps(plan, errors, num_windows) if _accepted(plan, step))
-    return tuple((step.options, step.effect) for step in islice(steps, MOST))
+    return tuple((step.options, step.effect) for step in islice(steps, MAX_STEPS))
 
 
 def _steps(plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float) -> Iterator[Step]:
@@ -53,9 +54,11 @@ def _steps(plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float) 
     def step(options: str, effect: str, run: Options = run, **changes: Any) -> Step:
         return Step(options, effect, replace(recipe, **changes), run)
 
-    if not recipe.compensates:
-        method = "awq+gptq" if recipe.smooths else "gptq"
-        yield step(f"--method {method}", "rounds by calibration text; the same size, more time", method=method)
+    if not recipe.uses_gptq:
+        method = "awq+gptq" if recipe.uses_awq else "gptq"
+        yield step(
+            f"--method {method}", "compensates errors on calibration text; the same size, more time", method=method
+        )
     elif not recipe.needs_original:
         yield step(
             "--effort default", "corrects errors of earlier blocks; the same size, more time", **_effort("default")
@@ -77,11 +80,11 @@ def _steps(plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float) 
         if smaller:
             grid = replace(spec, group_size=smaller)
             yield step(f"--group-size {smaller}", "more scales; a few percent larger", spec=grid)
-    if recipe.compensates and recipe.descent_sweeps == 0:
+    if recipe.uses_gptq and recipe.descent_sweeps == 0:
         yield step("--effort best", "searches longer; the same size, three times the time", **_effort("best"))
     if recipe.needs_data and not recipe.has_budget and not recipe.overrides:
         more = plan.bits_per_weight + 0.25
-        yield step(f"--target-bpw {more:.2f}", "a quarter bit more, spent on the linears that need it", target_bpw=more)
+        yield step(f"--target-bpw {more:.2f}", "a quarter bit more, on the most sensitive linears", target_bpw=more)
     if not recipe.has_budget and spec.bits < 8:
         for kind in _worst_kinds(errors):
             override = Override(pattern=f"*.{kind.rpartition('.')[2]}", bits=8)
@@ -91,13 +94,13 @@ def _steps(plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float) 
 
 
 def _effort(name: str) -> dict[str, Any]:
-    """All fields of a recipe that belong to an effort: those that it leaves at their defaults too."""
+    """The values of one effort for all fields that any effort sets, including the defaults that it keeps."""
     names = {key for values in EFFORTS.values() for key in values}
     return {key: EFFORTS[name].get(key, getattr(Recipe(), key)) for key in names}
 
 
 def _worst_kinds(errors: Sequence[tuple[str, float]]) -> list[str]:
-    """The kind of linear with the largest mean error, if there are several kinds."""
+    """A list of the kind of linear with the largest mean error. It is empty if there are not several kinds."""
     by_kind: dict[str, list[float]] = {}
     for kind, error in errors:
         by_kind.setdefault(kind, []).append(error)
@@ -107,14 +110,14 @@ def _worst_kinds(errors: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _accepted(plan: Plan, step: Step) -> bool:
-    """Whether the same run with this change would be accepted and do something else."""
+    """Whether the run with this change passes all checks and differs from the present run."""
     try:
         changed = make_plan(plan.path, step.recipe, step.run)
         if step.recipe.has_budget:
-            changed = provisional(changed)
-        check_targets(changed)
+            changed = plan_provisionally(changed)
+        check_engines(changed)
         quantization_config(changed)
-        footprint_of(changed).check()
+        estimate_memory(changed).check_limit()
     except UserError:
         return False
     if [(linear.name, linear.spec) for linear in changed.linears] != [(one.name, one.spec) for one in plan.linears]:

@@ -1,1 +1,1 @@
-
+"""Execution of quantized models: loading, generation, evaluation and benchmarks."""

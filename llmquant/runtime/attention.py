@@ -1,7 +1,10 @@
-"""Attention of a loaded model on the CPU: ours for one new token and for whole texts, torch's for everything else.
+"""CPU attention of a loaded model, with our kernels for one new token and for whole prompts.
 
-transformers keeps a registry of attention functions and lets a model name the one it uses. Ours is registered when the
-first model asks for it; where `kernels.llvm_attention` cannot take a call, it does what "sdpa" does.
+transformers keeps a registry of attention functions, and a model's config names the function that the model uses.
+`use_attention` registers the function `attention` and switches a model to it. For every call that
+`kernels.llvm_attention` does not support, `attention` calls PyTorch's scaled dot-product attention ("sdpa").
+
+Letters: S sequences, H query heads, G key and value heads, L query tokens, T cached tokens, D head dimension.
 """
 
 from __future__ import annotations
@@ -17,31 +20,47 @@ from torch import Tensor, nn
 from llmquant.kernels import jit, llvm_attention
 
 NAME = "llmquant"
+"""The name of our attention function in transformers' registry."""
+PROGRAM_BYTES = 77 * 2**20
+"""Memory that LLVM and the compiled attention kernels take, measured on x86-64."""
 
 
 def use_attention(model: Any, device: torch.device | None = None) -> None:
-    """Let a model whose attention is "sdpa" on a CPU use ours; any other model is left alone, and so is one that makes
-    its masks or its choices by that name.
+    """Switch a model from "sdpa" to our attention function, and compile its kernels.
 
-    device: where it will run, if it is not there yet.
+    The model does not change if `can_use_attention` returns False.
+    device: the device on which the model will run; None for the device it is on.
     """
-    names = {getattr(getattr(module, "config", None), "_attn_implementation", "sdpa") for module in model.modules()}
-    on_cpu = (device or model.device).type == "cpu"
-    if names != {"sdpa"} or not on_cpu or not model.is_backend_compatible() or jit.why_not() is not None:
+    if not can_use_attention(model, device):
         return
-    if asks_for_its_attention(model):
-        return
-    register()
+    register_attention()
     model.set_attn_implementation(NAME)
     config = model.config.get_text_config()
     heads, width = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     head_dim = getattr(config, "head_dim", None) or (width // heads if heads and width else None)
     if isinstance(head_dim, int):
-        llvm_attention.prepare(model.dtype, head_dim)
+        llvm_attention.compile_programs(model.dtype, head_dim)
 
 
-def register() -> None:
-    """Make our attention known to transformers in this process."""
+def can_use_attention(model: Any, device: torch.device | None = None) -> bool:
+    """Return whether `use_attention` would replace the attention of a model. The model does not change.
+
+    device: the device on which the model will run; None for the device it is on.
+    """
+    names = {getattr(getattr(module, "config", None), "_attn_implementation", "sdpa") for module in model.modules()}
+    on_cpu = (device or model.device).type == "cpu"
+    if names != {"sdpa"} or not on_cpu or not model.is_backend_compatible() or jit.unavailable_reason() is not None:
+        return False
+    return not depends_on_attention_name(model)
+
+
+def attention_bytes(model: Any, device: torch.device) -> int:
+    """Return the bytes of memory that `use_attention` will take: 0 if it changes nothing or LLVM is already loaded."""
+    return 0 if llvm_attention.is_compiled() or not can_use_attention(model, device) else PROGRAM_BYTES
+
+
+def register_attention() -> None:
+    """Add our attention function to transformers' registry in this process. Repeated calls are harmless."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -49,9 +68,11 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def asks_for_its_attention(model: Any) -> bool:
-    """Whether the code of the model compares the name of its attention with something: under another name it would do
-    something else. Code that cannot be read counts as code that does."""
+def depends_on_attention_name(model: Any) -> bool:
+    """Return whether the model's source branches on `_attn_implementation`, or is unavailable.
+
+    Another name of the attention function would then change the model's behaviour.
+    """
     for name in {type(module).__module__ for module in model.modules()}:
         if name.split(".")[0] in ("torch", "llmquant"):
             continue
@@ -75,13 +96,17 @@ def attention(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """query [S, H, L, D], key and value [S, G, T, D] -> y [S, L, H, D]; the signature is that of the registry."""
+    """Return the output [S, L, H, D] of the attention of query [S, H, L, D], key and value [S, G, T, D].
+
+    transformers' registry requires this signature. The second result is None instead of the attention weights.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    wants_gradient = any(tensor.requires_grad for tensor in (query, key, value)) and torch.is_grad_enabled()
-    asked = dropout or any(options.get(name) is not None for name in ("position_bias", "cache", "softcap", "s_aux"))
-    watched = torch.compiler.is_compiling() or not all(map(jit.is_plain, (query, key, value)))
-    if not (wants_gradient or asked or watched):
+    needs_gradient = any(tensor.requires_grad for tensor in (query, key, value)) and torch.is_grad_enabled()
+    extras = ("position_bias", "cache", "softcap", "s_aux")
+    has_extras = dropout or any(options.get(name) is not None for name in extras)
+    is_traced = torch.compiler.is_compiling() or not all(map(jit.is_plain, (query, key, value)))
+    if not (needs_gradient or has_extras or is_traced):
         factor = query.shape[3] ** -0.5 if scaling is None else scaling
         if query.shape[2] == 1:
             if llvm_attention.refuses_one(query, key, value, attention_mask) is None:
@@ -92,5 +117,6 @@ def attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
-def _is_causal(module: nn.Module, asked: bool | None) -> bool:
-    return bool(getattr(module, "is_causal", True) if asked is None else asked)
+def _is_causal(module: nn.Module, requested: bool | None) -> bool:
+    """Return the `is_causal` argument of a call, or the module's own attribute if the argument is None."""
+    return bool(getattr(module, "is_causal", True) if requested is None else requested)

@@ -1,8 +1,8 @@
-"""How fast a model runs and what memory it takes, by kernel, beside the model it was made from.
+"""Measure the speed and memory of a model with one or more kernel backends, and of its original.
 
-All contenders run in turns: on a machine that does other things too, each sees the same of them, and the ratios hold.
-A turn is what a user waits for: transformers generates, greedily and to the last token, from prompts of random tokens.
-The first turn warms up and does not count; of the others the medians do.
+All models are loaded together and run in turns, so that their ratios stay meaningful on a busy machine. In each run,
+transformers greedily continues prompts of random tokens. An end token does not stop a run. The first run of a model is
+a warm-up and is not counted. The reported rates come from the medians of the other runs.
 
 Letters: S sequences, L tokens of a prompt.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -27,90 +27,93 @@ from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.hub import resolve_model
 from llmquant.kernels.dispatch import BACKENDS
-from llmquant.memory import give_back, peak_resident_bytes, resident_bytes
-from llmquant.models.blocks import device_of
+from llmquant.memory import peak_resident_bytes, resident_bytes, trim_heap
+from llmquant.models.blocks import parse_device
 from llmquant.models.skeleton import build_empty, read_config
+from llmquant.progress import OnProgress, Phase, Progress, ignore_progress
 from llmquant.runtime.explain import explain_backends
-from llmquant.runtime.generate import Sampling, check_length, run_timed, settings_of, vocabulary_of
+from llmquant.runtime.generate import SamplingParams, check_length, run_timed, settings_of, vocabulary_size_of
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import load
 
 DENSE = "dense"
-"""The kernel of linears that are torch's own."""
+"""Kernel name of a model without quantized linears."""
 
-HIGH_WATER_RESET = Path("/proc/self/clear_refs")
-"""Linux: writing 5 resets the high-water mark of the process's memory."""
-
-OnStep = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
+PEAK_MEMORY_RESET = Path("/proc/self/clear_refs")
+"""On Linux, writing 5 to this file resets the recorded peak memory of the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What every contender does in a turn."""
+    """The work of one run, which is the same for every model."""
 
     prompt_tokens: int = 128
-    """Of each prompt."""
+    """Number of tokens of each prompt."""
     new_tokens: int = 64
-    """Of each text."""
+    """Number of tokens generated after each prompt."""
     batch_size: int = 1
-    """Prompts that run together."""
+    """Number of prompts that run together."""
     repeats: int = 3
-    """Turns that count."""
+    """Number of counted runs of each model."""
 
     def __post_init__(self) -> None:
-        for name, least in (("prompt_tokens", 1), ("new_tokens", 2), ("batch_size", 1), ("repeats", 1)):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"{name} {value}: must be at least {least}; use --{name.replace('_', '-')} {least}")
+        for name, minimum in (("prompt_tokens", 1), ("new_tokens", 2), ("batch_size", 1), ("repeats", 1)):
+            if (value := getattr(self, name)) < minimum:
+                raise UserError(f"{name} {value}: must be at least {minimum}; use --{name.replace('_', '-')} {minimum}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """One contender's figures."""
+class BenchmarkRun:
+    """The speed and memory of one model with one kernel backend."""
 
     model: str
+    """Folder or hub id of the model."""
     kernel: str
-    """Of its quantized linears; `dense` where there are none."""
+    """Backends of the model's quantized linears; `dense` if it has none."""
     load_seconds: float
+    """Time to load the model."""
     weight_bytes: int
-    """What its parameters and buffers take in memory."""
+    """Memory of the model's parameters and buffers."""
     peak_bytes: int | None
-    """Most that loading and one turn took beyond what was there before: of the GPU, or of the process where the system
-    tells (Linux)."""
+    """Peak memory of loading and one run, minus the memory that was in use before. It is GPU memory for a model on a
+    GPU, and memory of the process for a model on a CPU under Linux. It is None on other systems."""
     prefill_tokens_per_second: float
-    """Of all prompts together, until the first new token is there."""
+    """Prompt tokens of the whole batch per second of prefill, which ends with the first new token."""
     decode_tokens_per_second: float
-    """Of all texts together, from then on."""
+    """New tokens of the whole batch per second of decoding, without the first new token of each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Who ran what where, and how fast."""
+class BenchmarkResult:
+    """The speed and memory of several models on one machine."""
 
-    runs: tuple[Run, ...]
-    """The original last, where there is one."""
+    runs: tuple[BenchmarkRun, ...]
+    """One entry per model and backend; the original comes last if there is one."""
     against: str | None
+    """Folder or hub id of the original; None if the benchmark ran without one."""
     workload: Workload
+    """The work of each run."""
     device: str
-    """Name of the GPU, or the processor's kind and the number of threads."""
+    """Name of the GPU, or the kind of processor and the number of threads."""
     dtype: str
+    """dtype of the activations."""
     torch: str
-    """Its version."""
+    """Version of PyTorch."""
 
     @property
-    def original(self) -> Run | None:
-        """The run that the others are compared with."""
+    def original(self) -> BenchmarkRun | None:
+        """The entry of the original, with which the others are compared; None if there is none."""
         return self.runs[-1] if self.against is not None else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON; with an original, how many times as fast as that each run is."""
-        told = asdict(self)
-        if (base := self.original) is not None:
+        """Return the fields as a dict for JSON, with the speedup of every run over the original if there is one."""
+        values = asdict(self)
+        if (original := self.original) is not None:
             for name in ("prefill", "decode"):
                 rate = f"{name}_tokens_per_second"
-                for run in told["runs"]:
-                    run[f"{name}_speedup"] = run[rate] / getattr(base, rate)
-        return told
+                for run in values["runs"]:
+                    run[f"{name}_speedup"] = run[rate] / getattr(original, rate)
+        return values
 
 
 def bench(
@@ -122,91 +125,114 @@ def bench(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
-    on_step: OnStep = lambda what, done, total: None,
-) -> Bench:
-    """Time a checkpoint by each of these backends (`all`: each that takes all its linears), and then `against`.
+    on_progress: OnProgress = ignore_progress,
+) -> BenchmarkResult:
+    """Measure a checkpoint with each of the backends, and then the checkpoint `against`.
 
-    All of them are in memory together.
-    Raises UserError for whatever the user can mend, as `load` does.
+    backends: keys of `BACKENDS` or auto; "all" stands for every backend that can run all quantized linears.
+    All models are in memory at once. Raises UserError for the same reasons as `load`.
     """
     workload = workload or Workload()
     for name in (model, against):
         if name is not None:
             parsed_quantization(CheckpointReader(resolve_model(name, trust_remote_code)))
-    contenders = [(model, name) for name in _expand(model, backends, device, dtype, trust_remote_code)]
-    contenders += [(against, "auto")] if against is not None else []
-    loaded: list[Any] = []
-    facts: list[dict[str, Any]] = []
-    seconds: list[list[tuple[float, float]]] = [[] for _ in contenders]
-    total = len(contenders) * (1 + workload.repeats)
-    _import_code(model, trust_remote_code)
-    for name, backend in contenders:
-        on_step("running", len(loaded), total)
-        meter = _PeakMeter(device_of(device))
-        start = perf_counter()
-        contender = load(name, device=device, dtype=dtype, backend=backend, trust_remote_code=trust_remote_code)
-        load_seconds = perf_counter() - start
-        check_length(contender, workload.prompt_tokens, workload.new_tokens)
-        _turn(contender, workload)
-        loaded.append(contender)
-        facts.append({"model": name, "load_seconds": load_seconds, "peak_bytes": meter.peak()})
-    for turn in range(workload.repeats):
-        for index, contender in enumerate(loaded):
-            on_step("running", len(loaded) * (1 + turn) + index, total)
-            seconds[index].append(_turn(contender, workload))
-    on_step("running", total, total)
-    return Bench(
-        runs=tuple(
-            Run(**known, kernel=kernel_of(contender), weight_bytes=held_bytes(contender), **_rates(times, workload))
-            for contender, known, times in zip(loaded, facts, seconds, strict=True)
-        ),
+    candidates = [(model, name) for name in _backend_names(model, backends, device, dtype, trust_remote_code)]
+    candidates += [(against, "auto")] if against is not None else []
+    loaded: list[_LoadedModel] = []
+    num_runs = len(candidates) * (1 + workload.repeats)
+    _import_model_code(model, trust_remote_code)
+    for name, backend in candidates:
+        on_progress(Progress(Phase.RUNNING, len(loaded), num_runs))
+        options = {"device": device, "dtype": dtype, "backend": backend, "trust_remote_code": trust_remote_code}
+        loaded.append(_load_and_warm_up(name, workload, options))
+    for repeat in range(workload.repeats):
+        for index, each in enumerate(loaded):
+            on_progress(Progress(Phase.RUNNING, len(loaded) * (1 + repeat) + index, num_runs))
+            each.seconds.append(_time_run(each.model, workload))
+    on_progress(Progress(Phase.RUNNING, num_runs, num_runs))
+    return BenchmarkResult(
+        runs=tuple(each.to_run(workload) for each in loaded),
         against=against,
         workload=workload,
-        device=_describe(loaded[0].device),
-        dtype=str(loaded[0].dtype).removeprefix("torch."),
+        device=_describe_device(loaded[0].model.device),
+        dtype=str(loaded[0].model.dtype).removeprefix("torch."),
         torch=torch.__version__,
     )
 
 
-def kernel_of(model: nn.Module) -> str:
-    """The backends of its quantized linears."""
+@dataclass
+class _LoadedModel:
+    """A model in memory, and its measurements so far."""
+
+    name: str
+    model: Any
+    load_seconds: float
+    peak_bytes: int | None
+    seconds: list[tuple[float, float]]
+    """Seconds of (prefill, decoding) of each counted run."""
+
+    def to_run(self, workload: Workload) -> BenchmarkRun:
+        return BenchmarkRun(
+            model=self.name,
+            kernel=kernel_names(self.model),
+            load_seconds=self.load_seconds,
+            weight_bytes=memory_footprint_bytes(self.model),
+            peak_bytes=self.peak_bytes,
+            **_rates(self.seconds, workload),
+        )
+
+
+def _load_and_warm_up(name: str, workload: Workload, load_options: dict[str, Any]) -> _LoadedModel:
+    """Load a model, run it once, and measure the peak memory of both steps."""
+    meter = _PeakMemory(parse_device(load_options["device"]))
+    start = perf_counter()
+    model = load(name, **load_options)
+    load_seconds = perf_counter() - start
+    check_length(model, workload.prompt_tokens, workload.new_tokens)
+    _time_run(model, workload)
+    return _LoadedModel(name, model, load_seconds, meter.peak_bytes(), [])
+
+
+def kernel_names(model: nn.Module) -> str:
+    """Return the names of the backends of a model's quantized linears, or `dense` if there are none."""
     names = {module.backend_name for module in model.modules() if isinstance(module, QuantizedLinear)}
     return ", ".join(name for name in BACKENDS if name in names) or DENSE
 
 
-def held_bytes(model: nn.Module) -> int:
-    """Memory of its parameters and buffers; what is tied counts once."""
+def memory_footprint_bytes(model: nn.Module) -> int:
+    """Return the memory of a model's parameters and buffers. Tied tensors count once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
-def _import_code(model: str, trust_remote_code: bool) -> None:
-    """Have transformers import what it needs for a model, so that it is not counted as memory of the first one."""
+def _import_model_code(model: str, trust_remote_code: bool) -> None:
+    """Make transformers import a model's code now, so that the import does not count as memory of the first run."""
     config = read_config(resolve_model(model, trust_remote_code), trust_remote_code)
     build_empty(config, torch.float32, trust_remote_code)
 
 
-def _expand(model: str, backends: Sequence[str], device: str, dtype: str, trust_remote_code: bool) -> list[str]:
+def _backend_names(model: str, backends: Sequence[str], device: str, dtype: str, trust_remote_code: bool) -> list[str]:
+    """Return the requested backends without duplicates, with "all" expanded."""
     if "all" not in backends:
         return list(dict.fromkeys(backends))
     choices = explain_backends(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code).values()
     return [name for name in BACKENDS if not any(name in choice.refusals for choice in choices)]
 
 
-def _turn(model: Any, workload: Workload) -> tuple[float, float]:
-    """Seconds of prefill and of decoding."""
-    settings = settings_of(model, Sampling(max_new_tokens=workload.new_tokens, greedy=True))
+def _time_run(model: Any, workload: Workload) -> tuple[float, float]:
+    """Run a workload, and return the seconds of prefill and of decoding."""
+    settings = settings_of(model, SamplingParams(max_new_tokens=workload.new_tokens, greedy=True))
     settings.min_new_tokens, settings.pad_token_id = workload.new_tokens, 0
     settings.max_time = settings.stop_strings = None
     generator = torch.Generator().manual_seed(0)
     size = (workload.batch_size, workload.prompt_tokens)
-    tokens_SL = torch.randint(0, vocabulary_of(model), size, generator=generator).to(model.device)
+    tokens_SL = torch.randint(0, vocabulary_size_of(model), size, generator=generator).to(model.device)
     _, prefill, decode = run_timed(model, tokens_SL, torch.ones_like(tokens_SL), settings)
     return prefill, decode
 
 
 def _rates(seconds: Sequence[tuple[float, float]], workload: Workload) -> dict[str, Any]:
-    """Tokens per second of prefill and of decoding, from the medians; the first new token belongs to the prefill."""
+    """Return tokens per second from the median times. The first new token belongs to the prefill."""
     prefill, decode = (median(column) for column in zip(*seconds, strict=True))
     return {
         "prefill_tokens_per_second": workload.prompt_tokens * workload.batch_size / prefill,
@@ -214,29 +240,30 @@ def _rates(seconds: Sequence[tuple[float, float]], workload: Workload) -> dict[s
     }
 
 
-def _describe(device: torch.device) -> str:
+def _describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{platform.machine()} CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
-class _PeakMeter:
-    """How far memory rises from where it is when the meter is made."""
+class _PeakMemory:
+    """Measures how far the memory in use rises after the construction of this object."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._start: int | None = None
         gc.collect()
-        give_back()
+        trim_heap()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             self._start = torch.cuda.memory_allocated(device)
-        elif os.access(HIGH_WATER_RESET, os.W_OK):
-            HIGH_WATER_RESET.write_text("5")
+        elif os.access(PEAK_MEMORY_RESET, os.W_OK):
+            PEAK_MEMORY_RESET.write_text("5")
             self._start = resident_bytes()
 
-    def peak(self) -> int | None:
+    def peak_bytes(self) -> int | None:
+        """Return the rise in bytes, or None if the system does not report it."""
         if self._start is None:
             return None
         on_gpu = self._device.type == "cuda"

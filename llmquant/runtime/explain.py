@@ -1,5 +1,7 @@
-"""Which kernel backend each linear of a checkpoint would get on a device, told from the headers alone; and tiles
-measured for their shapes."""
+"""Report the kernel backend of each linear of a checkpoint on a device, and tune the Triton kernel for its shapes.
+
+Only the headers of the checkpoint are read, not the weights.
+"""
 
 from __future__ import annotations
 
@@ -13,49 +15,55 @@ from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quanti
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.hub import resolve_model
-from llmquant.kernels.dispatch import BACKENDS, Choice, explain_choice
+from llmquant.kernels.dispatch import BACKENDS, BackendChoice, explain_choice
 from llmquant.kernels.layout import LinearShape
 from llmquant.kernels.tiles import is_table
-from llmquant.kernels.tune import tune
-from llmquant.models.blocks import device_of
-from llmquant.models.skeleton import DTYPES, read_config, stored_dtype
-from llmquant.paths import check_file, typed_path
+from llmquant.kernels.tune import tune_tiles
+from llmquant.models.blocks import parse_device
+from llmquant.models.skeleton import MODEL_DTYPES, read_config, stored_dtype
+from llmquant.paths import check_output_file, parse_path
 
 
 @dataclass(frozen=True)
-class Planned:
-    """The quantized linears of a checkpoint, and where and in what dtype they would run."""
+class PlannedLinears:
+    """The quantized linears that `load` would create from a checkpoint."""
 
-    layers: dict[str, LinearShape]
+    shapes: dict[str, LinearShape]
+    """Shape and grid of each linear, by its name in the checkpoint."""
     device: torch.device
+    """The device on which they would run."""
     dtype: torch.dtype
+    """The dtype in which they would compute."""
 
 
 def planned_linears(
     model: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-) -> Planned:
-    """What `load` would make of a checkpoint; UserError if nothing in it is quantized."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"dtype '{dtype}': not one of auto, {', '.join(DTYPES)}; use --dtype auto")
+) -> PlannedLinears:
+    """Return the quantized linears that `load` would create. Raises UserError if the checkpoint is not quantized."""
+    if dtype != "auto" and dtype not in MODEL_DTYPES:
+        raise UserError(f"dtype '{dtype}': not one of auto, {', '.join(MODEL_DTYPES)}; use --dtype auto")
     reader = CheckpointReader(resolve_model(str(model), trust_remote_code))
     parsed = parsed_quantization(reader)
     if parsed is None:
-        raise UserError(f"{reader.path}: is not quantized, its linears are torch's; give a quantized checkpoint")
-    layers = {}
+        raise UserError(f"{reader.path}: is not quantized, so PyTorch runs its linears; give a quantized checkpoint")
+    shapes = {}
     for name, module in find_quantized_modules(reader, parsed).items():
         grid = parsed.grid_of(name)
-        moving = grid is not None and grid.moving_groups
-        layers[name] = LinearShape.planned(module.out_features, module.in_features, module.spec, moving)
-    runs_in = stored_dtype(read_config(reader.path, trust_remote_code), reader) if dtype == "auto" else DTYPES[dtype]
-    return Planned(layers, device_of(device), runs_in)
+        act_order_groups = grid is not None and grid.act_order_groups
+        shapes[name] = LinearShape.planned(module.out_features, module.in_features, module.spec, act_order_groups)
+    if dtype == "auto":
+        model_dtype = stored_dtype(read_config(reader.path, trust_remote_code), reader)
+    else:
+        model_dtype = MODEL_DTYPES[dtype]
+    return PlannedLinears(shapes, parse_device(device), model_dtype)
 
 
 def explain_backends(
     model: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-) -> dict[str, Choice]:
-    """The choice for every quantized linear by name, as `load` would make it."""
+) -> dict[str, BackendChoice]:
+    """Return the backend that `load` would choose for each quantized linear of a checkpoint, by the linear's name."""
     planned = planned_linears(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    return {name: explain_choice(layer, planned.device, planned.dtype) for name, layer in planned.layers.items()}
+    return {name: explain_choice(shape, planned.device, planned.dtype) for name, shape in planned.shapes.items()}
 
 
 def tune_model(
@@ -67,16 +75,20 @@ def tune_model(
     trust_remote_code: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Measure the Triton kernel's tiles for every shape of a checkpoint on the GPU that is here; the table's path.
+    """Find the fastest tiles of the Triton kernel for every shape of a checkpoint on this GPU.
 
-    path: default is the user's own table, which is read before the shipped ones. Raises UserError without a GPU that
-    the kernel runs on.
+    The tiles are written to a table, whose path is returned.
+
+    path: file to write; the default is the user's table for this GPU, which later runs read. report: called
+    with each line of output. Raises UserError if the kernel cannot run here.
     """
     if path is not None:
-        path = typed_path(path)
-        check_file(path, "--out", is_table)
+        path = parse_path(path)
+        check_output_file(path, "--out", is_table)
     planned = planned_linears(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    for name, layer in planned.layers.items():
-        if (why := BACKENDS["triton"].refuses(layer, planned.device, planned.dtype)) is not None:
-            raise UserError(f"tune: the Triton kernel cannot run {name} here ({why}); a CPU needs no tuning")
-    return tune(list(dict.fromkeys(planned.layers.values())), planned.dtype, planned.device, path=path, report=report)
+    for name, shape in planned.shapes.items():
+        if (refusal := BACKENDS["triton"].refuses(shape, planned.device, planned.dtype)) is not None:
+            raise UserError(f"tune: the Triton kernel cannot run {name} here ({refusal}); a CPU needs no tuning")
+    return tune_tiles(
+        list(dict.fromkeys(planned.shapes.values())), planned.dtype, planned.device, path=path, report=report
+    )

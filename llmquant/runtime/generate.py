@@ -1,7 +1,9 @@
-"""Text from a model: prompts become tokens, transformers generates, and the clock runs.
+"""Generate text: tokenize prompts, let transformers generate, and measure the time.
 
-Prefill (the prompt, all tokens at once) and decoding (one token after the other) are timed apart: the first is bound by
-arithmetic, the second by reading the weights, which is what quantization makes smaller.
+Prefill (all tokens of the prompt at once) and decoding (one token after the other) are timed separately. Arithmetic
+limits the speed of prefill. Reading the weights, which quantization makes smaller, limits the speed of decoding.
+
+Letters: S sequences, L tokens of a prompt with its padding.
 """
 
 from __future__ import annotations
@@ -19,30 +21,30 @@ from torch import Tensor
 from transformers import TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from llmquant.chat import chat_text
-from llmquant.errors import UserError, first_words
+from llmquant.data.chat import chat_text
+from llmquant.errors import UserError, one_line
 from llmquant.models.skeleton import context_length
-from llmquant.runtime.settings import FILE, joined_settings
+from llmquant.runtime.generation_settings import GENERATION_CONFIG_FILE, merge_settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn."""
+class SamplingParams:
+    """Settings of sampling and of the end of a text. None uses the value in the checkpoint's generation_config.json."""
 
     max_new_tokens: int = 128
-    """Tokens after which a text ends, unless it ends itself."""
+    """Maximum number of tokens in a generated text."""
     greedy: bool = False
-    """Always the most likely token. Otherwise, and where nothing else is said, the checkpoint's own settings hold."""
+    """Whether the most likely token is always taken."""
     temperature: float | None = None
-    """Divides the logits before the draw; 0 is greedy."""
+    """Divisor of the logits before sampling; 0 means greedy."""
     top_p: float | None = None
-    """Draw from the most likely tokens that together have this probability."""
+    """Sample only from the most likely tokens whose probabilities add up to this value."""
     top_k: int | None = None
-    """Draw from this many most likely tokens."""
+    """Sample only from this number of most likely tokens."""
     seed: int = 0
-    """Of the draw: the same seed gives the same text."""
+    """Seed of the random generator. The same seed gives the same text."""
     max_seconds: float | None = None
-    """Time after which a text is cut off; None for none."""
+    """Time in seconds after which generation stops. None means no limit, unless the checkpoint sets one."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -50,40 +52,44 @@ class Sampling:
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature {self.temperature}: must not be negative or infinite; use --temperature 0.7")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p}: must lie between 0 and 1; use --top-p 0.9")
+            raise UserError(f"top_p {self.top_p}: must be above 0 and at most 1; use --top-p 0.9")
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k {self.top_k}: must be at least 1; use --top-k 50")
         if not -(2**63) <= self.seed < 2**64:
             raise UserError(f"seed {self.seed}: must fit into 64 bits; use --seed 0")
         if self.greedy and (self.temperature or self.top_p or self.top_k):
-            raise UserError("greedy: draws nothing, so --temperature, --top-p and --top-k do not go with --greedy")
+            raise UserError("greedy: does not sample; omit --greedy, or omit --temperature, --top-p and --top-k")
 
-    def settings(self) -> dict[str, Any]:
-        """What it says of transformers' generation settings, by their names; do_sample if it says how to draw."""
-        asked = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        draw = {name: value for name, value in asked.items() if value is not None}
+    def generation_settings(self) -> dict[str, Any]:
+        """Return transformers' generation settings for these parameters.
+
+        The settings contain "do_sample" only if the parameters decide between greedy decoding and sampling.
+        """
+        parameters = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        sampling: dict[str, Any] = {name: value for name, value in parameters.items() if value is not None}
         if self.greedy or self.temperature == 0:
-            draw = {"do_sample": False}
-        elif draw:
-            draw["do_sample"] = True
-        time = {} if self.max_seconds is None else {"max_time": self.max_seconds}
-        return {"max_new_tokens": self.max_new_tokens} | time | draw
+            sampling = {"do_sample": False}
+        elif sampling:
+            sampling["do_sample"] = True
+        limits = {"max_new_tokens": self.max_new_tokens}
+        time_limit = {} if self.max_seconds is None else {"max_time": self.max_seconds}
+        return limits | time_limit | sampling
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generated:
-    """The texts of some prompts, and how long they took."""
+class GenerationResult:
+    """The generated texts of a batch of prompts, and the time that they took."""
 
     texts: tuple[str, ...]
-    """What follows each prompt."""
+    """The continuation of each prompt."""
     num_prompt_tokens: int
-    """Of all prompts together, without padding."""
+    """Number of tokens of all prompts together, without padding."""
     num_new_tokens: int
-    """Of all texts together."""
+    """Number of tokens of all generated texts together."""
     prefill_seconds: float
-    """Until the first new token of each prompt was there."""
+    """Time until the first new token of every prompt."""
     decode_seconds: float
-    """From then on."""
+    """Time from the first new token to the last."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -91,40 +97,40 @@ class Generated:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """None where no text has a second token."""
-        later = self.num_new_tokens - len(self.texts)
-        return later / max(self.decode_seconds, 1e-9) if later > 0 else None
+        """New tokens per second, without the first of each text; None if no text has a second token."""
+        num_decoded = self.num_new_tokens - len(self.texts)
+        return num_decoded / max(self.decode_seconds, 1e-9) if num_decoded > 0 else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the fields and the rates as a dict for JSON."""
         rates = ("prefill_tokens_per_second", "decode_tokens_per_second")
         return asdict(self) | {name: getattr(self, name) for name in rates}
 
 
-class _Clock(BaseStreamer):
-    """Notes when the first and the last new token came, and hands tokens on to a streamer of text."""
+class _TokenTimer(BaseStreamer):
+    """Records the times of the first and the last new token, and passes tokens on to a text streamer."""
 
-    def __init__(self, texts: TextStreamer | None) -> None:
-        self._texts = texts
-        self._calls = 0
+    def __init__(self, text_streamer: TextStreamer | None) -> None:
+        self._text_streamer = text_streamer
+        self._num_calls = 0
         self.first = self.last = perf_counter()
 
     def put(self, value: Tensor) -> None:
-        # The first call brings the prompt.
-        self._calls += 1
+        # The first call passes the prompt, and the second call the first new token.
+        self._num_calls += 1
         self.last = perf_counter()
-        if self._calls <= 2:
+        if self._num_calls <= 2:
             self.first = self.last
-        if self._texts is not None:
-            self._texts.put(value)
+        if self._text_streamer is not None:
+            self._text_streamer.put(value)
 
     def end(self) -> None:
-        if self._texts is not None:
-            self._texts.end()
+        if self._text_streamer is not None:
+            self._text_streamer.end()
 
 
-class _Texts(TextStreamer):
-    """Gives text to a function as soon as it is certain."""
+class _CallbackStreamer(TextStreamer):
+    """Passes text to a function as soon as further tokens cannot change it."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -138,66 +144,66 @@ def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     *,
     chat: bool = False,
     compiled: bool = False,
     on_text: Callable[[str], None] | None = None,
-) -> Generated:
-    """Continue every prompt; several at once are padded on the left and run as one batch.
+) -> GenerationResult:
+    """Continue every prompt. Several prompts are padded on the left and run as one batch.
 
-    chat: each prompt is what a user says, put into the model's chat template. compiled: decode with a cache of fixed
-    size through torch.compile and CUDA graphs; the first text waits for the compiler. on_text: gets the text of a
-    single prompt piece by piece while it is made. Raises UserError for a prompt that is empty, too long, or has tokens
-    that the model does not know, for settings of the checkpoint that cannot be used, and if the model cannot be
-    compiled.
+    chat: put each prompt, as a message of the user, into the model's chat template. compiled: decode with a static
+    cache through torch.compile and CUDA graphs; compilation delays the first text. on_text: called with each piece of
+    the text of a single prompt as it is generated.
+    Raises UserError if a prompt is empty, too long, or has tokens outside the model's vocabulary, if the checkpoint's
+    generation settings are invalid, or if the model cannot be compiled.
     """
-    sampling = sampling or Sampling()
+    sampling = sampling or SamplingParams()
     assert prompts and (on_text is None or len(prompts) == 1)
-    vocabulary = vocabulary_of(model)
-    rows = [_token_ids(tokenizer, prompt, chat, vocabulary) for prompt in prompts]
-    longest = max(map(len, rows))
+    vocabulary_size = vocabulary_size_of(model)
+    prompt_tokens = [_token_ids(tokenizer, prompt, chat, vocabulary_size) for prompt in prompts]
+    longest = max(map(len, prompt_tokens))
     check_length(model, longest, sampling.max_new_tokens)
     settings = settings_of(model, sampling)
     if compiled:
         _check_compiles(model)
-        # For a static cache on a GPU, transformers compiles the decoding step by itself.
+        # transformers compiles the decoding step of a static cache on a GPU.
         settings.cache_implementation = "static"
-    # Tokenizers may have a padding token that the model does not know.
-    known = [token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token in range(vocabulary)]
-    pad = known[0] if known else 0
+    # The padding token of a tokenizer may lie outside the model's vocabulary.
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    pad = next((token for token in candidates if token in range(vocabulary_size)), 0)
     settings.pad_token_id = pad
-    tokens_SL = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
-    mask_SL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    tokens_SL = torch.tensor([[pad] * (longest - len(row)) + row for row in prompt_tokens], device=model.device)
+    mask_SL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompt_tokens], device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(sampling.seed)
-        texts = _Texts(tokenizer, on_text) if on_text is not None else None
-        output_SL, prefill_seconds, decode_seconds = run_timed(model, tokens_SL, mask_SL, settings, texts, tokenizer)
-    made = [_until_end(row[longest:].tolist(), set(settings.eos_token_id or ())) for row in output_SL]
+        streamer = _CallbackStreamer(tokenizer, on_text) if on_text is not None else None
+        output_SL, prefill_seconds, decode_seconds = run_timed(model, tokens_SL, mask_SL, settings, streamer, tokenizer)
+    new_tokens = [_until_end(row[longest:].tolist(), set(settings.eos_token_id or ())) for row in output_SL]
     if stops := settings.stop_strings:
-        made = [_until_stop(row, [stops] if isinstance(stops, str) else stops, tokenizer) for row in made]
-    return Generated(
-        texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row in made),
-        num_prompt_tokens=sum(map(len, rows)),
-        num_new_tokens=sum(map(len, made)),
+        new_tokens = [_until_stop(row, [stops] if isinstance(stops, str) else stops, tokenizer) for row in new_tokens]
+    return GenerationResult(
+        texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row in new_tokens),
+        num_prompt_tokens=sum(map(len, prompt_tokens)),
+        num_new_tokens=sum(map(len, new_tokens)),
         prefill_seconds=prefill_seconds,
         decode_seconds=decode_seconds,
     )
 
 
-def vocabulary_of(model: Any) -> int:
-    """How many tokens the model has an embedding for."""
+def vocabulary_size_of(model: Any) -> int:
+    """Return the number of tokens for which the model has an embedding."""
     return model.get_input_embeddings().weight.shape[0]
 
 
-def settings_of(model: Any, sampling: Sampling) -> Any:
-    """A transformers GenerationConfig: the checkpoint's own settings, with those of `sampling` in their place.
+def settings_of(model: Any, sampling: SamplingParams) -> Any:
+    """Return the checkpoint's settings, overridden by those of `sampling`, as a transformers GenerationConfig.
 
-    Raises UserError for settings of the checkpoint that cannot be used.
+    Raises UserError if the checkpoint's settings are invalid.
     """
-    file = Path(model.name_or_path or "") / FILE
-    return joined_settings(model.generation_config, sampling.settings(), vocabulary_of(model), file)
+    file = Path(model.name_or_path or "") / GENERATION_CONFIG_FILE
+    return merge_settings(model.generation_config, sampling.generation_settings(), vocabulary_size_of(model), file)
 
 
 def run_timed(
@@ -205,88 +211,94 @@ def run_timed(
     tokens_SL: Tensor,
     mask_SL: Tensor,
     settings: Any,
-    texts: TextStreamer | None = None,
+    text_streamer: TextStreamer | None = None,
     tokenizer: Any = None,
 ) -> tuple[Tensor, float, float]:
-    """Tokens with what follows them [S, L + new], seconds until the first new token was there, and seconds from then.
+    """Generate, and return (prompts and new tokens [S, L + new], seconds of prefill, seconds of decoding).
 
-    settings: a transformers GenerationConfig. texts: gets the tokens as they come. tokenizer: needed for stop strings.
+    tokens_SL: int64 prompts. mask_SL: int64, 0 for padding. settings: a transformers GenerationConfig. text_streamer:
+    receives the tokens as they are generated. tokenizer: needed for stop strings.
+    Raises UserError if sampling fails because the model's predictions are not finite.
     """
-    clock = _Clock(texts)
-    more = {"tokenizer": tokenizer} if settings.stop_strings else {}
+    timer = _TokenTimer(text_streamer)
+    stop_options = {"tokenizer": tokenizer} if settings.stop_strings else {}
     start = perf_counter()
-    with torch.inference_mode(), _only_these(model, settings):
+    with torch.inference_mode(), _exactly_these_settings(model, settings):
         try:
             output_SL = model.generate(
-                tokens_SL, attention_mask=mask_SL, generation_config=settings, streamer=clock, **more
+                tokens_SL, attention_mask=mask_SL, generation_config=settings, streamer=timer, **stop_options
             )
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
             raise UserError(
-                f"{model.name_or_path}: no token can be drawn, because the model's predictions are not finite or its "
-                f"{FILE} suppresses all tokens; check the checkpoint, and try --dtype float32"
+                f"{model.name_or_path}: no token can be sampled, because the model's predictions are not finite or its "
+                f"{GENERATION_CONFIG_FILE} suppresses all tokens; check the checkpoint, and try --dtype float32"
             ) from error
-    return output_SL, clock.first - start, clock.last - clock.first
+    return output_SL, timer.first - start, timer.last - timer.first
 
 
 @contextmanager
-def _only_these(model: Any, settings: Any) -> Iterator[None]:
-    """Make the settings of a call the model's own for its duration: transformers fills open settings from those."""
-    own, model.generation_config = model.generation_config, settings
+def _exactly_these_settings(model: Any, settings: Any) -> Iterator[None]:
+    """Replace the model's settings during a call. transformers would use them where the call leaves a setting unset."""
+    model_settings, model.generation_config = model.generation_config, settings
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = model_settings
 
 
-def _token_ids(tokenizer: Any, prompt: str, chat: bool, vocabulary: int) -> list[int]:
-    """The tokens of a prompt; UserError if there are none, or some that the model does not know."""
+def _token_ids(tokenizer: Any, prompt: str, chat: bool, vocabulary_size: int) -> list[int]:
+    """Return the token ids of a prompt. Raises UserError if there are none, or one lies outside the vocabulary."""
     text = chat_text(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True) if chat else prompt
     try:
-        # A chat template has written the special tokens itself.
+        # The chat template has already added the special tokens.
         ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
-    except (TypeError, UnicodeError) as error:  # half a character, as a shell may pass it on
-        raise UserError(f"prompt: the tokenizer cannot read it ({first_words(error)}); give valid UTF-8") from error
+    except (TypeError, UnicodeError) as error:  # bytes that are not UTF-8 become lone surrogates on the command line
+        raise UserError(f"prompt: the tokenizer cannot read it ({one_line(error)}); give valid UTF-8") from error
     if not ids and chat:
-        raise UserError("chat: the model's chat template makes an empty text of the prompt; leave out --chat")
+        raise UserError("chat: the model's chat template turns the prompt into an empty text; leave out --chat")
     if not ids:
-        raise UserError("prompt: is empty, and the model's tokenizer begins a text with nothing; give some words")
-    if unknown := [token for token in ids if token not in range(vocabulary)]:
+        raise UserError("prompt: is empty, and the model's tokenizer adds no start token; give at least one word")
+    if unknown := [token for token in ids if token not in range(vocabulary_size)]:
         raise UserError(
-            f"prompt: the tokenizer makes token {unknown[0]} ({tokenizer.decode([unknown[0]])!r}), the model has "
-            f"{vocabulary}; the tokenizer's files are those of another model"
+            f"prompt: the tokenizer makes token {unknown[0]} ({tokenizer.decode([unknown[0]])!r}), but the model has "
+            f"only {vocabulary_size}; replace the tokenizer's files, which belong to another model"
         )
     return ids
 
 
 def _check_compiles(model: Any) -> None:
+    """Raise UserError if the decoding step of a model cannot be compiled."""
     if model.device.type != "cuda":
-        raise UserError("compile: is for GPUs, the model is on the CPU; leave out --compile")
+        raise UserError("compile: needs a GPU, but the model is on the CPU; omit --compile")
     if not getattr(model, "_can_compile_fullgraph", False):
-        raise UserError(f"compile: transformers cannot compile {type(model).__name__}; leave out --compile")
+        raise UserError(f"compile: transformers cannot compile {type(model).__name__}; omit --compile")
 
 
 def check_length(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:
-    """UserError where prompt and text together are longer than the model's context."""
+    """Raise UserError if a prompt and its continuation do not fit into the model's context."""
     context = context_length(model.config)
     if num_prompt_tokens >= context:
-        raise UserError(f"prompt: {num_prompt_tokens} tokens, and the model's context is {context}; shorten it")
+        raise UserError(f"prompt: has {num_prompt_tokens} tokens, and the model's context is {context}; shorten it")
     if num_prompt_tokens + max_new_tokens > context:
         raise UserError(
-            f"max_new_tokens {max_new_tokens}: with {num_prompt_tokens} tokens of prompt more than the model's context "
-            f"of {context}; use --max-new-tokens {context - num_prompt_tokens} or less"
+            f"max_new_tokens {max_new_tokens}: together with {num_prompt_tokens} tokens of prompt exceeds the model's "
+            f"context of {context}; use --max-new-tokens {context - num_prompt_tokens} or less"
         )
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
-    """The tokens up to and with the first that ends a text; what follows is padding."""
+    """Return the tokens up to and including the first end token. Padding follows it."""
     stop = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:stop]
 
 
 def _until_stop(tokens: list[int], stops: Sequence[str], tokenizer: Any) -> list[int]:
-    """The tokens up to and with the one that completes a stop string; others of a batch may have gone on."""
+    """Return the tokens up to and including the token that completes a stop string.
+
+    More tokens may follow because the other texts of a batch were not finished.
+    """
     for count in range(1, len(tokens)):
         text = tokenizer.decode(tokens[:count], skip_special_tokens=True)
         if any(stop in text for stop in stops):

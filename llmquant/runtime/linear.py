@@ -1,16 +1,19 @@
-"""`QuantizedLinear`: the module that stands where an `nn.Linear` stood; and `PackedLinear`, for a head in 16 bit.
+"""`QuantizedLinear`, which replaces a quantized `nn.Linear`, and `PackedDenseLinear`, which replaces a 16-bit head.
 
-They hold the weight in the layout of the backend that was chosen for it, made once at load. The layout is neither saved
-(its buffers are not persistent: it depends on the processor) nor cast by `.to(dtype)` (its bits have a meaning).
+Both hold their weight in the layout of one kernel backend, computed at load. The layout depends on the processor, so
+its buffers are not persistent. The buffers hold packed bits instead of numbers, so `.to(dtype)` never casts them.
 
-A state dict holds the tensors of the checkpoint instead, made when it is asked for: packed codes, scales and
-zero-points in the format that the linear was read from, or the 16-bit weight. `load_state_dict` takes the same tensors.
+A state dict holds the tensors of the checkpoint instead, which are computed on demand: packed codes (integer levels),
+scales and zero-points in the format that the linear was read from, or the 16-bit weight. `load_state_dict` accepts the
+same tensors.
+
+Letters: N out_features, K in_features, G groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,12 +33,23 @@ from llmquant.kernels.dispatch import (
 )
 from llmquant.kernels.jit import is_plain
 from llmquant.kernels.layout import LinearShape, check_width
-from llmquant.runtime.attention import register
+from llmquant.runtime.attention import register_attention
 from llmquant.weight import QuantizedWeight, group_of_column
 
 
+class PickledWeight(NamedTuple):
+    """The weight of a pickled `QuantizedLinear`. Unlike a backend's layout, it does not depend on the processor."""
+
+    words: Tensor
+    """Codes [N, K], packed along K into int32."""
+    scale_NG: Tensor
+    """Scales [N, G], float16, bfloat16 or float32."""
+    zero_NG: Tensor
+    """Zero-points [N, G], uint8."""
+
+
 class QuantizedLinear(nn.Module):
-    """y = x @ dequantize(weight).T + bias.
+    """A linear with a quantized weight: y = x @ dequantize(weight).T + bias.
 
     x is [..., in_features] in `dtype`; the result has the same dtype. Gradients flow to x and to the bias, never to
     the codes.
@@ -51,9 +65,10 @@ class QuantizedLinear(nn.Module):
         backend: str = "auto",
         format: str = "compressed-tensors",
     ) -> None:
-        """format: the key of `FORMATS` in which a state dict holds the weight.
+        """dtype: dtype of x and of the result. backend: a key of `BACKENDS`, or auto. format: format of the weight in a
+        state dict, a key of `FORMATS`.
 
-        Raises UserError where `backend` is unknown or cannot run this weight on `device` in `dtype`.
+        Raises UserError if `backend` is unknown or cannot run this weight on `device` in `dtype`.
         """
         super().__init__()
         device = torch.device(device)
@@ -68,40 +83,46 @@ class QuantizedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.to(device, dtype), requires_grad=False)
 
     def _prepare(self, weight: QuantizedWeight, device: torch.device) -> None:
-        """Bring a weight into the layout of the backend, and note what the layout does not tell about it."""
-        self.layer = LinearShape.of(weight)
+        """Convert a weight to the backend's layout, and keep the attributes that the layout does not store."""
+        self.shape = LinearShape.of(weight)
         self.scale_dtype = weight.scale_NG.dtype
         self.group_index_K = weight.group_index_K
-        self._hold(BACKENDS[self.backend_name].prepare(weight, self.dtype, device))
+        self._set_prepared(BACKENDS[self.backend_name].prepare(weight, self.dtype, device))
 
-    def _hold(self, prepared: tuple[Tensor, ...]) -> None:
-        """Keep the tensors twice: as buffers, for whoever lists them, and as the tuple that every call needs."""
+    def _set_prepared(self, prepared: tuple[Tensor, ...]) -> None:
+        """Store the backend's tensors twice: as the tuple that every call needs, and as buffers of the module."""
         self.prepared = prepared
         for i, tensor in enumerate(prepared):
             self.register_buffer(f"prepared_{i}", tensor, persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the layout is this processor's, so codes, scales and zero-points travel."""
+        """Return the state for copies and pickles, with a `PickledWeight` instead of this processor's layout."""
         weight = self.quantized_weight()
-        words = pack_bits(weight.codes_NK, self.spec.bits, dim=1)
-        return self.__dict__ | {"_buffers": {}, "prepared": (words, weight.scale_NG, weight.zero_NG)}
+        pickled = PickledWeight(
+            words=pack_bits(weight.codes_NK, self.spec.bits, dim=1), scale_NG=weight.scale_NG, zero_NG=weight.zero_NG
+        )
+        return self.__dict__ | {"_buffers": {}, "prepared": pickled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore the weight from a `PickledWeight`. Another backend is chosen if the old one cannot run here.
+
+        A pickled block may name our attention function, which a new process has not registered yet.
+        """
+        register_attention()
         super().__setstate__(state)
-        words, scale_NG, zero_NG = self.prepared
+        pickled: PickledWeight = state["prepared"]
+        device = pickled.words.device
         weight = QuantizedWeight(
-            codes_NK=unpack_bits(words, self.spec.bits, 1, self.in_features),
-            scale_NG=scale_NG,
-            zero_NG=zero_NG,
+            codes_NK=unpack_bits(pickled.words, self.spec.bits, 1, self.in_features),
+            scale_NG=pickled.scale_NG,
+            zero_NG=pickled.zero_NG,
             spec=self.spec,
             group_index_K=self.group_index_K,
         )
-        if BACKENDS[self.backend_name].refuses(self.layer, words.device, self.dtype) is not None:
-            chosen, self.backend_reason = choose_backend(self.layer, words.device, self.dtype)
+        if BACKENDS[self.backend_name].refuses(self.shape, device, self.dtype) is not None:
+            chosen, self.backend_reason = choose_backend(self.shape, device, self.dtype)
             self.backend_name = chosen.name
-        self._prepare(weight, words.device)
-        # The model around it names an attention that a new process does not know.
-        register()
+        self._prepare(weight, device)
 
     @property
     def device(self) -> torch.device:
@@ -109,15 +130,15 @@ class QuantizedLinear(nn.Module):
 
     @property
     def format(self) -> Format:
-        """The format of its tensors in a state dict."""
+        """The format of the weight's tensors in a state dict."""
         return FORMATS[self.format_name]
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The codes, scales and zero-points that it was made of, on its device."""
+        """Return the codes, scales and zero-points that this linear was built from, on its device."""
         group_K = self.group_index_K
         if group_K is None:
             group_K = group_of_column(self.in_features, self.spec.group_size)
-        codes_NK, scale_NG, zero_NG = BACKENDS[self.backend_name].restore(self.prepared, self.layer, group_K)
+        codes_NK, scale_NG, zero_NG = BACKENDS[self.backend_name].restore(self.prepared, self.shape, group_K)
         return QuantizedWeight(
             codes_NK=codes_NK,
             scale_NG=scale_NG.to(self.scale_dtype),
@@ -127,7 +148,10 @@ class QuantizedLinear(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The bias, and on the CPU what the format stores; UserError if the format cannot hold the weight exactly."""
+        """Store the bias, and the weight's tensors on the CPU.
+
+        Raises UserError if the format cannot store the weight exactly.
+        """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         try:
             tensors = self.format.pack(self.quantized_weight().to("cpu"))
@@ -148,7 +172,7 @@ class QuantizedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take what `_save_to_state_dict` gives; one that lacks a tensor changes nothing."""
+        """Load the tensors that `_save_to_state_dict` stores. If one is missing, the weight does not change."""
         names = {suffix: f"{prefix}{suffix}" for suffix in self.format.suffixes}
         tensors = {suffix: state_dict[name].cpu() for suffix, name in names.items() if name in state_dict}
         stored = self.format.tensor_shapes(self.spec, self.out_features, self.in_features, self.scale_dtype)
@@ -165,54 +189,63 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> DenseWeight:
-        """The dense weight, made when its values are first needed; its shape, dtype and device cost nothing."""
+        """The dense weight, computed when its values are first needed. Its shape, dtype and device cost nothing."""
         return DenseWeight(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight [N, K] as this layer's backend sees it."""
-        return BACKENDS[self.backend_name].dequantize(self.prepared, self.layer, dtype or self.dtype)
+        """Return the dense weight [N, K] that the backend multiplies with, by default in the linear's dtype."""
+        return BACKENDS[self.backend_name].dequantize(self.prepared, self.shape, dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises TypeError where x has another dtype, as a dense linear would."""
+        """Return y for x. Raises TypeError if x has another dtype than the linear."""
         if x.dtype != self.dtype:
             raise TypeError(f"x is {x.dtype}, but this linear was prepared for {self.dtype}")
         if self._needs_operator(x):
-            return matmul(x, list(self.prepared), self.bias, self.backend_name, self.layer.as_ints())
-        return BACKENDS[self.backend_name].matmul(x, self.prepared, self.bias, self.layer)
+            return matmul(x, list(self.prepared), self.bias, self.backend_name, self.shape.as_ints())
+        return BACKENDS[self.backend_name].matmul(x, self.prepared, self.bias, self.shape)
 
     def _needs_operator(self, x: Tensor) -> bool:
-        """Whether somebody differentiates, traces or watches. The operator costs some ten to thirty microseconds of
-        Python per call, as much as a small matmul, so whoever does nothing of it goes without."""
-        if torch.is_grad_enabled() and self._wants_gradient(x):
+        """Return whether this call needs the custom operator, because autograd, tracing or a dispatch mode is active.
+
+        The operator adds 10 to 30 microseconds of Python, as much as a small matmul takes, so plain inference calls the
+        kernel directly.
+        """
+        if torch.is_grad_enabled() and self._needs_gradient(x):
             return True
         if not torch.compiler.is_compiling():
             return not is_plain(x)
         inline_rows = BACKENDS[self.backend_name].inline_rows
         return torch.compiler.is_exporting() or x.numel() >= inline_rows * self.in_features
 
-    def _wants_gradient(self, x: Tensor) -> bool:
+    def _needs_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def check_move(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
-        """The device to which a function of `_apply` moves; UserError if it casts, or the backend cannot run there."""
+        """Return the device to which a function given to `_apply` moves tensors.
+
+        Raises UserError if the function casts to another dtype, or if the backend cannot run on that device.
+        """
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         if moved.dtype != self.dtype:
             raise UserError(
-                f"{self.layer.describe()}: prepared for {self.dtype}, cannot be cast to {moved.dtype}; "
+                f"{self.shape.describe()}: prepared for {self.dtype}, cannot be cast to {moved.dtype}; "
                 f"load the model with that dtype"
             )
-        refusal = BACKENDS[self.backend_name].refuses(self.layer, moved.device, self.dtype)
+        refusal = BACKENDS[self.backend_name].refuses(self.shape, moved.device, self.dtype)
         if moved.device != self.device and refusal is not None:
             raise UserError(
-                f"{self.layer.describe()}: prepared for backend '{self.backend_name}' on {self.device}, which cannot "
+                f"{self.shape.describe()}: prepared for backend '{self.backend_name}' on {self.device}, which cannot "
                 f"run on {moved.device} ({refusal}); load the model on that device"
             )
         return moved.device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """`.to()` and its kin: the layout moves where its backend can run, and is never cast."""
+        """Implement `.to()`, `.cuda()` and similar methods.
+
+        The layout moves only to a device on which its backend runs, and it is never cast.
+        """
         device = self.check_move(fn)
-        self._hold(tuple(tensor.to(device) for tensor in self.prepared))
+        self._set_prepared(tuple(tensor.to(device) for tensor in self.prepared))
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self
@@ -224,36 +257,41 @@ class QuantizedLinear(nn.Module):
         )
 
 
-class PackedLinear(nn.Module):
-    """An `nn.Linear` in bfloat16 on a CPU, its weight laid out as one of `DENSE_KERNELS` reads it.
+class PackedDenseLinear(nn.Module):
+    """An unquantized bfloat16 linear on a CPU, with its weight in the layout that one of `DENSE_KERNELS` reads.
 
-    A plain linear brings its weight into oneDNN's layout at every call, which for one row is most of the work.
+    A plain linear converts its weight to oneDNN's layout at every call, which is most of the work for one row.
     """
 
     packed: Tensor
+    """The weight in the layout of the kernel."""
 
     def __init__(self, linear: nn.Linear, *, tied: bool = False) -> None:
-        """There must be a kernel: `choose_dense_kernel`. tied: the weight belongs to the embedding too, and a state
-        dict holds that very tensor, as it does for a plain linear."""
+        """The caller has checked that `choose_dense_kernel` returns a kernel.
+
+        tied: whether the embedding shares the weight; a state dict then stores the shared tensor, as for a plain
+        linear.
+        """
         super().__init__()
-        # In a tuple, because a parameter that is an attribute would become one of this module.
+        # The tuple hides the parameter from nn.Module, which would register it.
         self._tied_weight = (linear.weight,) if tied else ()
         self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
         self.register_buffer("packed", torch.empty(0), persistent=False)
         self.bias = linear.bias
-        self._hold(linear.weight.detach())
+        self._pack(linear.weight.detach())
 
-    def _hold(self, weight_NK: Tensor) -> None:
+    def _pack(self, weight_NK: Tensor) -> None:
+        """Choose the kernel for this processor, and convert a weight to its layout."""
         self.kernel_name = choose_dense_kernel() or ""
         self.packed = DENSE_KERNELS[self.kernel_name].pack(weight_NK)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: the layout is this processor's, so the weight travels as a plain tensor."""
+        """Return the state for copies and pickles, with a plain weight [N, K] instead of this processor's layout."""
         return self.__dict__ | {"_buffers": {"packed": self.dequantize()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hold(self.packed)
+        self._pack(self.packed)
 
     @property
     def device(self) -> torch.device:
@@ -261,15 +299,15 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> DenseWeight:
-        """As that of a `QuantizedLinear`."""
+        """The dense weight, computed when its values are first needed."""
         return DenseWeight(self)
 
     def dequantize(self) -> Tensor:
-        """The weight [N, K] as a plain tensor."""
+        """Return the weight [N, K] as a plain tensor."""
         return DENSE_KERNELS[self.kernel_name].unpack(self.packed, self.out_features, self.in_features)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The bias and the weight [N, K]."""
+        """Store the bias and the weight [N, K]."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight_NK = next((weight if keep_vars else weight.detach() for weight in self._tied_weight), None)
         destination[f"{prefix}weight"] = self.dequantize() if weight_NK is None else weight_NK
@@ -284,7 +322,7 @@ class PackedLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Take the weight [N, K] and the bias."""
+        """Load the weight [N, K] and the bias."""
         name = f"{prefix}weight"
         weight_NK = state_dict.get(name)
         if weight_NK is None:
@@ -292,12 +330,12 @@ class PackedLinear(nn.Module):
         elif tuple(weight_NK.shape) != (self.out_features, self.in_features):
             error_msgs.append(f"{name}: {list(weight_NK.shape)}; must be {[self.out_features, self.in_features]}")
         else:
-            self._hold(weight_NK.detach().to("cpu", self.dtype))
+            self._pack(weight_NK.detach().to("cpu", self.dtype))
         rest = {other: value for other, value in state_dict.items() if other != name}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises TypeError where x has another dtype, RuntimeError where it has another width."""
+        """Return x @ weight.T + bias. Raises TypeError if x has another dtype, and RuntimeError for another width."""
         if x.dtype != self.dtype:
             raise TypeError(f"x is {x.dtype}, but this linear was prepared for {self.dtype}")
         check_width(x, self.in_features)
@@ -308,7 +346,7 @@ class PackedLinear(nn.Module):
         return DENSE_KERNELS[self.kernel_name].multiply(x, self.packed, self.bias, self.out_features)
 
     def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """UserError if a function of `_apply` casts, or moves away from the CPU."""
+        """Raise UserError if a function given to `_apply` casts to another dtype, or moves tensors from the CPU."""
         moved = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         if moved.dtype != self.dtype or moved.device.type != "cpu":
             raise UserError(
@@ -316,8 +354,8 @@ class PackedLinear(nn.Module):
                 f"{moved.dtype} on {moved.device}; load the model there with that dtype"
             )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """`.to()` and its kin: the layout is this processor's, and stays as it is."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedDenseLinear:
+        """Implement `.to()`, `.cuda()` and similar methods. Only the bias changes."""
         self.check_move(fn)
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
@@ -331,13 +369,13 @@ class PackedLinear(nn.Module):
 
 
 class DenseWeight:
-    """Stands for the dense weight of a `QuantizedLinear` or `PackedLinear`.
+    """A lazy proxy for the dense weight of a `QuantizedLinear` or `PackedDenseLinear`.
 
-    Some model code only peeks at `linear.weight.dtype` or `.device`: that stays free. Anything else (an attribute, a
-    torch function) makes the dense tensor and uses that.
+    Model code often reads only `linear.weight.dtype`, `.device` or `.shape`, which costs nothing. Any other attribute,
+    and any torch function, first dequantizes the weight.
     """
 
-    def __init__(self, linear: QuantizedLinear | PackedLinear) -> None:
+    def __init__(self, linear: QuantizedLinear | PackedDenseLinear) -> None:
         self._linear = linear
 
     @property
@@ -353,7 +391,7 @@ class DenseWeight:
         return torch.Size((self._linear.out_features, self._linear.in_features))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_linear":  # asked for by copy and pickle before it is there
+        if name == "_linear":  # copy and pickle look it up before it is set
             raise AttributeError(name)
         return getattr(self._linear.dequantize(), name)
 

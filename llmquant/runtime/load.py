@@ -1,7 +1,7 @@
-"""Open a checkpoint, quantized or not, as a transformers model that runs.
+"""Load a checkpoint, quantized or not, as a transformers model.
 
-A quantized checkpoint becomes the model of its config with every packed linear replaced by a `QuantizedLinear`. Tensors
-go one by one from the shards to the device, so the peak is the quantized model and one layer.
+The model is built from config.json, and a `QuantizedLinear` replaces every linear that is packed in the checkpoint.
+Tensors go one by one from the shards to the device, so peak memory is the quantized model and one linear.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from llmquant.errors import UserError
 from llmquant.formats.format import ParsedQuantization
 from llmquant.hub import resolve_model
 from llmquant.kernels.dispatch import choose_dense_kernel
-from llmquant.memory import give_back
-from llmquant.models.blocks import device_of, is_linear, linear_shape
-from llmquant.models.skeleton import DTYPES, Skeleton, name_translator, read_config, stored_dtype
+from llmquant.memory import trim_heap
+from llmquant.models.blocks import is_linear, linear_shape, parse_device
+from llmquant.models.skeleton import MODEL_DTYPES, Skeleton, name_translator, read_config, stored_dtype
 from llmquant.runtime.attention import use_attention
-from llmquant.runtime.linear import PackedLinear, QuantizedLinear
-from llmquant.runtime.save import let_save
-from llmquant.runtime.settings import FILE, read_settings
+from llmquant.runtime.generation_settings import GENERATION_CONFIG_FILE, read_generation_config
+from llmquant.runtime.linear import PackedDenseLinear, QuantizedLinear
+from llmquant.runtime.save import enable_saving
 
 LINEARS_BETWEEN_TRIMS = 8
-"""What unpacking leaves behind goes back to the system this often; a trim takes about a millisecond."""
+"""Number of linears after which memory freed by unpacking is returned to the system, which takes about 1 ms."""
 
 
 def load(
@@ -44,43 +44,49 @@ def load(
     backend: str = "auto",
     trust_remote_code: bool = False,
 ) -> Any:
-    """A transformers causal language model from a local folder or hub id, in eval mode, ready to generate.
+    """Load a local folder or hub id as a transformers causal language model in eval mode, ready to generate.
 
-    device: auto, cpu, cuda[:n]. dtype: auto (the checkpoint's), float32, bfloat16, float16. backend: one of
-    `kernels.dispatch.BACKENDS`, or auto. Raises UserError for whatever the user can mend.
+    device: auto, cpu, cuda[:n]. dtype: auto (the checkpoint's), float32, bfloat16, float16. backend: the kernel of
+    quantized linears, a key of `kernels.dispatch.BACKENDS` or auto. trust_remote_code: run Python code that comes with
+    the checkpoint. Raises UserError if an option is invalid or the checkpoint cannot be loaded.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"dtype '{dtype}': not one of auto, {', '.join(DTYPES)}; use dtype auto")
+    if dtype != "auto" and dtype not in MODEL_DTYPES:
+        raise UserError(f"dtype '{dtype}': not one of auto, {', '.join(MODEL_DTYPES)}; use dtype auto")
     reader = CheckpointReader(resolve_model(str(path), trust_remote_code))
-    target = device_of(device)
+    torch_device = parse_device(device)
     quantization = parsed_quantization(reader)
     config = read_config(reader.path, trust_remote_code)
-    wanted = stored_dtype(config, reader) if dtype == "auto" else DTYPES[dtype]
-    skeleton = Skeleton.open(reader, config, target, wanted, trust_remote_code)
+    model_dtype = stored_dtype(config, reader) if dtype == "auto" else MODEL_DTYPES[dtype]
+    skeleton = Skeleton.open(reader, config, torch_device, model_dtype, trust_remote_code)
     if quantization is not None:
         replace_linears(skeleton, quantization, backend)
     elif backend != "auto":
-        raise UserError(f"backend '{backend}': {path} is not quantized, its linears are torch's; use --backend auto")
-    fill(skeleton)
+        raise UserError(
+            f"backend '{backend}': {path} is not quantized, so PyTorch runs its linears; use --backend auto"
+        )
+    load_other_tensors(skeleton)
     model = skeleton.model
     if quantization is not None:
         pack_head(model)
         use_attention(model)
-        let_save(model, reader.quantization_config or {})
-        give_back()
+        enable_saving(model, reader.quantization_config or {})
+        trim_heap()
     add_generation_config(model, reader.path)
     return model
 
 
 def replace_linears(skeleton: Skeleton, quantization: ParsedQuantization, backend: str) -> None:
-    """Put a QuantizedLinear where a packed linear is on disk; UserError where model and checkpoint disagree."""
+    """Replace every linear that is packed in the checkpoint by a `QuantizedLinear` with its weight.
+
+    Raises UserError if a packed linear does not fit the model.
+    """
     reader, model = skeleton.reader, skeleton.model
     stored = find_quantized_modules(reader, quantization)
     translate = name_translator(model)
     for index, (source, packed) in enumerate(stored.items()):
         if index % LINEARS_BETWEEN_TRIMS == 0:
-            give_back()
-        name, linear = linear_for(model, translate, reader, packed)
+            trim_heap()
+        name, linear = find_linear(model, translate, reader, packed)
         bias = None
         if linear.bias is not None:
             bias = reader.read(f"{source}.bias")
@@ -97,12 +103,12 @@ def replace_linears(skeleton: Skeleton, quantization: ParsedQuantization, backen
         setattr(model.get_submodule(parent), leaf, replacement.eval())
 
 
-def linear_for(
+def find_linear(
     model: Any, translate: Callable[[str], str | None], reader: CheckpointReader, packed: QuantizedModule
 ) -> tuple[str, nn.Module]:
-    """Name and module of the linear that a packed one belongs to; UserError where model and checkpoint disagree.
+    """Return the name and module of the linear in the model whose weight is `packed` in the checkpoint.
 
-    translate: `name_translator(model)`.
+    translate: `name_translator(model)`. Raises UserError if the model has no such linear or it has another shape.
     """
     name = (translate(f"{packed.name}.weight") or packed.name).removesuffix(".weight")
     try:
@@ -111,18 +117,22 @@ def linear_for(
         linear = None
     if linear is None or not is_linear(linear):
         raise UserError(
-            f"{reader.path}: packed linear '{packed.name}' is no linear of the model that config.json describes"
+            f"{reader.path}: packed linear '{packed.name}' is no linear of the model that config.json describes; copy "
+            "config.json from where the checkpoint was made"
         )
     if linear_shape(linear) != (packed.out_features, packed.in_features):
         raise UserError(
-            f"{reader.path}: '{packed.name}' is packed as {[packed.out_features, packed.in_features]}, config.json "
-            f"makes it {list(linear_shape(linear))}; the checkpoint and its config do not belong together"
+            f"{reader.path}: '{packed.name}' is packed as {[packed.out_features, packed.in_features]}, but config.json "
+            f"makes it {list(linear_shape(linear))}; copy config.json from where the checkpoint was made"
         )
     return name, linear
 
 
-def fill(skeleton: Skeleton) -> None:
-    """Read everything that is not a packed linear; tied parameters share one tensor."""
+def load_other_tensors(skeleton: Skeleton) -> None:
+    """Load all parameters and buffers outside the quantized linears. Tied parameters share one tensor.
+
+    Raises UserError if the checkpoint has no tensor for a parameter.
+    """
     model = skeleton.model
     read: dict[str, nn.Parameter] = {}
     for name, owner in list(model.named_modules()):
@@ -132,8 +142,8 @@ def fill(skeleton: Skeleton) -> None:
             full = f"{name}.{leaf}" if name else leaf
             source = skeleton.names.get(full)
             if source is None:
-                why = skeleton.why_missing(full)
-                raise UserError(f"{skeleton.reader.path}: no tensor holds parameter '{full}': {why}")
+                reason = skeleton.why_missing(full)
+                raise UserError(f"{skeleton.reader.path}: no tensor holds parameter '{full}': {reason}")
             if source not in read:
                 skeleton.load(name, recurse=False)
                 read |= {
@@ -149,16 +159,20 @@ def fill(skeleton: Skeleton) -> None:
 
 
 def pack_head(model: Any) -> None:
-    """On a CPU that multiplies bfloat16, bring the head into the layout it is read in: in a small model it is half the
-    bytes of a token. A head that is the embedding too is there twice from then on."""
+    """Replace the head by a `PackedDenseLinear` if it is a bfloat16 linear on a CPU that multiplies bfloat16.
+
+    In a small model, half of the bytes that are read per token belong to the head. If the head is tied to the
+    embedding, the replacement holds a second copy of the weight.
+    """
     head = model.get_output_embeddings()
     fits = type(head) is nn.Linear and head.weight.device.type == "cpu" and head.weight.dtype == torch.bfloat16
     if fits and choose_dense_kernel() is not None:
         tied = head.weight is model.get_input_embeddings().weight
-        model.set_output_embeddings(PackedLinear(head, tied=tied))
+        model.set_output_embeddings(PackedDenseLinear(head, tied=tied))
 
 
 def add_generation_config(model: Any, path: Path) -> None:
-    """Give the model the checkpoint's own generation settings, if it has some; UserError if they cannot be read."""
-    if (path / FILE).is_file() and hasattr(model, "generation_config"):
-        model.generation_config = read_settings(path / FILE)
+    """Set the model's generation settings from the checkpoint, if it has some. Raises UserError if they are invalid."""
+    file = path / GENERATION_CONFIG_FILE
+    if file.is_file() and hasattr(model, "generation_config"):
+        model.generation_config = read_generation_config(file)

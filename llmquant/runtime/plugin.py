@@ -1,15 +1,15 @@
-"""A quantized checkpoint through transformers' own `from_pretrained`: what device maps and adapters expect.
+"""Load a quantized checkpoint through transformers' own `from_pretrained`, as device maps and adapters require.
 
-transformers chooses a quantizer by the `quant_method` of config.json. Those of our formats (gptq, awq,
-compressed-tensors) are taken by quantizers that need other packages, and a name cannot be registered twice. So the
-config that is handed to `from_pretrained` says `llmquant` instead, which is registered here, by transformers' own
-registry; config.json on the disk stays what every engine reads:
+transformers chooses a quantizer by the `quant_method` in config.json. The methods of our formats (gptq, awq,
+compressed-tensors) belong to quantizers that need other packages, and transformers registers each name only once.
+Therefore the config that is passed to `from_pretrained` names the method `llmquant`, which this module registers.
+config.json on disk does not change, so every engine can still read it:
 
     config = llmquant.transformers_config("out")
     model = AutoModelForCausalLM.from_pretrained("out", config=config, device_map="auto")
 
-transformers then reads the packed tensors into modules that hold nothing else, where its device map says, and those
-become `QuantizedLinear` at the end.
+transformers then loads the packed tensors into placeholder modules, on the devices of its device map, and each
+placeholder is replaced by a `QuantizedLinear` at the end.
 """
 
 from __future__ import annotations
@@ -29,47 +29,48 @@ from llmquant.checkpoints.quantized import QuantizedModule, find_quantized_modul
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.hub import resolve_model
-from llmquant.models.skeleton import check_size, loaded_dtypes, name_translator, read_config
+from llmquant.models.skeleton import check_num_blocks, loaded_dtypes, name_translator, read_config
 from llmquant.runtime.linear import QuantizedLinear
-from llmquant.runtime.load import linear_for
-from llmquant.runtime.save import let_save
+from llmquant.runtime.load import find_linear
+from llmquant.runtime.save import enable_saving
 
 METHOD = "llmquant"
-"""Our name in transformers' registry."""
+"""The name of our quantizer in transformers' registry."""
 
 
 def transformers_config(path: str | Path, *, backend: str = "auto", trust_remote_code: bool = False) -> Any:
-    """The config with which transformers opens a quantized checkpoint (a folder or hub id, of any tool) through us.
+    """Return the config with which transformers loads a quantized checkpoint through llmquant.
 
-    backend: one of `kernels.dispatch.BACKENDS`, or auto. UserError if it is not quantized, or cannot be read.
+    path: folder or hub id of a checkpoint, written by any tool. backend: a key of `kernels.dispatch.BACKENDS`, or auto.
+    Raises UserError if the checkpoint is not quantized or cannot be read.
     """
     reader = CheckpointReader(resolve_model(str(path), trust_remote_code))
     if parsed_quantization(reader) is None:
-        raise UserError(f"{reader.path}: not quantized; transformers opens it without a config of ours")
-    register()
+        raise UserError(f"{reader.path}: not quantized, so transformers needs no config of llmquant; omit it")
+    register_method()
     config = read_config(reader.path, trust_remote_code)
-    check_size(config, reader)
+    check_num_blocks(config, reader)
     config.quantization_config = {"quant_method": METHOD, "backend": backend}
     return config
 
 
-def register() -> None:
-    """Make `llmquant` known to transformers; again is harmless."""
+def register_method() -> None:
+    """Register the quantization method `llmquant` with transformers. Repeated calls are harmless."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(LLMQuantConfig)
         register_quantizer(METHOD)(LLMQuantizer)
 
 
 class LLMQuantConfig(QuantizationConfigMixin):
-    """Says that we open the checkpoint; how it is packed stands in its own config.json."""
+    """Selects `LLMQuantizer`. The format of the weights is described in the checkpoint's own config.json."""
 
     def __init__(self, backend: str = "auto", quant_method: str = METHOD) -> None:
         self.quant_method = quant_method  # type: ignore[assignment]
         self.backend = backend
 
 
-class PackedLinear(nn.Module):
-    """Where transformers puts the tensors of one linear, as they are stored."""
+class PackedLinearPlaceholder(nn.Module):
+    """Holds the stored tensors of one linear while transformers loads a checkpoint."""
 
     def __init__(self, packed: QuantizedModule, reader: CheckpointReader, bias: Tensor | None) -> None:
         super().__init__()
@@ -77,18 +78,19 @@ class PackedLinear(nn.Module):
         for suffix, name in packed.tensors.items():
             info = reader.info(name)
             self.register_buffer(suffix, torch.empty(info.shape, dtype=info.dtype, device="meta"))
-        # Some models initialize what they miss by their modules' weights, and leave alone what says that it is done.
+        # Some models initialize the weight of every module that does not carry this mark.
         self.weight = torch.empty(packed.out_features, packed.in_features, device="meta")
         self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
-    def linear(self, dtype: torch.dtype, backend: str) -> QuantizedLinear:
-        """The linear that runs, where the tensors lie; UserError if they are damaged, or were left on the disk."""
+    def to_quantized_linear(self, dtype: torch.dtype, backend: str) -> QuantizedLinear:
+        """Build the linear on the device of the tensors. Raises UserError if they are damaged or were not loaded."""
         tensors: dict[str, Tensor] = dict(self.named_buffers())
         (device,) = {tensor.device for tensor in tensors.values()}
         if device.type == "meta":
             raise UserError(
-                f"{self.packed.name}: the device map leaves it on the disk, where no kernel runs; give it a device"
+                f"{self.packed.name}: the device map leaves it on disk, but a quantized linear cannot run from there; "
+                "map it to a device"
             )
         try:
             weight = self.packed.format.unpack(
@@ -105,56 +107,56 @@ class PackedLinear(nn.Module):
 
 
 class LLMQuantizer(HfQuantizer):
-    """What transformers calls while it opens a checkpoint."""
+    """The quantizer that `from_pretrained` calls before and after it loads the tensors of a checkpoint."""
 
     requires_calibration = True
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.dtypes: dict[str, torch.dtype] = {}
-        """The dtype of every parameter, known once the model is built."""
+        """Dtype of each parameter, by its name; set when the model has been built."""
         self.stored_config: dict[str, Any] = {}
-        """The `quantization_config` of the checkpoint, known once it is opened."""
+        """The `quantization_config` of the checkpoint; set when the model has been built."""
 
     def _process_model_before_weight_loading(
         self, model: Any, dtype: torch.dtype | None = None, checkpoint_files: Sequence[str] = (), **kwargs: Any
     ) -> Any:
-        """Put a PackedLinear where a linear is packed on the disk."""
+        """Replace every linear that is packed in the checkpoint by a placeholder."""
         reader = CheckpointReader(Path(checkpoint_files[0]).parent)
         parsed = parsed_quantization(reader)
         assert parsed is not None
         self.stored_config = reader.quantization_config or {}
         self.dtypes = loaded_dtypes(model, dtype or model.dtype)
         translate = name_translator(model)
-        with torch.device("cpu"):  # transformers makes new tensors on meta here; those that are read are real
+        with torch.device("cpu"):  # not on meta, transformers' default device here: the values are needed
             modules = find_quantized_modules(reader, parsed)
         for packed in modules.values():
-            name, linear = linear_for(model, translate, reader, packed)
+            name, linear = find_linear(model, translate, reader, packed)
             parent, _, leaf = name.rpartition(".")
             bias = linear._parameters["bias"]
-            setattr(model.get_submodule(parent), leaf, PackedLinear(packed, reader, bias))
+            setattr(model.get_submodule(parent), leaf, PackedLinearPlaceholder(packed, reader, bias))
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Let every PackedLinear become the linear that runs, one after the other."""
-        for name, packed in list(model.named_modules()):
-            if isinstance(packed, PackedLinear):
-                dtype = self.dtypes[f"{name}.weight"]
-                linear = packed.linear(dtype, self.quantization_config.backend).eval()  # type: ignore[attr-defined]
-                if hasattr(packed, "_hf_hook"):
-                    hook = packed._hf_hook
-                    remove_hook_from_module(packed)
+        """Replace every placeholder by the `QuantizedLinear` that it describes, one after the other."""
+        backend = self.quantization_config.backend  # type: ignore[attr-defined]
+        for name, placeholder in list(model.named_modules()):
+            if isinstance(placeholder, PackedLinearPlaceholder):
+                linear = placeholder.to_quantized_linear(self.dtypes[f"{name}.weight"], backend).eval()
+                if hasattr(placeholder, "_hf_hook"):
+                    hook = placeholder._hf_hook
+                    remove_hook_from_module(placeholder)
                     add_hook_to_module(linear, hook)  # type: ignore[arg-type]
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, linear)
-        let_save(model, self.stored_config)
+        enable_saving(model, self.stored_config)
         return model
 
     def is_serializable(self) -> bool:
-        """Yes: the state dict of the model holds the tensors of the checkpoint."""
+        """Return True, because the model's state dict holds the tensors of the checkpoint and can be saved."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Gradients flow through to adapters; the codes stay."""
+        """True, because gradients flow through the frozen quantized linears to adapters."""
         return True

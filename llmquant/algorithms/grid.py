@@ -1,0 +1,207 @@
+"""The affine integer grid: `weight = scale * (code - zero)`, its range search, and round-to-nearest.
+
+A grid is one scale and one integer zero-point per output row and group of input columns. Computations use the
+transposed weight, weight_KN, in which the columns of a group are contiguous rows in memory.
+
+Range search ("hessian"): each shrink factor p gives the grid of the range (p * lo, p * hi). For each row and group, the
+grid with the least `sum_k H_kk (w_k - scale * (code_k - zero))^2` is kept. This sum is the output error that rounding
+to nearest would cause if the input columns were uncorrelated.
+
+The scale is rounded to the dtype it is stored in before any code is computed, so that no later cast moves a weight.
+
+Letters: N out_features, K in_features, G groups, S columns of one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.spec import QuantSpec
+from llmquant.weight import QuantizedWeight, group_of_column
+
+SHRINK_STEPS = 31
+"""Number of shrink factors that the range search tries."""
+SHRINK_TO = 0.4
+"""The smallest shrink factor."""
+# A symmetric grid has one code less on the positive side, so a slightly larger scale is sometimes better.
+SYMMETRIC_START = 1.08
+# The reciprocal of a number below float32's normal range overflows. Of the scale dtypes, float16 has a narrower range.
+SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+# A smaller subnormal float16 number has fewer significant bits. One with 8 of them is as fine as bfloat16.
+FINE_STEPS = 2**7
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zero-points of every group, float32 [G, N] each; the scales are exact in their storage dtype."""
+
+    scale_GN: Tensor
+    zero_GN: Tensor
+
+
+def group_slices(in_features: int, group_size: int) -> Iterator[slice]:
+    """Yield the column range of each group in order; the last one may be shorter."""
+    step = in_features if group_size == -1 else group_size
+    for start in range(0, in_features, step):
+        yield slice(start, min(start + step, in_features))
+
+
+def scale_limits(scale_dtype: torch.dtype) -> tuple[float, float]:
+    """Return the smallest and largest scale of a dtype.
+
+    They are 2^-24 and 65504 in float16, 2^-126 and about 2^128 in bfloat16 and float32.
+    """
+    return max(_smallest_subnormal(scale_dtype), SMALLEST_SCALE), min(torch.finfo(scale_dtype).max, LARGEST_SCALE)
+
+
+def _smallest_subnormal(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+
+
+def store(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Return the scale as it will be read back: within `scale_limits`, rounded to scale_dtype, in float32."""
+    smallest, largest = scale_limits(scale_dtype)
+    return scale.clamp(min=smallest, max=largest).to(scale_dtype).float()
+
+
+def count_unfit_groups(weight_KN: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[int, int]:
+    """Count the groups whose weights are too small, and those whose weights are too large, for scales in scale_dtype.
+
+    Weights below float32's normal range count as zeros, and groups of zeros are not counted.
+    """
+    smallest, largest = scale_limits(scale_dtype)
+    finest = max(FINE_STEPS * _smallest_subnormal(scale_dtype), smallest)
+    too_small = too_large = 0
+    for columns in group_slices(weight_KN.shape[0], spec.group_size):
+        low_N, high_N = extremes(weight_KN[columns], spec.symmetric)
+        scale_N = (high_N - low_N) / spec.max_code
+        too_small += int(((scale_N < finest) & (high_N - low_N >= SMALLEST_SCALE)).sum())
+        too_large += int((scale_N > largest).sum())
+    return too_small, too_large
+
+
+def extremes(weight_SN: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return the lowest and highest value of each row of one group, float32 [N] each, widened to contain 0.
+
+    A group of zeros gets (-1, 1), so that its scale is a normal number and its codes are the zero-point.
+    """
+    low_N, high_N = weight_SN.amin(0).clamp_(max=0), weight_SN.amax(0).clamp_(min=0)
+    if symmetric:
+        high_N = torch.maximum(high_N, -low_N)
+        low_N = -high_N
+    dead_N = high_N <= low_N
+    return low_N.masked_fill(dead_N, -1.0), high_N.masked_fill(dead_N, 1.0)
+
+
+def grid_of_range(
+    low_N: Tensor, high_N: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, min_zero: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return scale and zero-point, float32 [N] each, of the grid that spans [low, high]."""
+    scale_N = store((high_N - low_N) / spec.max_code, scale_dtype)
+    if spec.symmetric:
+        return scale_N, torch.full_like(scale_N, float(spec.mid_code))
+    return scale_N, torch.round(-low_N / scale_N).clamp_(min_zero, spec.max_code)
+
+
+def integer_levels(weight: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+    """Return the integer levels q = `code - zero` of the nearest grid points; `scale * q` is the rounded weight."""
+    return torch.round(weight / scale).clamp_(min=-zero, max=max_code - zero)
+
+
+def search_range(
+    weight_SN: Tensor,
+    importance_S: Tensor | None,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype,
+    min_zero: int = 0,
+    num_steps: int = SHRINK_STEPS,
+) -> tuple[Tensor, Tensor]:
+    """Search the range of one group; return its scale and zero-point, float32 [N] each.
+
+    weight_SN: float32, the group's columns. importance_S: float32 weight of each column's squared error; None takes the
+    extremes of the group without a search.
+    """
+    low_N, high_N = extremes(weight_SN, spec.symmetric)
+    scale_N, zero_N = grid_of_range(low_N, high_N, spec, scale_dtype, min_zero)
+    if importance_S is None:
+        return scale_N, zero_N
+
+    scratch_SN = torch.empty_like(weight_SN)
+
+    def loss_N(scale_N: Tensor, zero_N: Tensor) -> Tensor:
+        torch.div(weight_SN, scale_N, out=scratch_SN)
+        scratch_SN.round_().clamp_(min=-zero_N, max=spec.max_code - zero_N)
+        return importance_S @ scratch_SN.mul_(scale_N).sub_(weight_SN).square_()
+
+    best_N = loss_N(scale_N, zero_N)
+    start = SYMMETRIC_START if spec.symmetric else 1.0
+    for shrink in torch.linspace(start, SHRINK_TO, num_steps).tolist():
+        trial_scale_N, trial_zero_N = grid_of_range(shrink * low_N, shrink * high_N, spec, scale_dtype, min_zero)
+        trial_N = loss_N(trial_scale_N, trial_zero_N)
+        better_N = trial_N < best_N
+        best_N = torch.where(better_N, trial_N, best_N)
+        scale_N = torch.where(better_N, trial_scale_N, scale_N)
+        zero_N = torch.where(better_N, trial_zero_N, zero_N)
+    return scale_N, zero_N
+
+
+def find_grid(
+    weight_KN: Tensor,
+    importance_K: Tensor | None,
+    spec: QuantSpec,
+    scale_dtype: torch.dtype,
+    min_zero: int = 0,
+    num_steps: int = SHRINK_STEPS,
+) -> Grid:
+    """Return the grid of every group of a weight, each group searched on its own (`search_range`)."""
+    pairs = [
+        search_range(
+            weight_KN[columns],
+            None if importance_K is None else importance_K[columns],
+            spec,
+            scale_dtype,
+            min_zero,
+            num_steps,
+        )
+        for columns in group_slices(weight_KN.shape[0], spec.group_size)
+    ]
+    return Grid(torch.stack([scale for scale, _ in pairs]), torch.stack([zero for _, zero in pairs]))
+
+
+def round_to_grid(weight_KN: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+    """Round to nearest; return the integer levels `code - zero`, float32 [K, N]."""
+    q_KN = torch.empty_like(weight_KN)
+    for group, columns in enumerate(group_slices(weight_KN.shape[0], spec.group_size)):
+        q_KN[columns] = integer_levels(weight_KN[columns], grid.scale_GN[group], grid.zero_GN[group], spec.max_code)
+    return q_KN
+
+
+def values_on_grid(q_KN: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+    """Return the weights that integer levels stand for, float32 [K, N]: `scale * q`."""
+    group_K = group_of_column(q_KN.shape[0], spec.group_size, q_KN.device)
+    return q_KN * grid.scale_GN[group_K]
+
+
+def to_quantized_weight(q_KN: Tensor, grid: Grid, spec: QuantSpec, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """Return the `QuantizedWeight` of integer levels and their grid."""
+    group_K = group_of_column(q_KN.shape[0], spec.group_size, q_KN.device)
+    codes_KN = (q_KN + grid.zero_GN[group_K]).to(torch.uint8)
+    return QuantizedWeight(
+        codes_NK=codes_KN.T.contiguous(),
+        scale_NG=grid.scale_GN.T.to(scale_dtype).contiguous(),
+        zero_NG=grid.zero_GN.T.to(torch.uint8).contiguous(),
+        spec=spec,
+    )
+
+
+def round_to_nearest(
+    weight_NK: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, min_zero: int = 0
+) -> QuantizedWeight:
+    """Round to nearest on the extremes of each group (RTN), without data: the baseline that every method must beat."""
+    weight_KN = weight_NK.float().T.contiguous()
+    grid = find_grid(weight_KN, None, spec, scale_dtype, min_zero)
+    return to_quantized_weight(round_to_grid(weight_KN, grid, spec), grid, spec, scale_dtype)

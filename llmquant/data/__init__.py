@@ -1,0 +1,1 @@
+"""Calibration and evaluation text: its sources, its records, and its tokens."""

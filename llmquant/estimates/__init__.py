@@ -1,0 +1,1 @@
+"""Estimates of the memory, disk space and duration of a run, made before any weight is read."""

@@ -1,0 +1,516 @@
+"""The plan of a run: all decisions that need no weights, and the checks of the request.
+
+A plan says which linears are quantized, on which grid and in which format. A dry run makes a plan and stops; a real run
+starts with the same plan and the same checks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmquant.checkpoints.header import TensorInfo
+from llmquant.checkpoints.quantized import refuse_quantized, storage_notes
+from llmquant.checkpoints.reader import CheckpointReader, count_tensors
+from llmquant.checkpoints.storage import is_scale
+from llmquant.errors import UserError
+from llmquant.formats.format import Format
+from llmquant.formats.registry import FORMATS
+from llmquant.humanize import dtype_name
+from llmquant.models.blocks import (
+    find_blocks,
+    has_hooks,
+    is_linear,
+    linear_likes_of,
+    linear_shape,
+    parse_device,
+    routers_of,
+    weight_of,
+)
+from llmquant.models.skeleton import (
+    MODEL_DTYPES,
+    Skeleton,
+    compute_dtype,
+    context_length,
+    converted_names,
+    read_config,
+    stored_dtype,
+)
+from llmquant.module_names import kind_of
+from llmquant.spec import Options, QuantSpec, Recipe
+
+AUTO_FORMAT = "auto"
+"""The default format: gptq, or compressed-tensors for an asymmetric grid, because gptq v1 cannot store zero-point 0."""
+STANDARD_GROUPS = (128, 64, 32)
+"""Group sizes for which every loader has kernels, largest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearPlan:
+    """The plan for one linear of the model."""
+
+    name: str
+    """Full module name in the model."""
+    block_name: str
+    """Module name of its decoder block, or "" outside the decoder blocks."""
+    checkpoint_name: str
+    """Full module name in the checkpoint: the weight is the tensor `<checkpoint_name>.weight`."""
+    out_features: int
+    """Number of outputs, N."""
+    in_features: int
+    """Number of inputs, K."""
+    spec: QuantSpec | None = None
+    """Grid of the weight, or None if the linear stays in 16 bit."""
+    reason: str = ""
+    """Why the linear stays in 16 bit, or why its grid differs from the requested one; else empty."""
+    is_never_quantized: bool = False
+    """Whether the linear stays in 16 bit in every run: a router or a gate, which no engine loads quantized."""
+
+    @property
+    def local_name(self) -> str:
+        """Module name within the decoder block, or the full name outside the decoder blocks."""
+        return self.name.removeprefix(f"{self.block_name}.") if self.block_name else self.name
+
+    @property
+    def grid(self) -> QuantSpec:
+        """The grid of a linear that is quantized."""
+        assert self.spec is not None
+        return self.spec
+
+    @property
+    def is_skipped_by_user(self) -> bool:
+        """Whether the linear stays in 16 bit because of `--skip` or an override."""
+        return self.spec is None and self.reason.startswith("--")
+
+    @property
+    def kind(self) -> str:
+        """Name without the block, such as `self_attn.q_proj`. Linears of one kind have the same role in every block."""
+        return kind_of(self.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions about a run that need no weights."""
+
+    path: Path
+    """Folder of the original checkpoint."""
+    config: Any
+    """Configuration of the original model (transformers' PretrainedConfig)."""
+    reader: CheckpointReader
+    """Reader of the original checkpoint."""
+    skeleton: Skeleton
+    """The original model without weights."""
+    recipe: Recipe
+    """Grids and methods for the linears."""
+    format: Format
+    """Format of the quantized checkpoint."""
+    dtype: torch.dtype
+    """Dtype of the model that is written. Without `--dtype`, tensors with another dtype keep it."""
+    block_names: tuple[str, ...]
+    """Module names of the decoder blocks in order."""
+    linears: tuple[LinearPlan, ...]
+    """All linears of the model in order."""
+    options: Options
+    """Inputs, outputs and devices of the run."""
+    calibration: dict[str, Any] | None = None
+    """Summary of the calibration text (`preview_calibration`); None unless a dry run has read the text."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of calibration tokens, or 0 if the recipe needs no data."""
+        return self.options.num_samples * self.options.seq_len if self.recipe.needs_data else 0
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype to which scales are rounded, and in which they are stored."""
+        return self.format.scale_dtype(self.dtype)
+
+    @property
+    def quantized(self) -> list[LinearPlan]:
+        """The linears that are quantized."""
+        return [linear for linear in self.linears if linear.spec is not None]
+
+    @property
+    def quantized_outside_blocks(self) -> dict[str, LinearPlan]:
+        """The quantized linears outside the decoder blocks, by full name: the head, if an override gives it a grid."""
+        return {linear.name: linear for linear in self.quantized if not linear.block_name}
+
+    def linears_of_block(self, index: int) -> dict[str, LinearPlan]:
+        """Return the quantized linears of one block by local name."""
+        block = self.block_names[index]
+        return {linear.local_name: linear for linear in self.quantized if linear.block_name == block}
+
+    def tensors_of_block(self, index: int) -> dict[str, TensorInfo]:
+        """Return the tensors of the checkpoint that belong to one block, sorted by name."""
+        prefix = self.block_names[index] + "."
+        names = {tensor for name, tensor in self.skeleton.names.items() if name.startswith(prefix)}
+        return {name: info for name, info in sorted(self.reader.tensors.items()) if name in names}
+
+    def tensors_outside(self) -> dict[str, TensorInfo]:
+        """Return the tensors of the checkpoint that belong to no block, sorted by name.
+
+        They are copied unchanged, unless an override quantizes one.
+        """
+        inside = {name for index in range(len(self.block_names)) for name in self.tensors_of_block(index)}
+        return {name: info for name, info in sorted(self.reader.tensors.items()) if name not in inside}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes about the original checkpoint, one sentence each."""
+        unused = [name for name in sorted(self.reader.tensors) if name not in self.skeleton.used_tensors]
+        note = "not part of the model that transformers runs: copied, and not checked for NaN"
+        return storage_notes(self.reader) + ((f"{count_tensors(unused)} {note}",) if unused else ())
+
+    def unquantized_dtype(self, info: TensorInfo) -> torch.dtype:
+        """Return the dtype in which an unquantized tensor is written: its own dtype, unless `--dtype` was given."""
+        return self.dtype if self.options.dtype != "auto" and info.dtype in MODEL_DTYPES.values() else info.dtype
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per quantized weight, including codes, scales, zero-points and everything else in the format."""
+        weights = sum(linear.out_features * linear.in_features for linear in self.quantized)
+        return 8 * sum(self.packed_bytes(linear) for linear in self.quantized) / max(weights, 1)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all tensors that will be written."""
+        replaced = {f"{linear.checkpoint_name}.weight" for linear in self.quantized}
+        unquantized_bytes = sum(
+            math.prod(info.shape) * self.unquantized_dtype(info).itemsize
+            for name, info in self.reader.tensors.items()
+            if name not in replaced
+        )
+        return unquantized_bytes + sum(self.packed_bytes(linear) for linear in self.quantized)
+
+    def packed_bytes(self, linear: LinearPlan) -> int:
+        """Return the bytes of a quantized linear in the format."""
+        shapes = self.format.tensor_shapes(linear.grid, linear.out_features, linear.in_features, self.scale_dtype)
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain values, for JSON."""
+        linears = [
+            {
+                "name": linear.name,
+                "kind": linear.kind,
+                "out_features": linear.out_features,
+                "in_features": linear.in_features,
+                "spec": None if linear.spec is None else asdict(linear.spec),
+                "reason": linear.reason,
+                "stored_bytes": None if linear.spec is None else self.packed_bytes(linear),
+            }
+            for linear in self.linears
+        ]
+        return {
+            "model": str(self.path),
+            "recipe": asdict(self.recipe),
+            "format": self.format.name,
+            "dtype": dtype_name(self.dtype),
+            "device": str(self.skeleton.device),
+            "num_blocks": len(self.block_names),
+            "linears": linears,
+            "bits_per_weight": self.bits_per_weight,
+            "original_bytes": self.reader.total_bytes,
+            "output_bytes": self.output_bytes,
+            "calibration": self.calibration,
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(path: Path, recipe: Recipe, options: Options) -> Plan:
+    """Open a checkpoint and plan the run. Raises UserError if the run cannot be done as requested."""
+    format, dtype = _choose_format(recipe, options), options.dtype
+    if dtype != "auto" and dtype not in MODEL_DTYPES:
+        raise UserError(f"dtype '{dtype}': not one of auto, {', '.join(MODEL_DTYPES)}; use --dtype auto")
+    reader = CheckpointReader(path)
+    refuse_quantized(reader)
+    config = read_config(path, options.trust_remote_code)
+    model_dtype = stored_dtype(config, reader) if dtype == "auto" else MODEL_DTYPES[dtype]
+    device = parse_device(options.device)
+    skeleton = Skeleton.open(reader, config, device, compute_dtype(model_dtype, device), options.trust_remote_code)
+    _, block_names = find_blocks(skeleton.model)
+    _check_blocks_apart(skeleton, block_names)
+    _check_complete(skeleton)
+    if recipe.needs_data:
+        _check_windows(options, context_length(config))
+    scale_dtype = format.scale_dtype(model_dtype)
+    linears = _LinearPlanner.of(skeleton, block_names, recipe, format, scale_dtype).plan_all()
+    if not format.mixes_group_sizes:
+        linears = _with_one_group_size(linears, recipe, format, scale_dtype)
+    plan = Plan(
+        path=path,
+        config=config,
+        reader=reader,
+        skeleton=skeleton,
+        recipe=recipe,
+        format=format,
+        dtype=model_dtype,
+        block_names=tuple(block_names),
+        linears=linears,
+        options=options,
+    )
+    if not plan.quantized:
+        example = next((linear for linear in linears if linear.reason), None)
+        reason = f": {example.name}: {example.reason}" if example else ""
+        raise UserError(f"{path}: no linear is left to quantize{reason}; check --skip, --group-size and --format")
+    _check_unused_tensors(plan)
+    return plan
+
+
+def _choose_format(recipe: Recipe, options: Options) -> Format:
+    """Return the requested format, or the default format for the grids of a recipe."""
+    name = options.format
+    if name == AUTO_FORMAT:
+        name = "gptq" if recipe.is_symmetric else "compressed-tensors"
+    if name not in FORMATS:
+        raise UserError(f"format '{name}': not one of {', '.join(FORMATS)}; use --format gptq")
+    return FORMATS[name]
+
+
+def _check_unused_tensors(plan: Plan) -> None:
+    """Check the tensors of the checkpoint that are not part of the model.
+
+    Raises UserError if a name says that weights are stored in another way, or if the format writes a tensor of that
+    name.
+    """
+    unused = plan.reader.tensors.keys() - plan.skeleton.used_tensors
+    for name in sorted(unused):
+        if is_scale(name, plan.reader.tensors):
+            raise UserError(
+                f"{plan.path}: '{name}' is not part of the model, and its name says that weights are scaled or packed, "
+                "which llmquant cannot decode; give the model's checkpoint in 16 bits, or remove that tensor"
+            )
+    packed = {f"{linear.checkpoint_name}.{suffix}" for linear in plan.quantized for suffix in plan.format.suffixes}
+    if conflicts := sorted(packed & unused):
+        raise UserError(
+            f"{plan.path}: '{conflicts[0]}' is not part of the model, and the {plan.format.name} format writes a "
+            "tensor of that name; remove it, or use another --format"
+        )
+
+
+def _check_blocks_apart(skeleton: Skeleton, block_names: list[str]) -> None:
+    """Raise UserError if two decoder blocks share a weight. Weights are read, quantized and written block by block."""
+    owner_of: dict[object, str] = {}
+    for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
+        block = _block_name_of(name, block_names)
+        if not block:
+            continue
+        for key in (parameter, skeleton.names.get(name)):
+            other = owner_of.setdefault(key, block) if key is not None else block
+            if other != block:
+                raise UserError(
+                    f"{skeleton.reader.path}: decoder blocks '{other}' and '{block}' share the weight "
+                    f"'{skeleton.names.get(name, name)}'; models whose blocks share weights cannot be quantized"
+                )
+
+
+def _block_name_of(name: str, block_names: Sequence[str]) -> str:
+    """Return the decoder block that a module or parameter belongs to, or "" if it is outside the blocks."""
+    depth = block_names[0].count(".") + 1
+    block = ".".join(name.split(".")[:depth])
+    return block if block in block_names else ""
+
+
+def _check_complete(skeleton: Skeleton) -> None:
+    """Raise UserError if a parameter of the model has no tensor in the checkpoint."""
+    missing = skeleton.missing_parameters()
+    if not missing:
+        return
+    path, converted = skeleton.reader.path, converted_names(skeleton.model, skeleton.reader.tensors)
+    if unsupported := [name for name in missing if name in converted]:
+        tensors = sorted(converted[unsupported[0]])
+        raise UserError(
+            f"{path}: parameter '{unsupported[0]}' ({len(unsupported)} such) is not stored as it is: transformers "
+            f"builds it from '{tensors[0]}' ({len(tensors)} such), and this version of llmquant cannot; models of type "
+            f"'{skeleton.model.config.model_type}' cannot be quantized yet"
+        )
+    raise UserError(
+        f"{path}: no tensor holds parameter '{missing[0]}' ({len(missing)} such): {skeleton.why_missing(missing[0])}"
+    )
+
+
+def _check_windows(options: Options, context: float) -> None:
+    """Raise UserError if windows of calibration text cannot be drawn. context: longest input of the model in tokens."""
+    if options.num_samples < 1:
+        raise UserError(f"samples {options.num_samples}: at least 1 is needed; use --samples 128")
+    if options.seq_len < 1:
+        raise UserError(f"seq_len {options.seq_len}: at least 1 token is needed; use --seq-len {min(512, context)}")
+    if options.seq_len > context:
+        raise UserError(f"seq_len {options.seq_len}: the model takes {context} tokens at most; use --seq-len {context}")
+    if not -(2**63) <= options.seed < 2**64:
+        raise UserError(f"seed {options.seed}: has more than 64 bits; use --seed 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LinearPlanner:
+    """A planner that decides for one linear at a time whether it is quantized, and on which grid."""
+
+    skeleton: Skeleton
+    block_names: Sequence[str]
+    recipe: Recipe
+    format: Format
+    scale_dtype: torch.dtype
+    routers: Mapping[str, str]
+    """Reason not to quantize each router of the decoder blocks, by full name."""
+    num_users: Mapping[str, int]
+    """Number of parameters that are read from each tensor of the checkpoint."""
+    num_names: Mapping[int, int]
+    """Number of names under which each module of the model is registered, by its id."""
+
+    @classmethod
+    def of(
+        cls, skeleton: Skeleton, block_names: Sequence[str], recipe: Recipe, format: Format, scale_dtype: torch.dtype
+    ) -> _LinearPlanner:
+        """Return a planner for the linears of a model."""
+        model = skeleton.model
+        return cls(
+            skeleton=skeleton,
+            block_names=block_names,
+            recipe=recipe,
+            format=format,
+            scale_dtype=scale_dtype,
+            routers={
+                f"{block}.{name}": reason
+                for block in block_names
+                for name, reason in routers_of(model.get_submodule(block)).items()
+            },
+            num_users=Counter(skeleton.names.values()),
+            num_names=Counter(id(module) for _, module in model.named_modules(remove_duplicate=False)),
+        )
+
+    def plan_all(self) -> tuple[LinearPlan, ...]:
+        """Plan every linear of the model. Raises UserError for a pattern of the recipe that matches no linear."""
+        linears = linear_likes_of(self.skeleton.model)
+        plans = tuple(self.plan(name, linear) for name, linear in linears.items())
+        unmatched = {
+            "skip": {
+                pattern for pattern in self.recipe.skip if not any(fnmatchcase(name, pattern) for name in linears)
+            },
+            "override": {each.pattern for each in self.recipe.overrides if not any(map(each.matches, linears))},
+        }
+        for option, patterns in unmatched.items():
+            if patterns:
+                raise UserError(
+                    f"{option} pattern '{min(patterns)}': matches no linear; patterns are matched against full names, "
+                    "such as '*.down_proj'"
+                )
+        return plans
+
+    def plan(self, name: str, linear: nn.Module) -> LinearPlan:
+        """Plan one linear. Raises UserError if an override gives it a grid that it cannot have."""
+        out_features, in_features = linear_shape(linear)
+        unquantized = LinearPlan(
+            name=name,
+            block_name=_block_name_of(name, self.block_names),
+            checkpoint_name=self.skeleton.names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight"),
+            out_features=out_features,
+            in_features=in_features,
+        )
+        overrides, requested = self.recipe.overrides_of(name), self.recipe.spec_of(name)
+        for pattern in self.recipe.skip:
+            if fnmatchcase(name, pattern):
+                return replace(unquantized, reason=f"--skip '{pattern}'")
+        if requested is None:
+            return replace(unquantized, reason=str(overrides[-1]))
+        if not unquantized.block_name and not overrides:
+            return replace(unquantized, reason="outside the decoder blocks")
+        spec, reason = None, self._obstacle(unquantized, linear)
+        if not reason:
+            spec, reason = _fit_grid(requested, self.format, out_features, in_features, self.scale_dtype)
+        if spec is None and overrides:
+            raise UserError(f"{name}: {overrides[-1]}: {reason} (--skip '{name}' leaves it in 16 bit)")
+        return replace(unquantized, spec=spec, reason=reason, is_never_quantized=name in self.routers)
+
+    def _obstacle(self, plan: LinearPlan, linear: nn.Module) -> str:
+        """Return why a linear cannot be quantized on any grid, or "" if it can."""
+        if plan.name in self.routers:
+            return self.routers[plan.name]
+        if not is_linear(linear):
+            return f"its class {type(linear).__name__} does not compute just x @ W.T + b"
+        if has_hooks(linear):
+            return "forward hooks may change its output, and no loader has them"
+        if self.num_names[id(linear)] > 1:
+            return "is registered under several names, of which a loader replaces one"
+        weight = f"{plan.checkpoint_name}.weight"
+        if self.num_users[weight] > 1:
+            return f"shares its weight '{weight}' with another module, which needs it in 16 bit"
+        return ""
+
+
+def _fit_grid(
+    spec: QuantSpec, format: Format, out_features: int, in_features: int, scale_dtype: torch.dtype
+) -> tuple[QuantSpec | None, str]:
+    """Return the requested grid, or the grid with the next smaller standard group size that fits, or None.
+
+    The second value is the reason for a smaller group size or for None; else it is empty.
+    """
+    refusal = format.refuses(spec, out_features, in_features, scale_dtype)
+    if refusal is None and (spec.group_size == -1 or in_features % spec.group_size == 0):
+        return spec, ""
+    requested = spec.group_size if spec.group_size != -1 else in_features
+    for group_size in STANDARD_GROUPS:
+        smaller = replace(spec, group_size=group_size)
+        fits = group_size < requested and in_features % group_size == 0
+        if fits and format.refuses(smaller, out_features, in_features, scale_dtype) is None:
+            return smaller, f"group size {spec.group_size} -> {group_size}, because in_features is {in_features}"
+    reason = refusal or (
+        f"in_features {in_features} is not a multiple of group_size {spec.group_size}, nor of a smaller one of "
+        f"{', '.join(map(str, STANDARD_GROUPS))}"
+    )
+    return None, reason
+
+
+def _with_one_group_size(
+    linears: tuple[LinearPlan, ...], recipe: Recipe, format: Format, scale_dtype: torch.dtype
+) -> tuple[LinearPlan, ...]:
+    """Return the linears with one group size if some of them cannot have the group size of the recipe.
+
+    It is the largest standard group size that fits all of them. Linears whose group size is set by an override keep it.
+    If no standard group size fits all, the linears are returned unchanged.
+    """
+    requested = recipe.spec.group_size
+    sharing = {
+        linear.name
+        for linear in linears
+        if linear.spec is not None and (spec := recipe.spec_of(linear.name)) and spec.group_size == requested
+    }
+    members = [linear for linear in linears if linear.name in sharing]
+    sizes = {linear.grid.group_size for linear in members}
+    if requested == -1 or sizes <= {requested}:
+        return linears
+    for group_size in (size for size in STANDARD_GROUPS if size <= min(sizes)):
+        specs = {linear.name: replace(linear.grid, group_size=group_size) for linear in members}
+        if all(
+            linear.in_features % group_size == 0
+            and format.refuses(specs[linear.name], linear.out_features, linear.in_features, scale_dtype) is None
+            for linear in members
+        ):
+            widths = ", ".join(map(str, sorted({linear.in_features for linear in members})))
+            reason = (
+                f"group size {requested} -> {group_size}, the largest that divides the in_features of all linears "
+                f"({widths}): not every {format.name} loader reads a group size per linear"
+            )
+            return tuple(
+                replace(linear, spec=specs[linear.name], reason=reason) if linear.name in sharing else linear
+                for linear in linears
+            )
+    return linears
+
+
+def check_tokens(plan: Plan, tokens_SL: Tensor) -> None:
+    """Raise UserError if the tokenizer gives ids for which the model has no embedding."""
+    vocabulary = weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
+    largest = int(tokens_SL.max())
+    if largest >= vocabulary:
+        raise UserError(
+            f"{plan.path}: the tokenizer gives token {largest}, and the model has {vocabulary} tokens; "
+            "the tokenizer belongs to another model, restore its files"
+        )

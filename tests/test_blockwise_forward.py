@@ -1,0 +1,165 @@
+"""BlockwiseForward: one forward pass of all sequences in lockstep equals many plain forward passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmquant.algorithms.statistics import InputStatistics
+from llmquant.checkpoints.quantized import read_quantized, validate_quantized
+from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.data.calibration import calibration_tokens
+from llmquant.hooks import hooked
+from llmquant.hub import load_tokenizer
+from llmquant.models.blocks import find_blocks, trace_structure
+from llmquant.models.blockwise_forward import BlockwiseForward
+from llmquant.models.skeleton import Skeleton, read_config
+from llmquant.pipeline.quantize import quantize
+from llmquant.solver.quantize_linear import StorageLimits, quantize_linears
+from llmquant.solver.reduction import split_of
+from llmquant.spec import Options, QuantSpec, Recipe
+
+SAMPLES, LENGTH = 6, 24
+
+
+def open_skeleton(path):
+    reader = CheckpointReader(path)
+    return Skeleton.open(reader, read_config(path), torch.device("cpu"), torch.float32, False)
+
+
+def groups_of(path, block=0):
+    skeleton = open_skeleton(path)
+    tokens = torch.arange(2 * LENGTH).view(2, LENGTH) + 5
+    with torch.no_grad(), BlockwiseForward(skeleton, tokens, with_original=False) as forward:
+        forward.enter(block)
+        return [
+            (input_group.linears, input_group.residual_source) for input_group in forward.structure(block).input_groups
+        ]
+
+
+def test_shared_inputs_and_residual_streams_are_found(tiny_model):
+    assert groups_of(tiny_model("llama")) == [
+        (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), None),
+        (("self_attn.o_proj",), ""),
+        (("mlp.gate_proj", "mlp.up_proj"), None),
+        (("mlp.down_proj",), "post_attention_layernorm"),
+    ]
+
+
+def test_linear_whose_output_passes_a_norm_does_not_write_to_the_residual_stream(tiny_model):
+    assert all(source is None for _, source in groups_of(tiny_model("gemma2")))
+
+
+def test_fused_projections_are_one_linear(tiny_model):
+    assert [linears for linears, _ in groups_of(tiny_model("phi3"))] == [
+        ("self_attn.qkv_proj",),
+        ("self_attn.o_proj",),
+        ("mlp.gate_up_proj",),
+        ("mlp.down_proj",),
+    ]
+
+
+def test_linear_that_is_called_twice_is_in_no_group_and_listed_as_repeated():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.once, self.twice = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.twice(self.twice(self.once(x)))
+
+    block = Twice()
+    structure = trace_structure(block, lambda: block(torch.ones(1, 4)))
+    assert [input_group.linears for input_group in structure.input_groups] == [("once",)]
+    assert structure.repeated == ("twice",)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "falcon", "gpt2"])
+def test_block_inputs_equal_those_of_the_models_own_forward_pass(architecture, tiny_model):
+    path = tiny_model(architecture)
+    tokens = torch.randint(3, 500, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
+    skeleton = open_skeleton(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    _, names = find_blocks(model)
+    block_inputs = {}
+    hooks = [
+        (
+            model.get_submodule(name),
+            lambda module, args, kwargs, index=index: block_inputs.__setitem__(index, (*args, *kwargs.values())[0]),
+        )
+        for index, name in enumerate(names)
+    ]
+    with (
+        torch.no_grad(),
+        hooked(hooks, before=True),
+        BlockwiseForward(skeleton, tokens, with_original=True) as forward,
+    ):
+        for index in range(len(names)):
+            forward.enter(index)
+            for number, calibration_pass in enumerate(forward.quantized_passes):
+                model(tokens[number : number + 1], use_cache=False)
+                args, kwargs = calibration_pass.block_call
+                assert torch.equal((*args, *kwargs.values())[0], block_inputs[index])
+            forward.pass_through(index, {})
+            forward.leave(index)
+    assert all(parameter.is_meta for parameter in skeleton.model.get_submodule(names[0]).parameters())
+
+
+@pytest.mark.slow
+def test_one_blockwise_pass_equals_two_plain_passes_per_input_group(tiny_model, tmp_path):
+    """The slow form of the main loop: whole models in memory, and two forward passes for every input group."""
+    path, spec = tiny_model("llama"), QuantSpec(group_size=32, symmetric=False)
+    recipe = Recipe(spec=spec)
+    options = Options(format="gptq_v2", calibration="python-docs", num_samples=SAMPLES, seq_len=LENGTH, verify=False)
+    quantize(path, tmp_path / "out", recipe, options)
+    reader = CheckpointReader(tmp_path / "out")
+    blockwise = {name: read_quantized(reader, packed) for name, packed in validate_quantized(reader).items()}
+
+    tokens_SL = calibration_tokens(load_tokenizer(path), "python-docs", SAMPLES, LENGTH).tokens_SL
+    original = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    quantized = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def inputs(model, names):
+        """Inputs of the named modules over all tokens, [T, K] each."""
+        seen = {name: [] for name in names}
+        hooks = [
+            (
+                model.get_submodule(name),
+                lambda module, args, kwargs, name=name: seen[name].append((*args, *kwargs.values())[0][0]),
+            )
+            for name in names
+        ]
+        with hooked(hooks, before=True):
+            for tokens_L in tokens_SL:
+                model(tokens_L[None], use_cache=False)
+        return [torch.cat(seen[name]) for name in names]
+
+    input_groups = groups_of(path)
+    for block in (f"model.layers.{index}" for index in range(2)):
+        for linears, source in input_groups:
+            modules = [f"{block}.{linears[0]}"]
+            if source is not None:
+                modules.append(f"{block}.{source}".rstrip("."))
+            ours, originals = inputs(quantized, modules), inputs(original, modules)
+            writer_NK = quantized.get_submodule(modules[0]).weight.detach() if source is not None else None
+            statistics = None
+            for sample in range(SAMPLES):  # each sample is a chunk of its own
+                rows = slice(sample * LENGTH, (sample + 1) * LENGTH)
+                chunk = InputStatistics(ours[0].shape[1], torch.device("cpu"), writer_NK=writer_NK)
+                gap_TR = (originals[1] - ours[1])[rows] if source is not None else None
+                chunk.add(ours[0][rows], originals[0][rows], gap_TR, split=split_of(sample, SAMPLES))
+                if statistics is None:
+                    statistics = chunk
+                else:
+                    statistics.merge(chunk)
+            weights = {name: quantized.get_submodule(f"{block}.{name}").weight.detach() for name in linears}
+            results = quantize_linears(
+                weights, dict.fromkeys(weights, spec), statistics, recipe, StorageLimits(torch.float16)
+            )
+            for name, result in results.items():
+                quantized.get_submodule(f"{block}.{name}").weight.data.copy_(result.weight.dequantize())
+                weight = blockwise[f"{block}.{name}"]
+                assert torch.equal(weight.codes_NK, result.weight.codes_NK), name
+                assert torch.equal(weight.scale_NG, result.weight.scale_NG), name
