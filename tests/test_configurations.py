@@ -321,5 +321,5 @@ def test_any_json_is_read_or_refused_in_one_line(data, base):
         (r".*self_attn.*proj.*", False),
     ],
 )
-def test_patterns_that_could_run_forever_are_told_apart_from_those_that_tools_write(pattern, expected):
+def test_patterns_that_could_run_forever_are_distinguished_from_those_that_tools_write(pattern, expected):
     assert (count_steps(pattern) > MAX_STEPS) == expected

@@ -113,7 +113,7 @@ def test_ranks_make_the_bytes_of_one_process(ranks, options, server, model, text
     assert [done.returncode for done in many] == [0] * ranks, many
     assert artifact_bytes(tmp_path / "many") == artifact_bytes(tmp_path / "one")
     assert many[0].stdout
-    assert all(done.stdout == done.stderr == "" for done in many[1:]), "only the first speaks"
+    assert all(done.stdout == done.stderr == "" for done in many[1:]), "only rank 0 prints"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["many", "one", "text.txt"]
 
 

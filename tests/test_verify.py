@@ -302,7 +302,7 @@ def test_windows_are_left_out_only_where_all_would_take_long_and_that_is_said(ti
 
 
 @pytest.mark.slow
-def test_model_that_cannot_be_run_is_still_quantized_and_the_gap_is_told(tiny_model, tmp_path, monkeypatch):
+def test_model_that_cannot_be_run_is_still_quantized_with_a_fallback(tiny_model, tmp_path, monkeypatch):
     def fails(*arguments):
         raise RuntimeError("out of\nmemory")
 
@@ -333,7 +333,7 @@ def test_forward_pass_that_ends_before_the_last_block_is_one_line(tiny_model, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("known", "said"), [(0.2, None), (0.9, "of them unknown to the tokenizer")])
-def test_text_that_the_tokenizer_does_not_know_is_told_or_not_measured(known, said, tiny_model, tmp_path, monkeypatch):
+def test_text_that_the_tokenizer_does_not_know_is_noted_or_not_measured(known, said, tiny_model, tmp_path, monkeypatch):
     path = tiny_model("llama")
     tokenizer = load_tokenizer(path)
     ids = token_ids(tokenizer, read_fixed_text())
@@ -357,7 +357,7 @@ def test_rounding_without_data_is_measured_on_the_fixed_text(tiny_model, tmp_pat
 
 
 @pytest.mark.slow
-def test_model_without_a_tokenizer_is_still_rounded_and_the_gap_is_told(tiny_model, tmp_path):
+def test_model_without_a_tokenizer_is_still_rounded_with_a_fallback(tiny_model, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     for file in tiny_model("llama").iterdir():
@@ -459,7 +459,7 @@ def test_no_more_samples_are_suggested_than_the_text_has(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
-def test_model_that_does_not_run_is_an_incident_and_the_verdict_says_so(tiny_model, tmp_path, monkeypatch, capsys):
+def test_model_that_does_not_run_is_a_fallback_and_stands_in_the_verdict(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         finish, "generate_sample_texts", lambda folder, plan: SampleTexts(failure="no kernel", note="no samples")
     )

@@ -12,7 +12,8 @@ from llmquant.grouping import grouped
 from llmquant.humanize import dtype_name, format_bytes, format_clock
 
 if TYPE_CHECKING:
-    from llmquant.planning.plan import LinearPlan, Plan
+    from llmquant.planning.linears import LinearPlan
+    from llmquant.planning.plan import Plan
 
 
 def print_plan(plan: Plan, out: Path) -> None:

@@ -24,7 +24,8 @@ from llmquant.formats.fused import fused_sets
 from llmquant.models.blocks import weight_of
 from llmquant.models.skeleton import comparison_dtype
 from llmquant.planning.held_out import num_windows, window_length
-from llmquant.planning.plan import LinearPlan, Plan
+from llmquant.planning.linears import LinearPlan
+from llmquant.planning.plan import Plan
 from llmquant.solver.gradients import MEASURED_TOKENS
 from llmquant.solver.output_hessian import GRADIENT_TOKENS
 from llmquant.solver.quantize_linear import quantize_linears, round_without_data, storage_limits

@@ -30,7 +30,8 @@ from llmquant.models.blocks import weight_of
 from llmquant.models.blockwise_forward import SEQUENCES_AT_ONCE, SEQUENCES_BETWEEN_TRIMS
 from llmquant.models.skeleton import comparison_dtype
 from llmquant.planning.held_out import num_windows, window_length
-from llmquant.planning.plan import LinearPlan, Plan
+from llmquant.planning.linears import LinearPlan
+from llmquant.planning.plan import Plan
 from llmquant.runtime.attention import attention_bytes
 from llmquant.solver.gradients import CHUNK_TOKENS, MEASURED_TOKENS
 

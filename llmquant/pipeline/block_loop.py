@@ -33,7 +33,8 @@ from llmquant.models.finite import all_finite, damaged_weights_error, read_finit
 from llmquant.models.spill import Spill
 from llmquant.pipeline.output import dense_weights, pack_part, part_names, put_back, round_alone, unpack_part
 from llmquant.pipeline.run import Run
-from llmquant.planning.plan import LinearPlan, Plan
+from llmquant.planning.linears import LinearPlan
+from llmquant.planning.plan import Plan
 from llmquant.progress import Phase
 from llmquant.solver.awq_scaling import SEARCH_SEQUENCES, AwqScaler, FoldedBlock, install_folded
 from llmquant.solver.output_hessian import block_cross_row_factors, cross_row_part, too_few_samples, unpack_factors

@@ -22,7 +22,8 @@ from llmquant.algorithms.allocation import Allocation, GridOption, allocate
 from llmquant.errors import UserError
 from llmquant.module_names import block_of
 from llmquant.planning.engines import check_engines
-from llmquant.planning.plan import STANDARD_GROUPS, LinearPlan, Plan
+from llmquant.planning.linears import STANDARD_GROUPS, LinearPlan
+from llmquant.planning.plan import Plan
 from llmquant.solver.sensitivity import SharedInput, measure_sensitivities
 from llmquant.spec import QuantSpec
 

@@ -18,7 +18,8 @@ from llmquant.estimates.memory import estimate_memory
 from llmquant.pipeline.budget import plan_provisionally
 from llmquant.pipeline.output import quantization_config
 from llmquant.planning.engines import check_engines
-from llmquant.planning.plan import STANDARD_GROUPS, Plan, make_plan
+from llmquant.planning.linears import STANDARD_GROUPS
+from llmquant.planning.plan import Plan, make_plan
 from llmquant.spec import EFFORTS, Options, Override, Recipe
 
 MAX_STEPS = 3

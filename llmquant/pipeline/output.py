@@ -27,7 +27,8 @@ from llmquant.models.blocks import weight_as_NK
 from llmquant.models.finite import all_finite, check_finite, read_finite
 from llmquant.paths import partial_folder, real_path
 from llmquant.pipeline.run import Run
-from llmquant.planning.plan import LinearPlan, Plan
+from llmquant.planning.linears import LinearPlan
+from llmquant.planning.plan import Plan
 from llmquant.report.run_log import RunLog
 from llmquant.solver.quantize_linear import LinearResult, round_without_data, storage_limits
 from llmquant.weight import QuantizedWeight

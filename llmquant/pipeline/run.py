@@ -11,7 +11,8 @@ from llmquant.algorithms.statistics import InputStatistics
 from llmquant.checkpoints.writer import PartialCheckpoint
 from llmquant.data.calibration import CalibrationTokens
 from llmquant.pipeline.distributed import Ranks
-from llmquant.planning.plan import LinearPlan, Plan
+from llmquant.planning.linears import LinearPlan
+from llmquant.planning.plan import Plan
 from llmquant.progress import OnProgress, Phase, Progress
 from llmquant.report.run_log import RunLog
 from llmquant.report.schema import LinearReport

@@ -20,7 +20,8 @@ from llmquant.formats.fused import fused_sets
 from llmquant.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from llmquant.planning.plan import LinearPlan, Plan
+    from llmquant.planning.linears import LinearPlan
+    from llmquant.planning.plan import Plan
 
 RULES_DATE = "2026-11"
 """Month in which the rules were taken from the engines."""

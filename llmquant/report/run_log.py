@@ -20,7 +20,8 @@ from llmquant.checkpoints.manifest import read_manifest
 from llmquant.humanize import dtype_name
 from llmquant.memory import peak_resident_bytes
 from llmquant.planning.coverage import coverage_of
-from llmquant.planning.plan import LinearPlan, Plan
+from llmquant.planning.linears import LinearPlan
+from llmquant.planning.plan import Plan
 from llmquant.report.histograms import NUM_LINEARS, histograms
 from llmquant.report.schema import LinearReport, Message, Report, SampleTexts
 from llmquant.report.verdict import NOT_MEASURED, Verification

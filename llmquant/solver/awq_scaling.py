@@ -33,7 +33,8 @@ from llmquant.models.blocks import BlockStructure, first_tensor, is_linear, weig
 from llmquant.models.blockwise_forward import BlockwiseForward
 from llmquant.models.finite import read_finite
 from llmquant.models.scale_folding import BlockProbe, Fold, find_folds, floating_tensors_in, fold_scales, verify_folds
-from llmquant.planning.plan import LinearPlan, Plan
+from llmquant.planning.linears import LinearPlan
+from llmquant.planning.plan import Plan
 from llmquant.report.run_log import RunLog
 
 SEARCH_SEQUENCES = 8

@@ -13,6 +13,7 @@ size, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,7 @@ READS_PER_BLOCK = 3
 """Number of times that a run reads each block: once to find the body (`BodyAndHead`), once forward, once backward."""
 
 
-class BlockwiseBackprop:
+class BlockwiseBackprop(ABC):
     """Runs a model forward and backward, block by block. A subclass chooses linears and receives their gradients."""
 
     def __init__(self, plan: Plan, on_block_read: Callable[[], None] = lambda: None) -> None:
@@ -48,15 +49,15 @@ class BlockwiseBackprop:
         """Run a block in the forward pass by `call`; return what `call` returns."""
         return call()
 
+    @abstractmethod
     def needs_gradients_of(self, full_name: str) -> bool:
         """Whether `on_gradient` is called for the linear of that name in the model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_gradient(self, full_name: str, linear: nn.Module, x_TK: Tensor, gradient_TN: Tensor) -> None:
         """Receive a linear's inputs and the gradients at its outputs, in the backward pass."""
-        raise NotImplementedError
 
-    def on_block_done(self, name: str) -> None:
+    def on_block_done(self, name: str) -> None:  # noqa: B027 — overriding it is optional
         """Finish a block in the backward pass, after the gradients of all its linears."""
 
     def run(self, tokens_SL: Tensor, seed: int = 0) -> None:

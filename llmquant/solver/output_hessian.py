@@ -38,7 +38,8 @@ from llmquant.hooks import hooked
 from llmquant.models.blocks import first_tensor, linear_shape, with_first_tensor
 from llmquant.models.blockwise_forward import BlockwiseForward
 from llmquant.models.scale_folding import floating_tensors_in
-from llmquant.planning.plan import LinearPlan, Plan
+from llmquant.planning.linears import LinearPlan
+from llmquant.planning.plan import Plan
 from llmquant.report.run_log import RunLog
 from llmquant.solver.gradients import MEASURED_TOKENS, READS_PER_BLOCK, BlockwiseBackprop
 from llmquant.solver.reduction import NUM_CHUNKS, chunk_of
