@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmquant.errors import UserError
 from llmquant.formats import awq, compressed_tensors, gptq
-from llmquant.formats.patterns import MAX_STEPS, count_steps
+from llmquant.formats.patterns import MatchTimer, Pattern, is_excessive
 from llmquant.formats.registry import FORMATS, parse_quantization_config
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 
@@ -32,6 +34,7 @@ def test_configuration_round_trips(format, symmetric, group_size):
     assert {name: parsed.spec_of(name) for name in specs} == {name: s and spec for name, s in specs.items()}
 
 
+@pytest.mark.slow
 @ALL_FORMATS
 @given(data=st.data())
 def test_mixed_precision_round_trips_or_is_refused(format, data):
@@ -285,6 +288,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(data=st.data(), base=st.sampled_from([GPTQ, AWQ, compressed()]))
 def test_any_json_is_read_or_refused_in_one_line(data, base):
     known = sorted(gptq.KNOWN_KEYS | awq.KNOWN_KEYS | compressed_tensors.KNOWN_KEYS)
@@ -319,7 +323,36 @@ def test_any_json_is_read_or_refused_in_one_line(data, base):
         (r"(?x)(a #[\n+)+", True),
         (r"a?" * 30 + r"a" * 30, True),
         (r".*self_attn.*proj.*", False),
+        (r"(\d+\.?)" * 20 + r"x", True),
+        (r"(?!.*lm_head)(?!.*visual)(?!.*mtp).*_proj.*", False),
+        (r".*layers\.[0-9]{1,2}\..*experts\.[0-9]{1,3}\..*", False),
+        (r".*\.(?:" + "|".join(map(str, range(48))) + r")\..*(?:q_proj|k_proj|v_proj|o_proj|gate|up|down).*", False),
+        (r".*layers.*\d+.*mlp.*down.*", False),
+        (r"a{1000000}", True),
     ],
 )
 def test_patterns_that_could_run_forever_are_distinguished_from_those_that_tools_write(pattern, expected):
-    assert (count_steps(pattern) > MAX_STEPS) == expected
+    assert is_excessive(pattern) == expected
+
+
+@pytest.mark.slow
+def test_a_single_slow_match_is_interrupted():
+    pattern = Pattern(r"(.*)a(.*)a(.*)a(.*)b\1", "here", MatchTimer())
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"here: .* matching module names took 1 seconds; write simpler"):
+        pattern.matches("a" * 1000)
+    assert time.perf_counter() - start < 3
+
+
+@pytest.mark.parametrize("pattern", [".*" * 6 + "[!?]", "a?" * 24 + "a" * 24 + "!", ".*" * 4 + "[!?]"])
+def test_patterns_on_which_python_backtracks_for_ages_end_at_once(pattern):
+    start = time.perf_counter()
+    assert not Pattern(pattern, "here", MatchTimer()).matches("a" * 1000)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_many_patterns_and_names_take_no_noticeable_time():
+    timer = MatchTimer()
+    patterns = [Pattern(rf"model\.layers\.{index}\..*", "here", timer) for index in range(168)]
+    names = [f"model.layers.{index}.mlp.up_proj" for index in range(336)]
+    assert sum(pattern.matches(name) for name in names for pattern in patterns) == 168

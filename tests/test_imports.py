@@ -58,7 +58,7 @@ NOT_ALLOWED: dict[str, set[str]] = {
 PACKAGES: dict[str, set[str]] = {
     "algorithms": {"torch"},
     "kernels": {"torch", "triton", "llvmlite"},
-    "formats": {"torch"},
+    "formats": {"torch", "regex"},
     "checkpoints": {"torch", "safetensors"},
     "models": {"torch", "safetensors", "transformers", "accelerate", "greenlet"},
     "eval": {"torch", "transformers", "lm_eval"},
@@ -158,6 +158,7 @@ def test_no_module_shadows_a_public_function():
     assert not {room_of(module) for module in library_files() if module not in FACES} & set(llmquant.__all__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [module for module in library_files() if within(module, LIGHT)])
 def test_light_module_loads_nothing_heavy(module):
     imported = imports_of(library_files()[module], at_import_only=True)

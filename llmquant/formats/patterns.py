@@ -1,14 +1,10 @@
 """Regular expressions from an untrusted `quantization_config`, matched against module names.
 
-Python's `re` backtracks and cannot be interrupted, so a short pattern can run for years. Three limits keep the matching
-of a whole checkpoint within seconds. Exceeding one raises a UserError:
-
-    steps    the number of ways to match one name, estimated from the pattern (`count_steps`)
-    length   the length of a name; no real module name reaches the limit
-    time     the matching time of all patterns of one configuration (`MatchTimer`)
-
-The `regex` package has a timeout for matching but none for compiling, and compiling `(?:a{1000000}){1000000}` takes
-gigabytes.
+A short pattern can take years to match, because engines backtrack. The `regex` package can interrupt a match, so all
+patterns of one configuration share a time budget (`MatchTimer`). It cannot interrupt compiling, and compiling
+`(?:a{1000000}){1000000}` takes gigabytes. So patterns that repeat a group, or that are larger than any tool writes, are
+refused before they are compiled (`is_excessive`). Short patterns with few repetitions, the usual ones, end soon in any
+engine; they are matched by Python's `re`, because a timeout makes a match ten times as slow.
 """
 
 from __future__ import annotations
@@ -17,31 +13,24 @@ import re
 import time
 import warnings
 
+import regex
+
 from llmquant.errors import UserError
 
-MAX_STEPS = 2e7
-"""Largest accepted `count_steps`: about two seconds of matching."""
-STEPS_PER_REPETITION = 40
-"""Factor of `count_steps` for a repetition. With k repetitions in a row, `re` tries C(128 + k, k) ways to match 128
-characters, which is at most 5 * 40**k for k up to 6."""
-MAX_NAME_LENGTH = 128
-"""Longest name that a pattern is matched against, in characters."""
+MAX_REPETITIONS = 6
+"""Largest number of repetitions in one alternative of a pattern. Four optional items count as one repetition."""
+MAX_LENGTH = 100_000
+"""Largest length of a pattern, in characters."""
 MAX_SECONDS = 1.0
 MAX_SECONDS_PER_NAME = 1e-3
 
-_TOKEN = re.compile(
-    r"(?P<one_way>(?:\\d|\[0-9\])[+*](?=\\\.))"  # a number before a literal dot can end in one place only
-    r"|(?P<character>\\.|\[\^?\]?(?:\\.|[^\]\\])*\])"
-    r"|(?P<open>\(\??)"
-    r"|(?P<close>\))"
-    r"|(?P<alternative>\|)"
-    r"|(?P<repeat>(?:[*+]|\{\d*,?\d*\})[?+]?)"
-    r"|(?P<optional>\?[?+]?)"
-    r"|(?P<other>.)",
-    re.DOTALL,
-)
+MAX_SIMPLE_REPETITIONS, MAX_SIMPLE_LENGTH = 2, 200
+"""Patterns up to these limits are matched without a timeout: they take at most some milliseconds for one name."""
+
 _COMMENT = re.compile(r"\(\?(#|[aiLmsu]*x)")
-"""The start of a comment, or of the mode that has comments. A comment could hide from `count_steps` what follows it."""
+"""The start of a comment, or of the mode that has comments, which could hide from `is_excessive` what follows."""
+_LARGE_COUNT = re.compile(r"\{[\d,]*\d{4}")
+"""A repetition of a thousand times or more."""
 
 
 class MatchTimer:
@@ -51,77 +40,96 @@ class MatchTimer:
         self.seconds = 0.0
         self.num_matches = 0
 
-    def is_over(self) -> bool:
-        """Whether the time is over: `MAX_SECONDS`, plus a share per match, because larger models have more names."""
-        return self.seconds > MAX_SECONDS + self.num_matches * MAX_SECONDS_PER_NAME
+    @property
+    def remaining_seconds(self) -> float:
+        """What is left of `MAX_SECONDS`, plus a share per match, because larger models have more names."""
+        return MAX_SECONDS + self.num_matches * MAX_SECONDS_PER_NAME - self.seconds
 
 
 class Pattern:
     """A regular expression that is matched from the start of a module name.
 
     where: the place of the pattern in the configuration, for error messages. Raises UserError if the pattern is not a
-    regular expression, or if matching it could take forever.
+    regular expression, or if compiling it could take forever.
     """
 
     def __init__(self, pattern: str, where: str, timer: MatchTimer) -> None:
         self._where = f"{where}: {pattern!r:.60}"
         self._timer = timer
-        if count_steps(pattern) > MAX_STEPS:
-            raise UserError(
-                f"{self._where} repeats a group, or has too many repetitions: matching it could take forever; "
-                "write a simpler expression"
-            )
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # warnings about syntax that may change its meaning in a later Python
-                self._compiled = re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
+                python_pattern = re.compile(pattern)  # tools write in Python's own syntax; `regex` accepts more
+                if is_excessive(pattern):
+                    raise UserError(
+                        f"{self._where} repeats a group, has more than {MAX_REPETITIONS} repetitions in one "
+                        "alternative, or is very large: matching it could take forever; write a simpler expression"
+                    )
+                is_simple = len(pattern) <= MAX_SIMPLE_LENGTH and count_repetitions(pattern) <= MAX_SIMPLE_REPETITIONS
+                self._simple = python_pattern if is_simple else None
+                self._interruptible = None if is_simple else regex.compile(pattern)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise UserError(f"{self._where} is not a regular expression ({error})") from None
 
     def matches(self, name: str) -> bool:
-        """Whether the pattern matches the start of a module name. Raises UserError if that takes too long."""
-        if len(name) > MAX_NAME_LENGTH:
-            raise UserError(
-                f"{self._where} is to be matched against {name!r:.40}…, a name of {len(name)} characters; "
-                f"no module has a name of more than {MAX_NAME_LENGTH}, rename the tensor"
-            )
-        start = time.thread_time()
-        is_match = self._compiled.match(name) is not None
-        self._timer.seconds += time.thread_time() - start
-        self._timer.num_matches += 1
-        if self._timer.is_over():
-            raise UserError(
-                f"{self._where}: matching module names took {self._timer.seconds:.0f} seconds; "
-                "write simpler expressions"
-            )
+        """Whether the pattern matches the start of a module name. Raises UserError if the time budget is spent."""
+        timer = self._timer
+        start = time.thread_time() if self._simple is None else time.perf_counter()
+        if timer.remaining_seconds <= 0:
+            raise self._too_slow(timer.seconds)
+        if self._interruptible is None:
+            assert self._simple is not None
+            is_match = self._simple.match(name) is not None
+            timer.seconds += time.perf_counter() - start
+        else:
+            try:
+                is_match = self._interruptible.match(name, timeout=timer.remaining_seconds) is not None
+            except TimeoutError:
+                raise self._too_slow(timer.seconds + time.thread_time() - start) from None
+            timer.seconds += time.thread_time() - start
+        timer.num_matches += 1
         return is_match
 
+    def _too_slow(self, seconds: float) -> UserError:
+        return UserError(f"{self._where}: matching module names took {seconds:.0f} seconds; write simpler expressions")
 
-def count_steps(pattern: str) -> float:
-    """Return an estimate of the ways in which `re` tries to match a name of `MAX_NAME_LENGTH` characters.
 
-    A repetition of one character multiplies the ways by `STEPS_PER_REPETITION`, an optional item by 2, and
-    alternatives add up. A repeated group counts as infinite, because its ways multiply with each repetition.
+def is_excessive(pattern: str) -> bool:
+    """Whether a pattern repeats a group, has too many repetitions in one alternative, or is very large.
+
+    The names of linears need none of that.
     """
-    if _COMMENT.search(pattern):
-        return float("inf")
-    # For each open group: the ways of its earlier alternatives, and of the current one.
-    earlier, current = [0.0], [1.0]
-    previous = None
-    for token in _TOKEN.finditer(pattern):
-        kind = token.lastgroup
-        if kind == "open":
-            earlier.append(0.0)
-            current.append(1.0)
-        elif kind == "alternative":
-            earlier[-1] += current[-1]
-            current[-1] = 1.0
-        elif kind == "close" and len(current) > 1:
-            ways = earlier.pop() + current.pop()
-            current[-1] *= ways
-        elif kind == "repeat":
-            current[-1] *= float("inf") if previous == "close" else STEPS_PER_REPETITION
-        elif kind == "optional":
-            current[-1] *= 2
-        previous = kind
-    return sum(earlier) + sum(current)
+    if len(pattern) > MAX_LENGTH or _COMMENT.search(pattern) or _LARGE_COUNT.search(pattern):
+        return True
+    return count_repetitions(pattern) > MAX_REPETITIONS
+
+
+def count_repetitions(pattern: str) -> float:
+    """Return the largest number of repetitions in one alternative of a pattern; infinity if it repeats a group."""
+    # For each open group: the repetitions of its longest alternative so far, and of the current one.
+    longest, current = [0.0], [0.0]
+    in_set, previous = False, ""
+    characters = iter(pattern)
+    for character in characters:
+        if character == "\\":
+            next(characters, None)
+        elif in_set:
+            in_set = character != "]"
+        elif character == "[":
+            in_set = True
+        elif character == "(":
+            longest.append(0.0)
+            current.append(0.0)
+        elif character == "|":
+            longest[-1], current[-1] = max(longest[-1], current[-1]), 0.0
+        elif character == ")" and len(current) > 1:
+            inside = max(longest.pop(), current.pop())
+            current[-1] += inside
+        elif character in "*+{":
+            if previous == ")":
+                return float("inf")
+            current[-1] += 1
+        elif character == "?" and previous not in "(*+?}":
+            current[-1] += 0.25
+        previous = character
+    return max(*longest, *current)
