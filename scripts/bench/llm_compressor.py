@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Quantize a model with llm-compressor on the calibration tokens that llmquant uses, as a baseline.
 
-    PYTHONPATH=. PYTHON scripts/bench/llm_compressor.py MODEL OUT --calibration TEXT [--samples 64] [--seq-len 512]
+    PYTHON scripts/bench/llm_compressor.py MODEL OUT --calibration TEXT [--samples 64] [--seq-len 512]
         [--group-size 64] [--bits 4] [--sym]
 
-The script uses the strongest llm-compressor recipe that we found: GPTQ with static activation order and the imatrix_mse
+The script uses the strongest GPTQ recipe of llm-compressor that we found: static activation order and the imatrix_mse
 observer. PYTHON is the interpreter of an environment that has `llmcompressor` (0.14 when this was written); llmquant
 need not be installed there. `scripts/bench/quality.py --also NAME=OUT` measures the result. The last line gives CPU
 seconds and peak memory.
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import resource
+import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -34,6 +36,7 @@ def main() -> None:
     from llmcompressor.modifiers.quantization import GPTQModifier
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from llmquant.data.calibration import calibration_tokens
 
     torch.set_num_threads(1)

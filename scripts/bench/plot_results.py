@@ -3,7 +3,7 @@
 
     scripts/bench/plot_results.py        writes eval/kl_light.svg and eval/kl_dark.svg
 
-A line joins the results of one recipe at 3 and at 4 bits. AutoRound is in the tables but not in the plot, because it
+A line joins the results of one series at 3 and at 4 bits. AutoRound is in the tables but not in the plot, because it
 was measured with 8 of its 200 default iterations. tests/test_readme.py compares the labels with the numbers.
 """
 
@@ -51,15 +51,13 @@ def main() -> None:
 
 
 def series_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return {recipe: its results by bits} for the drawn recipes; only asymmetric grids, if they were measured."""
+    """Return {series: its results, the fewest bits first} for the drawn series."""
     series: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["series"] not in LEFT_OUT:
             series.setdefault(row["series"], []).append(row)
-    for name, results in series.items():
-        if any(", asymmetric" in row["recipe"] for row in results):
-            series[name] = [row for row in results if ", symmetric" not in row["recipe"]]
-        series[name].sort(key=lambda row: row["bits"])
+    for results in series.values():
+        results.sort(key=lambda row: row["bits"])
     return series
 
 
@@ -73,7 +71,7 @@ def draw(rows: list[dict[str, Any]], scheme: Scheme, path: Path) -> None:
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "llmquant", "font.family": "sans-serif", "font.size": 10}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(figsize=(8, 4.4))
-        figure.subplots_adjust(left=0.085, right=0.64, top=0.9, bottom=0.12)
+        figure.subplots_adjust(left=0.085, right=0.6, top=0.9, bottom=0.12)
         axes.set_yscale("log")
         axes.set_ylim(0.045, 1.6)
         axes.set_xlim(3.15, 4.6)
@@ -95,7 +93,7 @@ def draw(rows: list[dict[str, Any]], scheme: Scheme, path: Path) -> None:
             color=scheme.text,
             fontsize=11,
             loc="left",
-            x=-0.135,
+            x=-0.146,
             pad=14,
         )
         axes.set_xlabel("stored bits per weight", color=scheme.text)

@@ -14,6 +14,7 @@ pip runs as on a machine that was never configured: without configuration files,
 constraints that environment variables would add. PIP_INDEX_URL is kept, so that a mirror of the index can be used.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -160,7 +161,8 @@ def conflict(output: str) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 3:  # the call of `main` for one combination
         print(json.dumps(resolve(*sys.argv[1:])))
     else:
+        argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
         sys.exit(main())

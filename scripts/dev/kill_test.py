@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Kill a quantization at random moments and check that the same command then continues to the same bytes.
 
-    PYTHONPATH=tests/support .venv/bin/python scripts/dev/kill_test.py MODEL [--kills 20] [--seed 0] [OPTIONS]
+    .venv/bin/python scripts/dev/kill_test.py MODEL [--kills 20] [--seed 0] [OPTIONS]
 
 OPTIONS go to `llmquant quantize` in place of DEFAULT_OPTIONS. The script prints one line for each kill and, last, how
 many runs continued, such as "20/20". It exits with 1 unless all did.
@@ -13,6 +13,8 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
 
 from fault_injection import ForkServer, survive_kills
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Check that each malformed checkpoint of the tests is refused with an error of one line.
 
-    PYTHONPATH=tests/support:tests .venv/bin/python scripts/dev/malformed.py [--all]
+    .venv/bin/python scripts/dev/malformed.py [--all]
 
 The script prints a table of counts for each format; --all first prints a line for each malformed file. It exits with 1
 unless every file is refused with a UserError of one line.
@@ -16,12 +16,15 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from malformed_files import good_checkpoint
-from test_hostile_checkpoints import HOSTILE, HOSTILE_BY_FORMAT
-
 from llmquant.checkpoints.quantized import validate_quantized
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
+
+TESTS = Path(__file__).resolve().parents[2] / "tests"
+sys.path[:0] = [str(TESTS / "support"), str(TESTS)]
+
+from malformed_files import good_checkpoint  # noqa: E402
+from test_hostile_checkpoints import HOSTILE, HOSTILE_BY_FORMAT  # noqa: E402
 
 
 def read_damaged(format: str, damage: Callable[[Path], object]) -> tuple[str, str]:

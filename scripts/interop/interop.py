@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Test interoperability: let other tools read our checkpoints, and read the checkpoints that they write.
 
-    PYTHONPATH=tests/support .venv/bin/python scripts/interop/interop.py MODEL [--only TOOL …] [--work FOLDER]
-        [--vectors FOLDER]
+    .venv/bin/python scripts/interop/interop.py MODEL [--only TOOL …] [--work FOLDER] [--vectors FOLDER]
 
 Each tool is installed in a virtual environment of its own, in the version listed in TOOLS, and runs
 `interop_tools.py` there, on the CPU. Small random models are quantized with each grid; vLLM serves MODEL
@@ -31,13 +30,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tiny_model
 
 import llmquant
 from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, read_quantized
 from llmquant.checkpoints.reader import CheckpointReader
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from tiny_models import save_tiny_model  # noqa: E402
 
 TIMEOUT_SECONDS = 3600
 """Time limit for all requests to one tool."""
