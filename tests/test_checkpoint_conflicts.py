@@ -11,10 +11,9 @@ import torch
 from checkpoint_parts import EXTRA, MANIFEST, PARTS, REQUEST, contents, write_checkpoint
 
 from llmquant.checkpoints import manifest
-from llmquant.checkpoints.journal import LAYOUT
+from llmquant.checkpoints.journal import LAYOUT, REPLACED
 from llmquant.checkpoints.manifest import MANIFEST_FILE
 from llmquant.checkpoints.reader import file_sha256
-from llmquant.checkpoints.unfinished import REPLACED
 from llmquant.checkpoints.writer import PartialCheckpoint
 from llmquant.errors import UserError
 

@@ -66,6 +66,7 @@ def test_help_takes_less_than_half_a_second():
     assert min(seconds) < 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["quantize", "--help"], ["eval", "--help"], ["--version"]])
 def test_help_loads_no_large_library(arguments):
     code = (
@@ -102,6 +103,7 @@ def test_user_error_is_one_line_and_exit_code_2(arguments, message):
     assert line.startswith(f"llmquant: {message}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["nonesuch"], ["eval"], ["eval", ".", "--windows", "few"], ["eval", ".", "--nope"]]
 )
@@ -215,7 +217,7 @@ def test_eval_of_conversations_applies_the_chat_template(two_models, tmp_path, p
     assert command(monkeypatch, *options, "--chat") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["models"][0]["perplexity"]["mean_loss"] == expected.mean_loss
-    assert printed["notes"] == ["lone surrogates (halves of characters that were cut in two) read as U+FFFD: 1"]
+    assert printed["text_notes"] == ["lone surrogates (halves of characters that were cut in two) read as U+FFFD: 1"]
     assert command(monkeypatch, *options[:-1], "--chat") == 0
     assert "read as U+FFFD: 1" in " ".join(capsys.readouterr().out.split())
 
@@ -252,6 +254,7 @@ def test_eval_of_models_with_different_tokenizers_is_refused(two_models, tmp_pat
     assert "its tokenizer makes other tokens of the text" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_progress_is_plain_lines_without_a_terminal_and_nothing_when_quiet(
     two_models, text_file, plain_loader, monkeypatch, capsys
 ):

@@ -13,10 +13,10 @@ from checkpoint_parts import contents
 from commands import command
 
 import llmquant
-from llmquant.checkpoints.journal import FileRecord
+from llmquant.checkpoints.journal import CHECKPOINT, REPLACED, FileRecord
 from llmquant.checkpoints.manifest import build_manifest
 from llmquant.checkpoints.reader import file_sha256
-from llmquant.checkpoints.unfinished import CHECKPOINT, REPLACED, check_out_folder
+from llmquant.checkpoints.unfinished import check_out_folder
 from llmquant.checkpoints.writer import PartialCheckpoint
 from llmquant.errors import UserError
 
@@ -196,6 +196,7 @@ def test_out_that_is_the_current_folder_is_not_replaced(place, monkeypatch, caps
         assert "out: the current folder is in it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_empty_out_and_out_in_missing_folders_are_accepted(place, monkeypatch):
     (place / "empty").mkdir()
     for out in ("empty", "deep/er/out", "link/../other"):
@@ -207,6 +208,7 @@ def test_an_empty_out_and_out_in_missing_folders_are_accepted(place, monkeypatch
     assert command(monkeypatch, "quantize", "model", "empty", *RTN) == 2
 
 
+@pytest.mark.slow
 def test_a_tilde_is_the_home_folder_in_every_path_argument(place, monkeypatch, capsys):
     home = Path(os.environ["HOME"])
     shutil.copytree(place / "model", home / "m")
@@ -364,6 +366,7 @@ def test_a_file_that_a_command_did_not_write_is_not_overwritten(arguments, file,
     assert contents(place) == before
 
 
+@pytest.mark.slow
 def test_pages_plots_and_tables_of_earlier_calls_are_replaced(place, monkeypatch):
     from llmquant.console.bench import PLOT_SUFFIXES, check_plot_path, plot_bench
     from llmquant.kernels.tiles import is_table, write_table

@@ -53,6 +53,7 @@ def test_buffers_outside_the_model_are_copied_and_not_checked(tiny_model, tmp_pa
     assert note.what.startswith("3 tensors ('gpt_neox.layers.0.attention.bias', …) not part of the model")
 
 
+@pytest.mark.slow
 def test_parameters_are_checked_for_inf_and_buffers_for_nan(tiny_model, tmp_path, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -206,6 +207,7 @@ def test_every_command_refuses_fp8_in_one_line(model, monkeypatch, capsys, argum
     assert not list(model.parent.glob("out*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stale",
     [
@@ -235,11 +237,12 @@ def test_a_quantization_config_beside_plain_weights_is_ignored_and_noted(model, 
     assert load(model).config.model_type == "llama" and load(out).config.model_type == "llama"
 
 
+@pytest.mark.slow
 def test_eval_notes_a_quantization_config_that_it_ignores(model, monkeypatch, capsys):
     edit_json(model / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}))
     arguments = ("eval", model, "--dataset", "python-docs", "--windows", "1", "--seq-len", "32")
     assert command(monkeypatch, *arguments, "--json") == 0
-    (note,) = json.loads(capsys.readouterr().out)["storage_notes"]
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
     assert note.startswith(
         f"{model}: config.json describes a quantization (quant_method 'bitsandbytes'), but the weights"
     )

@@ -15,6 +15,7 @@ from llmquant.checkpoints.header import parse_json
 from llmquant.errors import UserError
 
 JOURNAL_FILE = "journal.json"
+PARTS, SCRATCH, CHECKPOINT, REPLACED = FOLDERS = ("parts", "scratch", "checkpoint", "replaced")
 LAYOUT = 2
 """Version of the journal and of the notes of its parts. Every incompatible change of either must increase it."""
 
@@ -67,6 +68,8 @@ class Journal:
         """Read `journal.json` from a folder. Raises UserError if it is damaged or has another layout."""
         file = folder / JOURNAL_FILE
         remedy = "add --restart to begin anew, or choose another OUT"
+        if (folder / REPLACED).exists():
+            remedy = "add --restart and --overwrite to begin anew, or choose another OUT"
         try:
             content = parse_json(file.read_bytes(), str(file))
             layout = content.pop("layout")

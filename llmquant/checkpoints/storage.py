@@ -17,6 +17,7 @@ import torch
 
 from llmquant.checkpoints.header import TensorInfo
 from llmquant.errors import UserError
+from llmquant.humanize import dtype_name
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 BYTE_SCALES = (torch.uint8, torch.float8_e8m0fnu)
@@ -62,7 +63,7 @@ def refuse_unsupported_storage(path: object, tensors: Tensors) -> None:
     """Raise UserError if llmquant cannot decode the weights."""
     if (found := find_unsupported_storage(tensors)) is not None:
         info = tensors[found.tensor]
-        dtype = str(info.dtype).removeprefix("torch.")
+        dtype = dtype_name(info.dtype)
         raise UserError(
             f"{path}: holds {found.kind} ('{found.tensor}', {dtype} {list(info.shape)}), which llmquant cannot decode; "
             "give the model's checkpoint in 16 bits"

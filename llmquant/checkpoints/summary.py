@@ -14,6 +14,8 @@ from typing import Any
 
 from llmquant.checkpoints.quantized import find_quantized_modules, parsed_quantization, storage_notes
 from llmquant.checkpoints.reader import CheckpointReader
+from llmquant.grouping import grouped
+from llmquant.humanize import dtype_name
 from llmquant.module_names import kind_of
 
 DENSE_BYTES = 2
@@ -110,7 +112,7 @@ def inspect(folder: Path) -> Contents:
         if name not in packed:
             matrix = len(info.shape) > 1
             kind = kind_of(name.removesuffix(".weight")) if matrix else VECTORS
-            dtype = str(info.dtype).removeprefix("torch.")
+            dtype = dtype_name(info.dtype)
             row = Row(kind, 1, info.shape if matrix else (), dtype, math.prod(info.shape), info.nbytes)
             (matrices if matrix else vectors).append(row)
     return Contents(
@@ -126,9 +128,7 @@ def inspect(folder: Path) -> Contents:
 
 def _merge_rows(rows: Iterable[Row]) -> list[Row]:
     """Merge the rows of the same kind, shape and storage, in the order of their first occurrence."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.kind, row.shape, row.storage), []).append(row)
+    groups = grouped(rows, lambda row: (row.kind, row.shape, row.storage))
     return [
         Row(
             kind,

@@ -17,14 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.checkpoints.atomic import TEMPORARY_SUFFIX, disk_errors
-from llmquant.checkpoints.journal import JOURNAL_FILE, FileRecord, Journal, ShardPlan, as_json, differences
+from llmquant.checkpoints.journal import (
+    CHECKPOINT,
+    FOLDERS,
+    JOURNAL_FILE,
+    PARTS,
+    REPLACED,
+    FileRecord,
+    Journal,
+    ShardPlan,
+    as_json,
+    differences,
+)
 from llmquant.checkpoints.lock import LOCK_FILE, check_unlocked
 from llmquant.checkpoints.out_folder import check_location, check_no_overlap, check_replaceable
 from llmquant.checkpoints.reader import file_sha256
 from llmquant.errors import UserError
 from llmquant.paths import join_names, partial_folder, real_path
-
-PARTS, SCRATCH, CHECKPOINT, REPLACED = FOLDERS = ("parts", "scratch", "checkpoint", "replaced")
 
 
 def check_out_folder(

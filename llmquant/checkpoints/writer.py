@@ -23,17 +23,13 @@ from torch import Tensor
 from llmquant.checkpoints.atomic import TEMPORARY_SUFFIX, disk_errors, make_folder, sync_folder, write_atomically
 from llmquant.checkpoints.files import INDEX_FILE, SINGLE_FILE
 from llmquant.checkpoints.header import TensorInfo, build_header, layout_order, read_header
-from llmquant.checkpoints.journal import FileRecord, Journal, ShardPlan, as_json
+from llmquant.checkpoints.journal import CHECKPOINT, PARTS, REPLACED, SCRATCH, FileRecord, Journal, ShardPlan, as_json
 from llmquant.checkpoints.lock import acquire_lock
 from llmquant.checkpoints.manifest import MANIFEST_FILE, REPORT_FILES, build_manifest
 from llmquant.checkpoints.out_folder import check_location, check_replaceable
 from llmquant.checkpoints.reader import file_sha256, read_tensor, tensor_chunks
 from llmquant.checkpoints.shards import plan_shards, shard_name
 from llmquant.checkpoints.unfinished import (
-    CHECKPOINT,
-    PARTS,
-    REPLACED,
-    SCRATCH,
     check_needed_files,
     check_same_request,
     find_journal,

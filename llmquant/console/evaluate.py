@@ -21,9 +21,9 @@ def print_evaluation(result: Evaluation) -> None:
     rows = [*([result.against] if result.against else []), *result.models]
     if result.dataset is not None:
         _print_text(result, rows)
-    for note in result.notes:
+    for note in result.text_notes:
         screen().print(f"{result.dataset}: {note}", style="dim")
-    for note in result.storage_notes:
+    for note in result.notes:
         screen().print(note, style="dim")
     if any(row.tasks for row in rows):
         _print_tasks(rows)

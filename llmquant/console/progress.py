@@ -87,7 +87,8 @@ def show_block_progress(*, quiet: bool = False) -> Iterator[OnProgress]:
                 title, detail = progress.phase.value, ""
                 if progress.phase in (Phase.BLOCKS, Phase.READING_BACK):
                     title = f"block {min(progress.done + 1, progress.total)}/{progress.total}"
-                    detail = f"{clock.error}  {clock.detail}"
+                    step = clock.detail if progress.phase is Phase.BLOCKS else progress.phase.value
+                    detail = f"{clock.error}  {step}"
                 bar.update(
                     task,
                     description=title,

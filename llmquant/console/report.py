@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from llmquant.console.tables import kinds_of, new_table, print_facts, screen
-from llmquant.grouping import grouped
+from llmquant.grouping import grouped, grouped_within
 from llmquant.humanize import format_bytes, format_clock, format_error, format_percentage, format_seconds
 from llmquant.module_names import block_of, kind_of
 from llmquant.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from llmquant.pipeline.verify import Verification
     from llmquant.planning.coverage import UnquantizedParameters
     from llmquant.report.schema import LinearReport, Message, Report
+    from llmquant.report.verdict import Verification
 
 
 def print_report(report: Report) -> None:
@@ -25,10 +25,8 @@ def print_report(report: Report) -> None:
     from llmquant.checkpoints.manifest import REPORT_HTML
 
     table = new_table("linear", "grid", ">n", ">error", ">worst", ">in", ">RTN")
-    sorted_by_kind = [
-        linear for same in grouped(report.linears, lambda linear: linear.kind).values() for linear in same
-    ]
-    for (kind, grid), linears in grouped(sorted_by_kind, lambda linear: (linear.kind, linear.grid)).items():
+    by_grid = grouped_within(report.linears, lambda linear: linear.kind, lambda linear: linear.grid)
+    for (kind, grid), linears in by_grid.items():
         table.add_row(kind, grid, str(len(linears)), *_errors(linears))
     screen().print(table)
     measured_on = "outputs on the calibration text" if report.calibration else "weights"

@@ -132,7 +132,9 @@ def estimate_memory(plan: Plan) -> MemoryEstimate:
         phases["comparing the result with the original (--no-verify leaves it out)"] = _comparison_bytes(plan, outside)
     runtime = 0
     if not on_device:
-        runtime = resident_bytes() + LIBRARY_BYTES + attention_bytes(plan.skeleton.model, plan.skeleton.device)
+        # First, because it loads LLVM, which then counts as resident.
+        compiled = attention_bytes(plan.skeleton.model, plan.skeleton.device)
+        runtime = resident_bytes() + LIBRARY_BYTES + compiled
     return MemoryEstimate(
         runtime_bytes=runtime,
         work_bytes=work,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import UserError
+from llmquant.humanize import dtype_name
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 from llmquant.version import __version__
 from llmquant.weight import QuantizedWeight, group_of_column
@@ -109,7 +110,7 @@ def check_matrix(tensors: Mapping[str, Tensor], suffix: str, dtype: torch.dtype 
     """Return the shape of a matrix. Raises UserError unless it is non-empty and has this dtype."""
     tensor = require(tensors, suffix)
     if tensor.dtype != dtype or tensor.ndim != 2 or 0 in tensor.shape:
-        raise UserError(f"{suffix}: {_describe(tensor)}; must be a non-empty {_name(dtype)} matrix")
+        raise UserError(f"{suffix}: {_describe(tensor)}; must be a non-empty {dtype_name(dtype)} matrix")
     return tensor.shape[0], tensor.shape[1]
 
 
@@ -119,7 +120,7 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: TensorShapes, scale_s
         tensor = require(tensors, suffix)
         allowed = SCALE_DTYPES if suffix == scale_suffix else (dtype,)
         if tensor.dtype not in allowed or tuple(tensor.shape) != shape:
-            names = " or ".join(_name(each) for each in allowed)
+            names = " or ".join(dtype_name(each) for each in allowed)
             raise UserError(
                 f"{suffix}: {_describe(tensor)}; quantization_config ({spec.describe()}) requires {names} {list(shape)}"
             )
@@ -169,8 +170,8 @@ def cast_scales(scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.equal(stored.to(scale_NG.dtype), scale_NG):
         changed = int((stored.to(scale_NG.dtype) != scale_NG).sum())
         raise UserError(
-            f"scales: {changed} of {scale_NG.numel()} {_name(scale_NG.dtype)} scales are not exact in {_name(dtype)}, "
-            "which this format stores; use --format compressed-tensors, which keeps their dtype"
+            f"scales: {changed} of {scale_NG.numel()} {dtype_name(scale_NG.dtype)} scales are not exact in "
+            f"{dtype_name(dtype)}, which this format stores; use --format compressed-tensors, which keeps their dtype"
         )
     return stored
 
@@ -202,12 +203,8 @@ def check_features(stored: tuple[int, int], out_features: int, in_features: int,
         )
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _describe(tensor: Tensor) -> str:
-    return f"{_name(tensor.dtype)} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 # --- configurations --------------------------------------------------------------------------------------------------

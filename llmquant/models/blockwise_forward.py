@@ -188,9 +188,10 @@ class BlockwiseForward:
             self._resume_all(not_started)
             self._drop_outside(self._called_outside)
             if any(calibration_pass.block != index for calibration_pass in passes):
+                place = f" after block {index - 1}" if index else ""
                 raise UserError(
                     f"{self.block_names[index]}: the forward pass of {type(self.skeleton.model).__name__} does not "
-                    f"reach this decoder block after block {index - 1}; only models that run each block once, in "
+                    f"reach this decoder block{place}; only models that run each block once, in "
                     "order, can be quantized"
                 )
             self.skeleton.load(self.block_names[index])

@@ -216,12 +216,18 @@ def _chunk_statistics(
     """Yield the statistics of each chunk of the samples (`reduction.py`) in order."""
     for _, of_chunk in groupby(inputs, lambda group_input: chunk_of(group_input.sample, run.num_samples)):
         statistics = empty()
-        while several := list(islice(of_chunk, SEQUENCES_AT_ONCE)):
+        while several := _next_inputs(run, of_chunk):
             with run.log.timed("statistics"):
                 _add(run.plan.recipe, several, statistics, split_of(several[0].sample, run.num_samples))
             # The next list is complete before it replaces this one: without `del`, two would be in memory.
             del several
         yield statistics
+
+
+def _next_inputs(run: Run, inputs: Iterator[GroupInput]) -> list[GroupInput]:
+    """Run the next few samples to the input group. Empty after the last one."""
+    with run.log.timed("forward"):
+        return list(islice(inputs, SEQUENCES_AT_ONCE))
 
 
 def _add(recipe: Recipe, several: Sequence[GroupInput], statistics: InputStatistics, split: int) -> None:

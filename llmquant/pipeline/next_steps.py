@@ -80,7 +80,7 @@ def _steps(plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float) 
         smaller = next((size for size in STANDARD_GROUPS if size < widest), None)
         if smaller:
             grid = replace(spec, group_size=smaller)
-            yield step(f"--group-size {smaller}", "more scales; a few percent larger", spec=grid)
+            yield step(f"--group-size {smaller}", "more scales; up to 7 % larger at 4 bits", spec=grid)
     if recipe.uses_gptq and recipe.descent_sweeps == 0:
         yield step("--effort best", "searches longer; the same size, three times the time", **_effort("best"))
     if recipe.needs_data and not recipe.has_budget and not recipe.overrides:

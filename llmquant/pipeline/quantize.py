@@ -1,6 +1,6 @@
 """The main pipeline, from the checkpoint to the finished folder.
 
-    plan -> calibration samples -> the loop over the blocks (`block_loop.py`) -> the tensors that are not quantized, the
+    plan -> calibration samples -> the tensors outside the blocks -> the loop over the blocks (`block_loop.py`) -> the
     configuration and the tokenizer -> verification and report (`finish.py`) -> OUT, by one rename
 
 Every finished step is on disk. The same command continues a run that was killed.
@@ -152,7 +152,8 @@ def _run_main_rank(run: Run, out: Path) -> Report:
             folder = partial.assemble(
                 parts, extra_files(run.plan), manifest=manifest, max_shard_bytes=options.max_shard_bytes
             )
-        finish(run, folder, out)
+        with _discarded_if_damaged(run):
+            finish(run, folder, out)
         partial.publish()
     report = read_report(out)
     run.ranks.send(report)

@@ -31,7 +31,7 @@ from llmquant.checkpoints.quantized import (
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.eval.divergence import COMPARED_POSITIONS, mean_interval, token_divergence
 from llmquant.eval.perplexity import token_losses
-from llmquant.humanize import format_clock
+from llmquant.humanize import dtype_name, format_clock
 from llmquant.models.blocks import first_tensor, weight_as_NK, weight_of
 from llmquant.models.blockwise_forward import BlockwiseForward
 from llmquant.models.skeleton import Skeleton, comparison_dtype, compute_dtype, read_config, stored_dtype
@@ -89,14 +89,14 @@ def _seconds_per_token(plan: Plan, tokens_L: Tensor) -> float:
     """Seconds per token of both models together, estimated from the second of two runs of the first block."""
     skeleton, device = _original(plan), plan.skeleton.device
     block = skeleton.model.get_submodule(plan.block_names[0])
-    with BlockwiseForward(skeleton, [tokens_L], with_original=False) as walk:
-        walk.enter(0)
-        ((args, kwargs),) = walk.block_calls(1)
+    with BlockwiseForward(skeleton, [tokens_L], with_original=False) as forward:
+        forward.enter(0)
+        ((args, kwargs),) = forward.block_calls(1)
         block(*args, **kwargs)
         start = _seconds(device)
         block(*args, **kwargs)
         seconds = _seconds(device) - start
-        walk.leave(0)
+        forward.leave(0)
     # The head is assumed to take as long as blocks with the same number of weights.
     block_weights = sum(parameter.numel() for parameter in block.parameters())
     head = weight_of(plan.skeleton.model.get_input_embeddings()).numel() / max(block_weights, 1)
@@ -124,7 +124,8 @@ def verify_texts(folder: Path, plan: Plan, texts: Sequence[HeldOutText]) -> Veri
         by_text = [[next(compared) for _ in text.tokens_WL] for text in texts]
     if not all(window.original_loss_T.isfinite().all() for compared_W in by_text for window in compared_W):
         measured = tuple(_unmeasured(text) for text in texts)
-        reason = f"the original's own predictions are not finite in {plan.skeleton.dtype}"
+        dtype = dtype_name(comparison_dtype(plan.skeleton.dtype, plan.skeleton.device))
+        reason = f"the original's own predictions are not finite in {dtype}; compare with --dtype float32"
         return Verification(verdict=NOT_MEASURED, reason=reason, texts=measured)
     if not all(_is_finite(window) for compared_W in by_text for window in compared_W):
         measured = tuple(_unmeasured(text) for text in texts)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from llmquant import humanize as words
+from llmquant import humanize
 from llmquant.checkpoints.atomic import write_atomically
-from llmquant.grouping import grouped
+from llmquant.grouping import grouped, grouped_within
 from llmquant.module_names import block_of, kind_of
 from llmquant.paths import check_output_file
 from llmquant.report.figures import bars, over_depth, trade_off
@@ -148,12 +148,12 @@ def page(report: Report) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "size": words.format_bytes,
-        "short": words.format_error,
-        "clock": words.format_clock,
+        "size": humanize.format_bytes,
+        "short": humanize.format_error,
+        "clock": humanize.format_clock,
         "seconds": lambda seconds: f"{seconds:,.1f} s".replace(",", "\u202f"),
         "percent": percent,
-        "percentage": words.format_percentage,
+        "percentage": humanize.format_percentage,
         "factor": format_ratio,
         "whole_percent": lambda fraction: percent(fraction, 0 if fraction >= 0.01 else 1),
         "thousands": lambda number: f"{number:,}".replace(",", "\u202f"),
@@ -253,8 +253,8 @@ def nonbreaking_words(command: str) -> Markup:
 def kinds(linears: Sequence[LinearReport]) -> list[Kind]:
     """The linears grouped by kind and grid, in the order of each kind's first linear."""
     found = []
-    sorted_by_kind = [linear for same in grouped(linears, lambda linear: linear.kind).values() for linear in same]
-    for (name, grid), same in grouped(sorted_by_kind, lambda linear: (linear.kind, linear.grid)).items():
+    by_grid = grouped_within(linears, lambda linear: linear.kind, lambda linear: linear.grid)
+    for (name, grid), same in by_grid.items():
         worst = max(same, key=lambda linear: linear.error)
         factors = [linear.correction_shrinkage for linear in same if linear.correction_shrinkage is not None]
         ratios = [linear.cross_row_cost_ratio for linear in same if linear.cross_row_cost_ratio is not None]

@@ -61,13 +61,12 @@ class RunLog:
         missed = coverage_of(self.plan).fallback()
         if missed:
             self.fallback("block weights", missed)
-        inside = tuple(f"{name}." for name in self.plan.block_names)
         for linear in self.plan.linears:
             if linear.spec is not None and linear.reason:
                 self.fallback(linear.name, linear.reason)
                 continue
             is_expected = linear.is_skipped_by_user or linear.is_never_quantized
-            if linear.spec is None and linear.name.startswith(inside) and not is_expected and not missed:
+            if linear.spec is None and linear.block_name and not is_expected and not missed:
                 self.fallback(linear.name, f"left in 16 bit: {linear.reason}")
 
     @contextmanager
@@ -78,14 +77,17 @@ class RunLog:
         try:
             yield
         finally:
-            if self.plan.skeleton.device.type == "cuda":
+            is_outermost = len(self._nested_seconds) == 2
+            # The queue of a GPU keeps running between inner blocks; waiting for it once, at the end, is enough.
+            if is_outermost and self.plan.skeleton.device.type == "cuda":
                 torch.cuda.synchronize(self.plan.skeleton.device)
             elapsed, nested = perf_counter() - start, self._nested_seconds.pop()
             self._nested_seconds[-1] += elapsed
             self.seconds[step] = self.seconds.get(step, 0.0) + elapsed - nested
-            peak = peak_resident_bytes()
-            used = peak if peak > peak_before else psutil.Process().memory_info().rss
-            self.memory[step] = max(self.memory.get(step, 0), used)
+            if is_outermost:
+                peak = peak_resident_bytes()
+                used = peak if peak > peak_before else psutil.Process().memory_info().rss
+                self.memory[step] = max(self.memory.get(step, 0), used)
 
     def calibration(self, tokens: CalibrationTokens) -> None:
         """Record the calibration text with its fallbacks and notes."""

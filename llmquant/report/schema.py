@@ -26,12 +26,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from llmquant.checkpoints.atomic import write_atomically
 from llmquant.checkpoints.header import parse_json
 from llmquant.checkpoints.manifest import REPORT_JSON
-from llmquant.errors import UserError, one_line
+from llmquant.errors import UserError
 from llmquant.paths import check_readable
 from llmquant.planning.coverage import UnquantizedParameters
 from llmquant.report.histograms import Histogram
@@ -235,9 +235,13 @@ def read_report(folder: Path) -> Report:
         report = _parse(Report, content | {"out": str(folder)})
         _check_shown_values(report)
         return report
-    # Pydantic's ValidationError is a ValueError. A UserError comes from a grid that does not exist.
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(f"{file}: damaged ({place}: {first['msg']:.80}); quantize again") from None
+    # A UserError comes from a grid that does not exist.
     except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError, UserError) as error:
-        raise UserError(f"{file}: damaged ({one_line(error):.80}); quantize again") from None
+        raise UserError(f"{file}: damaged ({error!r:.80}); quantize again") from None
 
 
 def _parse(kind: type[T], content: Any) -> T:
@@ -282,6 +286,9 @@ def _with_names_of_schema_4(content: dict[str, Any]) -> dict[str, Any]:
         for entry in renamed.get("unquantized_parameters", [])
     ]
     recipe = {RENAMED_OF_RECIPE.get(name, name): value for name, value in content["recipe"].items()}
+    calibration = renamed.get("calibration")
+    if isinstance(calibration, dict):
+        renamed["calibration"] = {RENAMED.get(name, name): value for name, value in calibration.items()}
     return renamed | {"recipe": recipe}
 
 

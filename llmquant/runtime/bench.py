@@ -26,6 +26,7 @@ from llmquant.checkpoints.quantized import parsed_quantization
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.errors import UserError
 from llmquant.hub import resolve_model
+from llmquant.humanize import dtype_name
 from llmquant.kernels.dispatch import BACKENDS
 from llmquant.memory import peak_resident_bytes, resident_bytes, trim_heap
 from llmquant.models.blocks import parse_device
@@ -155,7 +156,7 @@ def bench(
         against=against,
         workload=workload,
         device=_describe_device(loaded[0].model.device),
-        dtype=str(loaded[0].model.dtype).removeprefix("torch."),
+        dtype=dtype_name(loaded[0].model.dtype),
         torch=torch.__version__,
     )
 

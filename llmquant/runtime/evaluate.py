@@ -27,6 +27,7 @@ from llmquant.eval.data import cut_windows, text_tokens
 from llmquant.eval.divergence import Divergence, RecordedReference, divergence, record_reference
 from llmquant.eval.perplexity import Perplexity, perplexity
 from llmquant.hub import load_tokenizer, resolve_model
+from llmquant.humanize import dtype_name
 from llmquant.memory import trim_heap
 from llmquant.models.skeleton import context_length, read_config
 from llmquant.paths import parse_path
@@ -119,9 +120,9 @@ class Evaluation:
     """The original that the models are compared with; None if there is none."""
     models: tuple[ModelEvaluation, ...]
     """The models in the order in which they were given."""
-    notes: tuple[str, ...] = ()
+    text_notes: tuple[str, ...] = ()
     """Descriptions of the changes that were made to the text while it was read."""
-    storage_notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     """Descriptions of ignored parts of the checkpoints. Each description begins with the name of its checkpoint."""
 
     def to_dict(self) -> dict[str, object]:
@@ -130,8 +131,8 @@ class Evaluation:
             "dataset": self.dataset,
             "against": self.against.to_dict() if self.against else None,
             "models": [model.to_dict() for model in self.models],
+            "text_notes": list(self.text_notes),
             "notes": list(self.notes),
-            "storage_notes": list(self.storage_notes),
         }
 
 
@@ -166,8 +167,8 @@ def evaluate(
         dataset=chosen.dataset,
         against=results.pop(0) if against is not None else None,
         models=tuple(results),
-        notes=() if text is None else text.notes,
-        storage_notes=tuple(
+        text_notes=() if text is None else text.notes,
+        notes=tuple(
             f"{name}: {note}" for name, reader in zip(names, readers, strict=True) for note in storage_notes(reader)
         ),
     )
@@ -214,7 +215,7 @@ class _Evaluator:
             model=name,
             stored_bytes=reader.total_bytes,
             device=str(parameter.device),
-            dtype=str(parameter.dtype).removeprefix("torch."),
+            dtype=dtype_name(parameter.dtype),
             perplexity=measured,
             divergence=compared,
             tasks=scores,

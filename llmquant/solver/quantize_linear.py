@@ -42,6 +42,7 @@ from llmquant.algorithms.grid import (
     values_on_grid,
 )
 from llmquant.algorithms.statistics import InputStatistics, output_errors
+from llmquant.humanize import dtype_name
 from llmquant.planning.plan import Plan
 from llmquant.spec import QuantSpec, Recipe
 from llmquant.weight import QuantizedWeight
@@ -177,7 +178,7 @@ def scale_range_fallbacks(weight_NK: Tensor, spec: QuantSpec, scale_dtype: torch
         for end, count in enumerate(count_unfit_groups(some_NK.float().T, spec, scale_dtype)):
             counts[end] += count
     total = weight_NK.shape[0] * spec.num_groups(weight_NK.shape[1])
-    dtype = str(scale_dtype).removeprefix("torch.")
+    dtype = dtype_name(scale_dtype)
     results = ("rounded coarsely, or to zero", "clipped")
     return tuple(
         f"{count} of {total} groups hold weights too {size} for {dtype} scales: {result}; use --dtype bfloat16 with "
