@@ -414,6 +414,7 @@ def statistics_of(x: Tensor) -> InputStatistics:
     return statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("power", [-20, -45, 40])
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])

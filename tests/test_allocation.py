@@ -41,6 +41,7 @@ def best_by_trying_all(items, budget):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("unit", [1, 4096])
 def test_allocation_is_the_best_of_all_combinations(seed, unit):
@@ -56,6 +57,7 @@ def test_allocation_is_the_best_of_all_combinations(seed, unit):
         assert result.loss == pytest.approx(math.fsum(option.loss for option in chosen))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_coarse_units_keep_the_budget_and_lose_at_most_a_unit_an_item(seed):
     items = random_items(seed)
@@ -157,6 +159,7 @@ def remaining_after_later_columns(x_TK: torch.Tensor, damping: torch.Tensor) -> 
     return remaining_K
 
 
+@pytest.mark.slow
 def test_linears_that_share_an_input_are_measured_together(tiny_model):
     plan = make_plan(tiny_model("llama"), Recipe(), Options(seq_len=32))
     measured = measure_sensitivities(plan, torch.arange(2, 66).view(2, 32), lambda names: SPECS)
@@ -171,6 +174,7 @@ def test_linears_that_share_an_input_are_measured_together(tiny_model):
     assert len(measured) == 8
 
 
+@pytest.mark.slow
 def test_damaged_weights_are_named(tmp_path, few, monkeypatch, capsys):
     model = random_model(ARCHITECTURES["llama"]())
     with torch.no_grad():
@@ -252,6 +256,7 @@ def test_grids_chosen_for_vllm_can_be_loaded_by_vllm(few, tiny_model, tmp_path):
         assert len({linear.grid for linear in report.linears}) > 1
 
 
+@pytest.mark.slow
 def test_overrides_take_precedence_over_the_budget(few, tiny_model, tmp_path):
     override = Override(pattern="*.down_proj", bits=8, group_size=32)
     report = quantize(tiny_model("llama"), tmp_path / "out", Recipe(target_bpw=6, overrides=(override,)), few)

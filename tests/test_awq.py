@@ -247,6 +247,7 @@ def test_every_architecture_keeps_its_function_when_scales_are_folded(
     assert (got - expected).norm() < 0.06 * expected.norm()
 
 
+@pytest.mark.slow
 def test_awq_leaves_less_error_than_rtn_and_writes_the_folded_norms(tiny_model, text, tmp_path):
     original = outlier_model(tiny_model, tmp_path)
     expected = logits_of(AutoModelForCausalLM.from_pretrained(original).eval())
@@ -258,6 +259,7 @@ def test_awq_leaves_less_error_than_rtn_and_writes_the_folded_norms(tiny_model, 
     assert errors["awq"] < 0.7 * errors["rtn"]
 
 
+@pytest.mark.slow
 def test_scales_that_make_the_block_worse_are_undone(tiny_model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(
         awq_scaling,
@@ -275,6 +277,7 @@ def test_scales_that_make_the_block_worse_are_undone(tiny_model, text, tmp_path,
     assert all(torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
 
 
+@pytest.mark.slow
 def test_inputs_that_cannot_be_scaled_are_listed(tiny_model, text, tmp_path):
     report = quantize(
         tiny_model("falcon"),

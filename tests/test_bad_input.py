@@ -260,6 +260,7 @@ def test_finished_blocks_are_kept_for_the_next_run_if_the_disk_fills(folder, mon
     assert sorted(file.name for file in folder.iterdir()) == ["model", "out"]
 
 
+@pytest.mark.slow
 def test_error_about_a_damaged_weight_says_that_the_partial_output_is_removed(folder, monkeypatch, capsys):
     with_value(UP_1, float("nan"))(folder / "model")
     assert command(monkeypatch, "quantize", folder / "model", folder / "out", *FEW) == 2

@@ -62,6 +62,7 @@ def example_result() -> BenchmarkResult:
     )
 
 
+@pytest.mark.slow
 def test_table_and_plot_show_the_speedup(tmp_path, capsys):
     print_bench(example_result())
     printed = " ".join(capsys.readouterr().out.split())
@@ -71,6 +72,7 @@ def test_table_and_plot_show_the_speedup(tmp_path, capsys):
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

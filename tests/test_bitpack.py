@@ -18,6 +18,7 @@ def words_by_hand(codes: list[int], bits: int) -> list[int]:
     return [word - 2**32 if word >= 2**31 else word for word in words]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 @given(data=st.data())
 def test_packed_words_are_the_bit_stream(bits, data):

@@ -266,6 +266,7 @@ def test_architecture_name_that_transformers_writes_is_accepted_as_a_language_mo
     assert dry_run(model, tmp_path / "out", ROUND).quantized
 
 
+@pytest.mark.slow
 def test_model_without_a_bound_on_positions_accepts_any_seq_len(small_model, tmp_path):
     model = small_model("xlnet", max_position_embeddings=None, d_inner=128, d_head=16)
     plan = dry_run(model, tmp_path / "out", Recipe(spec=QuantSpec(group_size=32)), Options(calibration="python-docs"))

@@ -75,6 +75,7 @@ def test_linear_that_is_called_twice_is_in_no_group_and_listed_as_repeated():
     assert structure.repeated == ("twice",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "falcon", "gpt2"])
 def test_block_inputs_equal_those_of_the_models_own_forward_pass(architecture, tiny_model):
     path = tiny_model(architecture)

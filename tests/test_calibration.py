@@ -127,6 +127,7 @@ def test_preview_is_the_summary_of_the_draw(text_file):
     assert torch.equal(tokens_SL, drawn.tokens_SL)
 
 
+@pytest.mark.slow
 def test_auto_without_a_hub_falls_back_to_the_python_docs():
     drawn = calibration_tokens(tiny_tokenizer(), num_samples=128, seq_len=512)
     assert drawn.source == PYTHON_DOCS

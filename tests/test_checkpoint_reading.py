@@ -53,6 +53,7 @@ def _filled(dtype: torch.dtype) -> Tensor:
     return torch.arange(6 * dtype.itemsize, dtype=torch.uint8).view(dtype).reshape(2, 3)
 
 
+@pytest.mark.slow
 def test_reading_does_not_map_the_file_into_memory(tmp_path):
     """Read a 64 MiB file tensor by tensor in a new process, and check its peak memory."""
     save_file({f"t{i}": torch.zeros(2**20, dtype=torch.float32) for i in range(16)}, tmp_path / "model.safetensors")

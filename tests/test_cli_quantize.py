@@ -283,6 +283,7 @@ def test_row_counts_of_a_hub_data_set_are_printed_at_the_start(tiny_model, tmp_p
 # --- generate --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generate_prints_the_tokens_of_transformers(small, monkeypatch, capsys):
     from transformers import AutoTokenizer
 

@@ -84,6 +84,7 @@ def test_asymmetric_grids_of_transposed_and_renamed_linears_and_tied_heads(
     assert_same(tmp_path / "out", quantized(target, architecture, ASYM))
 
 
+@pytest.mark.slow
 def test_mixed_precision_and_a_quantized_head_are_kept(quantized, tmp_path):
     recipe = {"overrides": (Override(pattern="*.mlp.*", bits=8), Override(pattern="lm_head", bits=3))}
     convert(quantized("gptq", **recipe), tmp_path / "out", "compressed-tensors")
@@ -146,6 +147,7 @@ def shuffled(name: str, weight: QuantizedWeight) -> QuantizedWeight:
     return replace(weight, group_index_K=index_K)
 
 
+@pytest.mark.slow
 def test_act_order_stays_in_gptq_and_is_refused_elsewhere(quantized, tmp_path):
     other = rewrite(quantized("gptq"), tmp_path / "other", shuffled, "gptq", desc_act=True)
     convert(other, tmp_path / "out", "gptq_v2")
@@ -162,6 +164,7 @@ def test_act_order_stays_in_gptq_and_is_refused_elsewhere(quantized, tmp_path):
     convert(other, tmp_path / "dense", "dense")
 
 
+@pytest.mark.slow
 def test_a_weight_that_the_format_cannot_hold_is_refused_before_anything_is_written(quantized, tmp_path):
     def zero_zero(name: str, weight: QuantizedWeight) -> QuantizedWeight:
         weight.zero_NG[0, 0] = 0

@@ -77,6 +77,7 @@ def test_routers_stay_in_16_bit_without_a_fallback(small_model, tmp_path):
     assert [fallback.where for fallback in report.fallbacks] == ["block weights"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["hook", "second name"])
 def test_linears_that_a_loader_would_replace_wrongly_stay_in_16_bit(change, tiny_model, tmp_path, monkeypatch):
     original_init = modeling_llama.LlamaMLP.__init__

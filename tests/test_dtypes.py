@@ -65,6 +65,7 @@ def is_copied(name: str) -> bool:
     return "_proj" not in name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_copied_tensors_keep_their_dtype(mixed, tmp_path, method):
     original = load_file(mixed / WEIGHTS)
@@ -82,6 +83,7 @@ def test_copied_tensors_keep_their_dtype(mixed, tmp_path, method):
     assert config["dtype"] == "bfloat16" and written["model.layers.0.mlp.up_proj.scales"].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_folded_norms_in_float32_are_exact_in_the_dtype_of_the_model(mixed, tmp_path):
     original = load_file(mixed / WEIGHTS)
     quantize(mixed, tmp_path / "out", recipe("awq"), FEW)
@@ -127,6 +129,7 @@ def test_a_run_with_another_dtype_option_is_not_continued(mixed, tmp_path, monke
         quantize(mixed, tmp_path / "out", recipe("rtn"), Options(verify=False, dtype="bfloat16"))
 
 
+@pytest.mark.slow
 def test_rounding_a_tensor_to_the_dtype_of_the_model_is_a_fallback(mixed, tmp_path, monkeypatch):
     few = (
         "--calibration",
@@ -150,6 +153,7 @@ def test_rounding_a_tensor_to_the_dtype_of_the_model_is_a_fallback(mixed, tmp_pa
     }
 
 
+@pytest.mark.slow
 def test_float32_tensors_that_bfloat16_represents_exactly_are_no_fallback(mixed, tmp_path):
     tensors = {name: tensor.bfloat16().to(tensor.dtype) for name, tensor in load_file(mixed / WEIGHTS).items()}
     save_file(tensors, mixed / WEIGHTS)
@@ -169,6 +173,7 @@ def change_byte(file: Path, name: str) -> None:
         handle.write(bytes([byte ^ 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_one_changed_byte_of_a_copied_tensor_is_detected(mixed, tmp_path, dtype):
     out, options = tmp_path / "out", Options(verify=False, dtype=dtype)
@@ -183,6 +188,7 @@ def test_one_changed_byte_of_a_copied_tensor_is_detected(mixed, tmp_path, dtype)
     verify_copies(out, plan, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "awq"])
 def test_a_run_whose_copies_are_damaged_does_not_finish(mixed, tmp_path, monkeypatch, method):
     """The byte changes after the shards are written. The check covers the folded norms of AWQ too."""
@@ -214,6 +220,7 @@ def test_copies_of_another_shape_or_dtype_and_missing_copies_are_detected(tmp_pa
             check_copies(tmp_path, expected)
 
 
+@pytest.mark.slow
 def test_conversion_verifies_copies_too(mixed, tmp_path, monkeypatch):
     from llmquant import conversion as module
 
@@ -264,6 +271,7 @@ def test_parameters_have_the_dtypes_of_transformers(mixed, tmp_path, monkeypatch
     assert loaded == copied
 
 
+@pytest.mark.slow
 def test_the_reopened_model_has_the_dtypes_of_the_calibrated_model(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(LlamaPreTrainedModel, "_keep_in_fp32_modules_strict", ["input_layernorm", "1.mlp.gate_proj"])
     # CPUs without AVX-512 compare models in float32, which this test does not cover.
@@ -298,6 +306,7 @@ def test_a_model_that_keeps_its_norms_in_float32_loads_as_in_transformers(tmp_pa
     assert dtypes_of(load(tmp_path / "model", dtype=dtype_name(dtype))) == expected
 
 
+@pytest.mark.slow
 def test_a_packed_model_loads_in_the_dtype_of_its_config(mixed, tmp_path):
     """Once the linears are packed, most floating-point bytes may belong to tensors that are stored in float32."""
     tensors = load_file(mixed / WEIGHTS)
@@ -341,6 +350,7 @@ def test_scaling_all_weights_down_does_not_change_the_codes(tiny_model, tmp_path
     assert load(tmp_path / "b")(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_weights_too_small_for_float16_scales_are_a_fallback_that_names_the_linear(tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model("llama", dtype=torch.bfloat16), tmp_path / "model"))
     tensors = load_file(model / WEIGHTS)

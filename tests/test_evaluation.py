@@ -134,6 +134,7 @@ def test_a_model_does_not_diverge_from_itself():
     assert (measured.kl_mean, measured.kl_p99, measured.top1_agreement) == (0.0, 0.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("architecture", ["llama", "cohere2"])
 def test_chunks_do_not_change_the_result(architecture, chunk, monkeypatch):
@@ -188,6 +189,7 @@ def test_a_model_whose_logits_depend_on_more_than_the_hidden_states_runs_as_a_wh
     assert perplexity(model, windows_WL).mean_loss == pytest.approx(math.fsum(map(math.fsum, losses)) / 117, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_change_the_result():
     config = ARCHITECTURES["llama"]()
     model, reference, windows_WL = random_model(config, seed=1), random_model(config), random_windows(5)
@@ -209,6 +211,7 @@ def test_a_recorded_reference_serves_several_models():
     assert [divergence(random_model(config, seed=seed), recorded, windows_WL) for seed in (1, 2)] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 15, 39, 40])
 def test_strided_windows_score_every_token_once_from_the_longest_context(stride):
     model = random_model(ARCHITECTURES["llama"]())

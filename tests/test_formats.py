@@ -132,6 +132,7 @@ def test_compressed_tensors_is_the_transpose_of_gptq_v2(bits):
     assert torch.equal(compressed["weight_scale"], gptq["scales"].T)
 
 
+@pytest.mark.slow
 @ALL_FORMATS
 @given(data=st.data())
 def test_packing_round_trips_or_is_refused_with_a_reason(format, data):

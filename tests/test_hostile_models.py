@@ -81,6 +81,7 @@ ENTRY_POINTS: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "nonesuch"])
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_code_of_a_checkpoint_is_never_run(entry_point, model_type, model, tmp_path):
@@ -121,6 +122,7 @@ class Bomb:
         return Path.touch, (self.marker,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pth", "x.ckpt"])
 def test_pickles_beside_the_weights_are_not_opened(name, model, tmp_path):
     torch.save(Bomb(tmp_path / "ran"), model / name)

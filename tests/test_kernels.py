@@ -26,6 +26,7 @@ CPU_BACKENDS = [
 """Backends that run on this machine without a GPU. `test_triton.py` tests the others."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_one_hot_rows_return_the_weight(name, symmetric):
@@ -83,6 +84,7 @@ def skip_if_refused(name: str, weight: QuantizedWeight, dtype: torch.dtype) -> N
         pytest.skip(reason)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", CPU_BACKENDS)
@@ -131,6 +133,7 @@ def test_leading_dimensions_and_empty_batches_are_kept(name):
     torch.testing.assert_close(linear(torch.cat([x, x], dim=-1)[..., 96:]), linear(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_one_graph_under_compile_and_export(name):
     weight = random_weight(48, 96, group_size=32)
@@ -209,6 +212,7 @@ def test_slots_hold_every_column_once_and_one_group_per_block():
         assert groups in ([], [slots.group_B[block]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS)
 def test_restore_returns_the_tensors_that_prepare_got(name):
     """Also for backends that do not run on this machine, because neither direction launches a kernel."""
@@ -246,6 +250,7 @@ def test_a_group_without_columns_gets_a_finite_positive_scale():
         assert torch.isfinite(restored[1]).all() and (restored[1] > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CPU_BACKENDS)
 def test_a_compiler_sees_the_operators_of_a_linear_with_few_rows(name):
     linear = QuantizedLinear(random_weight(48, 96, group_size=32), None, dtype=torch.bfloat16, device=CPU, backend=name)

@@ -37,6 +37,7 @@ def head_of() -> Callable[[int, int], PackedDenseLinear]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
 def test_every_processor_computes_the_definition(case, dtype, processor):

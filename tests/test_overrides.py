@@ -101,6 +101,7 @@ def test_an_override_is_plain_data():
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "method"), [("gptq", "gptq"), *((name, "rtn") for name in FORMATS if name != "awq")]
 )

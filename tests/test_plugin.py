@@ -42,6 +42,7 @@ def open_with_transformers(folder: Path, **options: object):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "architecture"),
     [

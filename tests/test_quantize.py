@@ -93,6 +93,7 @@ def test_a_run_that_died_is_continued_to_the_same_bytes(tiny_model, tmp_path):
     assert {linear.kind for linear in whole.linears if linear.correction_shrinkage} >= {"mlp.down_proj", "mlp.up_proj"}
 
 
+@pytest.mark.slow
 def test_config_says_what_was_done(tiny_model, tmp_path):
     quantize(tiny_model("llama"), tmp_path / "out", Recipe(method="rtn", spec=GROUP_32, skip=("*.down_proj",)))
     reader = CheckpointReader(tmp_path / "out")

@@ -59,6 +59,7 @@ def test_saving_gives_the_checkpoint_back(architecture, format, options, quantiz
     assert torch.equal(logits(load_with_transformers(tmp_path / "saved-1")), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
 def test_act_order_of_another_tool_is_saved(backend, quantized, tmp_path):
     def permute_groups(tensors):
@@ -77,6 +78,7 @@ def test_act_order_of_another_tool_is_saved(backend, quantized, tmp_path):
     assert torch.equal(logits(load(tmp_path / "saved", backend=backend)), logits(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
 def test_a_config_that_names_linears_without_the_prefix_is_rewritten(format, quantized, tmp_path):
     """transformers saves names with the base model's prefix, so the rules for single linears must have it too."""
@@ -100,6 +102,7 @@ def test_a_config_that_names_linears_without_the_prefix_is_rewritten(format, qua
     assert saved.transformer.h[0].mlp.c_fc.spec.bits == 8 and saved.transformer.h[1].mlp.c_fc.spec.bits == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("format", ["gptq", "awq"])
 def test_another_dtype_does_not_change_codes_and_scales(format, dtype, quantized, tmp_path):
@@ -114,6 +117,7 @@ def test_another_dtype_does_not_change_codes_and_scales(format, dtype, quantized
     assert all(before[name].dtype == after[name].dtype for name in packed)
 
 
+@pytest.mark.slow
 def test_a_temporary_model_is_saved_and_a_deleted_model_frees_its_memory(quantized, tmp_path):
     load(quantized()).save_pretrained(tmp_path / "saved")
     assert_same_tensors(quantized(), tmp_path / "saved")
@@ -128,6 +132,7 @@ def test_a_temporary_model_is_saved_and_a_deleted_model_frees_its_memory(quantiz
         gc.enable()
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_can_be_saved(quantized, tmp_path):
     model = load(quantized())
     expected = logits(model)

@@ -20,6 +20,7 @@ from llmquant.checkpoints.manifest import MANIFEST_FILE, read_manifest
 pytest_plugins = ("quantized_folders",)
 
 
+@pytest.mark.slow
 def test_saving_over_other_checkpoints_leaves_no_old_weights(quantized, tmp_path):
     """Single files and shards replace each other. Files that describe old weights go; the user's files stay."""
     folder = tmp_path / "folder"
@@ -167,6 +168,7 @@ def test_the_error_for_a_weight_that_the_format_cannot_store_names_it(quantized,
         model.state_dict()
 
 
+@pytest.mark.slow
 def test_act_order_in_compressed_tensors_is_refused(quantized, tmp_path):
     def add_group_index(tensors):
         index = {
@@ -230,6 +232,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, dict[str, 
     return uploads
 
 
+@pytest.mark.slow
 def test_a_pushed_model_is_a_complete_checkpoint(quantized, hub, tmp_path):
     model = load(quantized())
     model.push_to_hub("me/pushed", max_shard_size="60KB", commit_message="first")

@@ -94,6 +94,7 @@ def test_every_architecture_has_its_folds_listed_here():
     assert FOLDS.keys() == ARCHITECTURES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_folds_of_every_architecture_are_found_and_do_not_change_the_logits(architecture):
     model = random_model(ARCHITECTURES[architecture]())
@@ -123,6 +124,7 @@ def test_folds_of_every_architecture_are_found_and_do_not_change_the_logits(arch
     assert (got - expected).norm() < 1e-4 * expected.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_neox"])
 def test_bfloat16_blocks_have_the_same_folds_and_do_not_change(architecture):
     model = random_model(ARCHITECTURES[architecture](), dtype=torch.bfloat16)

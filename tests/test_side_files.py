@@ -145,6 +145,7 @@ def test_an_auto_map_without_files_of_the_folder_copies_no_code(auto_map, tmp_pa
 # --- links -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_document_that_links_out_of_the_folder_is_not_copied_and_is_a_fallback(model, monkeypatch, capsys):
     (model.parent / "secret").write_text("secret")
     (model / "notes.txt").symlink_to("../secret")
@@ -178,6 +179,7 @@ def test_a_document_that_links_out_of_the_folder_is_not_copied_and_is_a_fallback
     assert not (model.parent / "dense" / "notes.txt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "additional_chat_templates", "modeling_x.py"])
 def test_a_loaded_file_that_links_out_of_the_folder_is_refused(name, model, monkeypatch, capsys):
     name_code(model, "tokenizer_config.json", {"AutoModel": "modeling_x.X"})
@@ -217,6 +219,7 @@ def test_an_unreadable_file_is_a_one_line_error(model, monkeypatch):
         files_beside(reader)
 
 
+@pytest.mark.slow
 def test_a_run_lists_files_that_it_does_not_copy_and_verifies_those_that_it_copies(model, monkeypatch, capsys):
     fill(model, ["additional_chat_templates/rag.jinja", "README.md", "adapter_config.json", "picture.png", "runs/log"])
     arguments = ("--method", "rtn", "--group-size", "32", "--no-verify", "--quiet", "--json")
@@ -230,6 +233,7 @@ def test_a_run_lists_files_that_it_does_not_copy_and_verifies_those_that_it_copi
     assert command(monkeypatch, "quantize", model, "out", *arguments, "--overwrite") == 0
 
 
+@pytest.mark.slow
 def test_a_lone_surrogate_in_the_configuration_is_kept(model):
     """JSON may hold a lone surrogate as an escape, but UTF-8 cannot."""
     config = json.loads((model / "config.json").read_text()) | {"note": "a\ud800b"}

@@ -68,6 +68,7 @@ def dense_kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt_neox"])
 def test_a_packed_head_is_saved_unchanged_and_a_tied_head_only_once(
     architecture, dense_kernels_everywhere, quantized, tmp_path

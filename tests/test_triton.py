@@ -50,6 +50,7 @@ def sass() -> ModuleType:
     return load_script("dev/sass.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "rows", "blocks_per_tile", "dtype"),
     [
@@ -79,12 +80,14 @@ def test_machine_code_has_no_problems(
     assert sass.find_problems(code, tiles, capability) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocks_per_tile", "planes"), [(1, 1), (4, 2)])
 def test_dense_kernel_compiles_without_spills(sass, blocks_per_tile, planes, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert sass.compile_dequantize(90, blocks_per_tile=blocks_per_tile, planes=planes).spills == 0
 
 
+@pytest.mark.slow
 def test_weights_that_pass_through_shared_memory_are_a_problem(sass, tmp_path, monkeypatch):
     """With two warps, Triton does not use wgmma."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -89,6 +89,7 @@ def test_a_single_weight_file_is_read_under_any_name(model):
     assert note.what == f"read from model.fp16.safetensors, the only safetensors file: there is no {WEIGHTS}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "weights", "old_config", "changes"),
     [
@@ -204,6 +205,7 @@ def test_an_adapter_beside_the_weights_is_noted(model):
 # --- names of training wrappers --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrapped", "removed"),
     [
