@@ -55,15 +55,22 @@ def text_file(tmp_path):
     return str(path)
 
 
-def test_help_takes_less_than_half_a_second():
-    seconds = []
+def cpu_seconds(*command: str | Path) -> float:
+    """Return the CPU time of a command in seconds: other work on the machine must not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_takes_less_than_twice_the_import_of_the_library_that_draws_it():
+    # Both are measured in turn, because the speed of one machine changes by a factor of two with its load. The import
+    # takes 0.22 seconds on an idle machine, so that the help takes less than 0.44.
+    ours, library = [], []
     for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert run("--help").returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    # CPU time and the best of three, because other work on the machine must not count.
-    assert min(seconds) < 0.5
+        library.append(cpu_seconds(sys.executable, "-c", "import typer.rich_utils"))
+        ours.append(cpu_seconds(sys.executable, "-m", "llmquant", "--help"))
+    assert min(ours) < 2 * min(library)
 
 
 @pytest.mark.slow

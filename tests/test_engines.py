@@ -114,7 +114,8 @@ def test_sizes_without_a_kernel_are_refused(tiny_model, tmp_path):
     for options, message in (
         (
             Options(engines=("sglang",)),
-            "needs in_features to be a multiple of 128 in 4-bit gptq, and it is 64; use --format compressed-tensors",
+            "needs in_features to be a multiple of 128 in 4-bit gptq, and it is 64; "
+            "use --format compressed-tensors, or --sk",
         ),
         (Options(engines=("vllm",), format="compressed-tensors"), "dtype float32: .* use --dtype bfloat16"),
     ):
@@ -157,17 +158,18 @@ def test_engines_are_checked_by_a_run_and_by_a_dry_run(
 
 
 def test_dry_run_lists_the_requested_engines_and_the_packages_they_need(tiny_model, tmp_path, monkeypatch, capsys):
-    arguments = [
-        "quantize",
-        tiny_model("llama"),
-        tmp_path / "out",
-        "--method",
-        "rtn",
-        "--group-size",
-        "32",
-        "--dry-run",
-    ]
+    options = ("--method", "rtn", "--group-size", "32", "--dry-run")
+    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", *options]
     assert command(monkeypatch, *arguments, "--engine", "vllm", "--engine", "transformers") == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"engine vLLM 0.33 loads the result, by its rules of {RULES_DATE}" in text
     assert "transformers 5.23 needs optimum and gptqmodel for this format" in text
+
+
+def test_the_old_name_of_the_engine_option_still_works(tiny_model, tmp_path, monkeypatch, capsys):
+    options = ("--method", "rtn", "--group-size", "32", "--dry-run")
+    arguments = ["quantize", tiny_model("llama"), tmp_path / "out", *options]
+    assert command(monkeypatch, *arguments, "--target", "sglang", "--engine", "vllm") == 2
+    old_and_new = capsys.readouterr().err
+    assert command(monkeypatch, *arguments, "--engine", "vllm", "--engine", "sglang") == 2
+    assert old_and_new == capsys.readouterr().err and old_and_new

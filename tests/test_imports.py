@@ -29,32 +29,29 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
 )
 """The packages and top-level modules of llmquant, lowest first. Each may import those on lower floors."""
-NOT_ALLOWED: dict[str, set[str]] = {
+ALLOWED: dict[str, set[str]] = {
     # Algorithms, formats and kernels meet in `weight.py` alone.
-    "algorithms": {"paths", "memory", "humanize", "remote_code"},
-    "kernels": {"paths", "memory", "humanize", "remote_code"},
-    # Only the runtime calls the kernels.
-    **dict.fromkeys(  # noqa: RUF024 — never changed
-        (
-            "checkpoints",
-            "models",
-            "planning",
-            "report",
-            "solver",
-            "estimates",
-            "pipeline",
-            "conversion",
-            "cli",
-            "console",
-        ),
-        {"kernels"},
-    ),
+    "algorithms": {"errors", "spec", "weight"},
+    "kernels": {"errors", "spec", "weight"},
+    "formats": {"errors", "humanize", "spec", "version", "weight"},
+    "checkpoints": {"errors", "formats", "grouping", "humanize", "module_names", "paths", "spec", "weight"},
+    "models": {"algorithms", "checkpoints", "errors", "hooks", "memory", "remote_code", "weight"},
     # An evaluation sees a model and tokens, not how the model was made.
-    "eval": {"algorithms", "kernels", "formats", "checkpoints", "spec", "weight"},
+    "eval": {"data", "errors", "hooks"},
+    # The output of the commands shows plans, estimates and reports; it does not run models.
+    "console": {"checkpoints", "errors", "estimates", "grouping", "humanize", "module_names", "paths", "pipeline"}
+    | {"planning", "progress", "report", "spec"},
+    "cli": {"checkpoints", "console", "conversion", "data", "errors", "estimates", "hub", "paths", "pipeline"}
+    | {"planning", "progress", "remote_code", "report", "runtime", "spec", "version"},
+}
+"""The only packages and modules that these may import. The others may import everything on lower floors."""
+NOT_ALLOWED: dict[str, set[str]] = {
+    # Only the runtime calls the kernels.
+    **{name: {"kernels"} for name in ("planning", "report", "solver", "estimates", "pipeline", "conversion")},
     # Models run and are planned without the algorithms that quantize them.
     "runtime": {"algorithms"},
 }
-"""What a package may not import although it is on a lower floor, and why."""
+"""Exceptions to the floors: what a package may not import although it is on a lower floor."""
 PACKAGES: dict[str, set[str]] = {
     "algorithms": {"torch"},
     "kernels": {"torch", "triton", "llvmlite"},
@@ -138,7 +135,8 @@ def misplaced(module: str, imported: set[str]) -> set[str]:
                 wrong.add(name)
         elif name != "llmquant" and room_of(name) != room:
             other = room_of(name)
-            if floor_of[other] >= floor_of[room] or other in NOT_ALLOWED.get(room, set()):
+            is_excluded = other in NOT_ALLOWED.get(room, set()) or other not in ALLOWED.get(room, {other})
+            if floor_of[other] >= floor_of[room] or is_excluded:
                 wrong.add(name)
     return wrong
 

@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 from commands import command
+from paths import ROOT
 from short_text import short_manual
 
 from llmquant.checkpoints.manifest import REPORT_HTML, REPORT_JSON
@@ -22,7 +23,7 @@ from llmquant.pipeline.sample_texts import PROMPTS, QUESTIONS, generate_sample_t
 from llmquant.planning.held_out import FIXED_SOURCE
 from llmquant.report.figures import ACCENT, LINE, MUTED, bars, over_depth, trade_off
 from llmquant.report.page import depths, kinds, page, percent, position_on_scale, write_page
-from llmquant.report.schema import RENAMED, RENAMED_OF_LINEARS, Message, Report, SampleText, SampleTexts, read_report
+from llmquant.report.schema import Message, Report, SampleText, SampleTexts, read_report
 from llmquant.report.verdict import BANDS, BROKEN, GOOD, SLIGHT, Verification
 from llmquant.spec import Options, QuantSpec, Recipe
 
@@ -226,6 +227,7 @@ def test_cost_after_cross_row_compensation_is_shown_if_there_is_any(reports):
     )
     assert [(kind.num_cross_row, kind.cross_row_cost_ratio) for kind in kinds(fed)] == [(2, 0.375), (1, 0.61)]
     facts = dict(rounding_facts(fed))
+    assert facts["cross-row"].startswith("mean cost after")
     assert facts["cross-row"].endswith(": mlp up_proj 38% (2 of 3), down_proj 61%")
     text = " ".join(Page(page(replace(reports["awq"], linears=fed, histograms=()))).text.split())
     assert "Cross-row: rows compensate the errors" in text and "38 % in 2" in text and "61 %" in text
@@ -453,20 +455,39 @@ def test_scale_gives_every_band_the_same_width():
     assert 25 < position_on_scale(1.1) < 40 < position_on_scale(1.2) < 50
 
 
-def test_report_of_schema_3_is_read_under_the_names_of_schema_4(reports, tmp_path):
-    report = reports["awq"]
-    stored = report.to_dict() | {"schema": 3}
-    for old, new in RENAMED.items():
-        stored[old] = stored.pop(new)
-    for linear in stored["linears"]:
-        for old, new in RENAMED_OF_LINEARS.items():
-            linear[old] = linear.pop(new)
-    (tmp_path / REPORT_JSON).write_text(json.dumps(stored))
-    assert read_report(tmp_path).to_dict() == report.to_dict() | {"out": str(tmp_path)}
+OLD_REPORT = json.loads((ROOT / "tests" / "reports" / "schema-3.json").read_text())
+"""The report of a tiny llama by the last version with schema 3: GPTQ, a skipped kind, and one linear in 8 bits."""
 
 
-def test_report_of_schema_2_is_still_read_and_keeps_its_words(reports, tmp_path):
-    stored = reports["awq"].to_dict() | {"schema": 2}
+def test_report_of_schema_3_is_read_under_the_names_of_schema_4(tmp_path):
+    (tmp_path / REPORT_JSON).write_text(json.dumps(OLD_REPORT))
+    report = read_report(tmp_path)
+    assert [fallback.what for fallback in report.fallbacks] == [entry["what"] for entry in OLD_REPORT["incidents"]]
+    assert [note.what for note in report.notes] == [entry["what"] for entry in OLD_REPORT["remarks"]]
+    assert report.unquantized_linears == OLD_REPORT["kept"] and len(report.unquantized_linears) == 2
+    ((parameters,), (old,)) = report.unquantized_parameters, OLD_REPORT["unquantized"]
+    assert (parameters.kind, parameters.share, parameters.is_intended) == ("mlp.up_proj", old["share"], True)
+    assert [text.prompt for text in report.sample_texts] == [text["prompt"] for text in OLD_REPORT["samples"]]
+    assert report.sample_texts_note == OLD_REPORT["samples_note"]
+    for linear, old in zip(report.linears, OLD_REPORT["linears"], strict=True):
+        assert linear.correction_shrinkage == old["correction_share"]
+        assert linear.cross_row_cost_ratio == old["feedback_left"]
+        assert linear.outlier_ratio == old["input_peak"] is not None
+        assert linear.unscaled_outlier_ratio == old["unscaled_input_peak"]
+    assert sum(linear.correction_shrinkage is not None for linear in report.linears) > len(report.linears) / 2
+    assert report.recipe["output_hessian"] == OLD_REPORT["recipe"]["output_feedback"]
+    assert report.recipe["correct_input_error"] and report.recipe["correct_residual_error"]
+    assert report.calibration["fallbacks"] == OLD_REPORT["calibration"]["incidents"]
+    assert report.calibration["notes"] == OLD_REPORT["calibration"]["remarks"]
+    text = Page(page(report)).text
+    assert report.verification.verdict == OLD_REPORT["verification"]["verdict"] and report.verification.verdict in text
+    again = json.dumps(report.to_dict())
+    old_names = ("incidents", "remarks", "kept", "samples_note", "feedback_left", "input_peak", "output_feedback")
+    assert not any(f'"{name}"' in again for name in (*old_names, "correction_share", "is_asked_for", "residual_target"))
+
+
+def test_report_of_schema_2_is_still_read_and_keeps_its_words(tmp_path):
+    stored = OLD_REPORT | {"schema": 2}
     stored["verification"] = {
         "verdict": "worth a look",
         "reason": "perplexity 1.20 times the original's on held-out text",
@@ -481,7 +502,7 @@ def test_report_of_schema_2_is_still_read_and_keeps_its_words(reports, tmp_path)
         "original_perplexity": 10.0,
         "drift": [0.1, 0.2],
     }
-    stored["sample_texts"] = [{"prompt": "a", "quantized": "b", "original": None}]
+    stored["samples"] = [{"prompt": "a", "quantized": "b", "original": None}]
     (tmp_path / REPORT_JSON).write_text(json.dumps(stored))
     report = read_report(tmp_path)
     (text,) = report.verification.texts
@@ -491,6 +512,7 @@ def test_report_of_schema_2_is_still_read_and_keeps_its_words(reports, tmp_path)
     words = " ".join(Page(page(report)).text.split())
     assert "worth a look" in words and "1.200" in words and "None" not in words.split()
     assert str(verdict_line(report.verification)).startswith("worth a look: perplexity 1.20")
+    assert [text.prompt for text in report.sample_texts] == ["a"]
     stored["verification"] |= {"verdict": "not measured", "kl_mean": None, "source": None}
     (tmp_path / REPORT_JSON).write_text(json.dumps(stored))
     assert read_report(tmp_path).verification.texts == ()

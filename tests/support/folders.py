@@ -6,9 +6,12 @@ from llmquant.checkpoints.manifest import REPORT_FILES
 
 
 def artifact_bytes(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file below the folder by relative name, without the reports: they hold times."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name not in REPORT_FILES]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    """Return the content of every file below the folder by relative name, without the reports: they hold times.
+
+    Sub-folders are entries of their own, without content. A dangling link raises FileNotFoundError.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.name not in REPORT_FILES]
+    return {str(path.relative_to(folder)): b"" if path.is_dir() else path.read_bytes() for path in paths}
 
 
 def assert_same_bytes(one: Path, other: Path) -> None:
