@@ -51,7 +51,7 @@ class BodyAndHead:
 
             def catch_hidden_states(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
                 caught.append(output.last_hidden_state)
-                # The head needs one position. With several windows, torch would copy the head's weight for each.
+                # The logits are not used. With several windows, torch would copy the head's weight for each.
                 return self._body_output(output.last_hidden_state[:1, :1])
 
             with hooked([(self._body, catch_hidden_states)]):

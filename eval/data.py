@@ -1,8 +1,8 @@
 """Windows of tokens for an evaluation, cut from a text.
 
 The whole text is tokenized as one string (`tokens.token_ids`) and cut into windows. Tokens at the end that do not fill
-a window are not used. Windows do not overlap in the GPTQ paper. They overlap with a stride shorter than the window, and
-each window then scores only the tokens that no earlier window has scored. Except in the first window, at least
+a window are not used. Windows do not overlap in the GPTQ paper. With a stride shorter than the window they overlap, and
+each window scores only the tokens that no earlier window has scored. Except in the first window, at least
 `seq_len - stride` tokens precede each scored token.
 
 Letters: W windows, L tokens of a window, T tokens of the text.

@@ -73,7 +73,7 @@ class RecordedReference:
     body_and_head: BodyAndHead
     """The reference; its head computes the logits."""
     hidden: list[Tensor]
-    """Hidden states of each window, [T, D]: input of the head at the scored positions, in its dtype, on the CPU."""
+    """Input of the head at the scored positions of each window, [T, D] in the reference's dtype, on the CPU."""
     perplexity: Perplexity
     """Perplexity of the reference."""
 
@@ -91,7 +91,7 @@ def record_reference(
     hidden, losses = [], []
     for scored in scored_windows(body_and_head, windows_WL, stride, batch_size):
         losses.append(window_loss(body_and_head, scored))
-        # A copy: a slice would keep the states of the whole batch.
+        # Without the copy, the whole batch would stay in memory.
         hidden.append(scored.hidden_TD.cpu().clone())
         if on_window:
             on_window(scored.index + 1, len(windows_WL))

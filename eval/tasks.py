@@ -83,7 +83,7 @@ def run_tasks(
 
 
 def _score(values: dict[str, Any], num_examples: int) -> TaskScore:
-    """Return the score in the harness's table, whose keys include `metric,filter` and `metric_stderr,filter`."""
+    """Return the score from one task's results, whose keys include `metric,filter` and `metric_stderr,filter`."""
     metrics, errors = {}, {}
     for key, value in values.items():
         metric, comma, kind = key.partition(",")
@@ -118,6 +118,6 @@ def _task_manager(tasks: tuple[str, ...], folder: Path | None) -> Any:
     if unknown := [task for task in tasks if task not in set(manager.all_tasks)]:
         nor_folder = "" if folder is None else f", nor is it in {folder}"
         raise UserError(
-            f"task '{unknown[0]}': lm-evaluation-harness does not know it{nor_folder}; `lm-eval ls tasks` lists all"
+            f"task '{unknown[0]}': lm-evaluation-harness has no such task{nor_folder}; `lm-eval ls tasks` lists all"
         )
     return manager

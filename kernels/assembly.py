@@ -80,36 +80,36 @@ class Function:
         self.emit(f"store {kind} {value}, ptr {address}")
 
     def add(self, a: str | int, b: str | int) -> str:
-        """a + b in int64."""
+        """Emit a + b in int64."""
         return self(f"add nsw i64 {a}, {b}")
 
     def mul(self, a: str | int, b: str | int) -> str:
-        """a * b in int64."""
+        """Emit a * b in int64."""
         return self(f"mul nsw i64 {a}, {b}")
 
     def minimum(self, a: str | int, b: str | int) -> str:
-        """min(a, b) in int64."""
+        """Emit min(a, b) in int64."""
         return self(f"call i64 @llvm.smin.i64(i64 {a}, i64 {b})")
 
     def at(self, base: str, index: str | int, kind: str) -> str:
-        """The address of base[index]."""
+        """Emit the address of base[index]."""
         return self(f"getelementptr inbounds {kind}, ptr {base}, i64 {index}")
 
     def argument(self, name: str) -> str:
-        """The value of a field of the %arguments struct."""
+        """Emit the value of a field of the %arguments struct."""
         return self.load(self.at("%arguments", list(self.fields).index(name), "i64"), self.fields[name])
 
     def splat(self, value: str, kind: str) -> str:
-        """A vector with the value in each of its 16 lanes."""
+        """Emit a vector with the value in each of its 16 lanes."""
         first = self(f"insertelement <{LANES} x {kind}> poison, {kind} {value}, i64 0")
         return self(f"shufflevector <{LANES} x {kind}> {first}, <{LANES} x {kind}> poison, {WORDS} zeroinitializer")
 
     def shifted(self, word: str, bits: int) -> str:
-        """A vector of words, shifted right by a constant number of bits."""
+        """Emit a vector of words, shifted right by a constant number of bits."""
         return self(f"lshr {WORDS} {word}, {ints(bits)}") if bits else word
 
     def fma(self, a: str, b: str, c: str) -> str:
-        """a * b + c in 16 lanes of float32."""
+        """Emit a * b + c in 16 lanes of float32."""
         return self(f"call {FLOATS} @llvm.fma.v16f32({FLOATS} {a}, {FLOATS} {b}, {FLOATS} {c})")
 
     @contextmanager
@@ -133,14 +133,14 @@ class Function:
         self.emit(f"br label %{end}\n{end}:")
 
     def dot_pairs(self, weight: str, x: str, total: str) -> str:
-        """total + the dot products of 16 pairs of bfloat16, one pair per 32-bit lane. Needs AVX512-BF16."""
+        """Emit total + the dot products of 16 pairs of bfloat16, one pair per 32-bit lane. Needs AVX512-BF16."""
         kind = "<32 x bfloat>"
         weight, x = (self(f"bitcast {WORDS} {value} to {kind}") for value in (weight, x))
         call = f"call {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512"
         return self(f"{call}({FLOATS} {total}, {kind} {weight}, {kind} {x})")
 
     def thread_index_and_count(self) -> tuple[str, str]:
-        """The index of this thread and the number of threads, which OpenMP may set lower than requested."""
+        """Emit the index of this thread and the number of threads, which OpenMP may set lower than requested."""
         addresses = [self.variable("i64", "0"), self.variable("i64", "1")]
         with self.when(self(f"icmp sgt i64 {self.argument('num_threads')}, 1")):
             for address, name in zip(addresses, ("thread_num", "num_threads"), strict=True):
@@ -148,24 +148,24 @@ class Function:
         return self.load(addresses[0], "i64"), self.load(addresses[1], "i64")
 
     def task_range(self, tasks: str) -> tuple[str, str]:
-        """The range of tasks of this thread: its first task, and the first task of the next thread."""
+        """Emit the range of tasks of this thread: its first task, and the first task of the next thread."""
         thread, threads = self.thread_index_and_count()
         first = self(f"sdiv i64 {self.mul(thread, tasks)}, {threads}")
         return first, self(f"sdiv i64 {self.mul(self.add(thread, 1), tasks)}, {threads}")
 
     def call_for_rows(self, rows: str, function: str, max_rows: int, arguments: str) -> None:
-        """Call the variant for this number of rows, from `function1` to `function<max_rows>`."""
+        """Emit a call of the variant for this number of rows, from `function1` to `function<max_rows>`."""
         for count in range(1, max_rows + 1):
             with self.when(self(f"icmp eq i64 {rows}, {count}")):
                 self.emit(f"call void @{function}{count}({arguments})")
 
 
 def ints(value: int) -> str:
-    """A constant vector with the value in each of its 16 int32 lanes."""
+    """Return a constant vector with the value in each of its 16 int32 lanes."""
     return "<" + ", ".join([f"i32 {value}"] * LANES) + ">"
 
 
 def floats(value: float) -> str:
-    """A constant vector with the value, rounded to float32, in each of its 16 lanes."""
+    """Return a constant vector with the value, rounded to float32, in each of its 16 lanes."""
     bits = struct.pack(">d", struct.unpack("f", struct.pack("f", value))[0]).hex()
     return "<" + ", ".join([f"float 0x{bits.upper()}"] * LANES) + ">"

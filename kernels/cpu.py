@@ -191,7 +191,7 @@ def _pack_int4(codes_NS: Tensor, scale_NB: Tensor, zero_NB: Tensor, bits: int) -
     if high_NB2 is not None:
         pair_NB2 = torch.cat([high_NB2, pair_NB2], dim=1)
     pair_NB2 = F.pad(pair_NB2, (0, 0, 0, 0, 0, -num_rows % 16))
-    # Pack in pieces, because the operator takes int32, eight times the packed size. Its blocks have at most 64 rows.
+    # Pack in pieces of whole blocks of 64 rows, because the operator takes int32, eight times the packed size.
     pieces = F.pad(nibbles_NS, (0, 0, 0, -num_rows % 16)).split(max(64, DENSE_PIECE_WEIGHTS // num_slots // 64 * 64))
     packed = torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(piece.int(), 1) for piece in pieces])
     return packed, pair_NB2.transpose(0, 1).contiguous()

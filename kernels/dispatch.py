@@ -2,7 +2,7 @@
 
 A backend is a set of functions over the tensors that it prepares when a model is loaded. `BACKENDS` lists the backends
 in order of speed; the last one supports every linear. `explain_choice` takes the first one that does not refuse, and
-returns the reasons of those that do.
+also returns the reasons of all backends that refuse.
 
 The operator `llmquant::matmul` has a fake (meta) implementation and a backward pass that serve all backends, so
 `torch.compile(fullgraph=True)`, `torch.export` and CUDA graphs see a single node.
@@ -46,8 +46,8 @@ class Backend:
     restore: Callable[[Prepared, LinearShape, Tensor], tuple[Tensor, Tensor, Tensor]]
     """(prepared, shape, group of each column int64 [K]) -> codes_NK uint8, scale_NG, zero_NG uint8: exactly those that
     `prepare` got. The scales may have any dtype that holds them exactly."""
-    inline_rows: int = 0
-    """Rows of x below which matmul consists of plain torch operators, which a compiler should see and optimize."""
+    traced_below_rows: int = 0
+    """Number of rows of x below which a compiler traces the torch operators of matmul instead of a single node."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -82,7 +82,7 @@ BACKENDS: dict[str, Backend] = {
         matmul=cpu.matmul,
         dequantize=cpu.dequantize,
         restore=cpu.restore,
-        inline_rows=cpu.PACKED_BELOW_ROWS // 2,
+        traced_below_rows=cpu.PACKED_BELOW_ROWS // 2,
     ),
     "torch": Backend(
         name="torch",
@@ -165,7 +165,9 @@ def explain_choice(
         return BackendChoice(BACKENDS[requested], source, refusals)
     name = next(name for name in BACKENDS if name not in refusals)
     return BackendChoice(
-        BACKENDS[name], "first that supports it" if name != "torch" else "no other supports it", refusals
+        BACKENDS[name],
+        "first backend that supports this linear" if name != "torch" else "no other backend supports this linear",
+        refusals,
     )
 
 

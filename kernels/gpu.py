@@ -34,7 +34,7 @@ from llmquant.kernels.layout import (
 from llmquant.kernels.tiles import Gpu, Problem, Tiles, batch_invariant_tiles, choose_tiles, dense_from_rows
 from llmquant.weight import QuantizedWeight
 
-TILE = 128
+TILE_SLOTS = 128
 """Slots of a tile along K."""
 
 MAX_SPLIT_ROW_TILES = 4
@@ -70,7 +70,7 @@ def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -
     """Return the prepared tensors (see above), made on the device. The kernels read the scale rounded to dtype."""
     shape = LinearShape.of(weight)
     block = _columns_per_block(shape)
-    slots = arrange_slots(weight, block, TILE).to(device)
+    slots = arrange_slots(weight, block, TILE_SLOTS).to(device)
     column_S, group_B = slots.column_S, slots.group_B
     pad_rows = -shape.out_features % 64
     weight = weight.to(device)
@@ -84,7 +84,7 @@ def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -
         codes_NS = torch.cat([codes_NS >> 4, codes_NS & 15], dim=1)
         zero_NB = torch.cat([zero_NB >> 4, zero_NB & 15], dim=1)
         scale_NB = torch.cat([scale_NB * 16, scale_NB], dim=1)
-    words, meta = pack_words(codes_NS), pack_meta(scale_NB, zero_NB, dtype, TILE // block)
+    words, meta = pack_words(codes_NS), pack_meta(scale_NB, zero_NB, dtype, TILE_SLOTS // block)
     done = torch.zeros(len(words) * MAX_SPLIT_ROW_TILES, dtype=torch.int32, device=device)
     column_S = column_S.new_empty(0) if slots.keeps_order else column_S
     rounded = not torch.equal(weight.scale_NG.to(dtype).float(), weight.scale_NG.float())
@@ -96,8 +96,8 @@ def pack_words(codes_NS: Tensor) -> Tensor:
     """4-bit codes uint8 [NP, S] -> int32 [NP/64, S/128, 64, 16], the order of `triton_w4a16.py`."""
     num_rows, num_slots = codes_NS.shape
     # k = 8 * (4i + p) + 2l + e inside a tile; the word is 4l + i and the nibble p + 4e.
-    codes = codes_NS.view(num_rows // 64, 64, num_slots // TILE, 4, 4, 4, 2)  # n64, n, tile, i, p, l, e
-    codes = codes.permute(0, 2, 1, 5, 3, 6, 4).reshape(num_rows // 64, num_slots // TILE, 64, 16, 8)
+    codes = codes_NS.view(num_rows // 64, 64, num_slots // TILE_SLOTS, 4, 4, 4, 2)  # n64, n, tile, i, p, l, e
+    codes = codes.permute(0, 2, 1, 5, 3, 6, 4).reshape(num_rows // 64, num_slots // TILE_SLOTS, 64, 16, 8)
     low_nibble_first = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return low_nibble_first.contiguous().view(torch.int32).squeeze(-1)
 
@@ -148,7 +148,7 @@ def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape
 
 
 def matmul_invariant(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape) -> Tensor:
-    """Return the result of `matmul`, with the same order of additions for any number of rows. It is slow for many."""
+    """Multiply as `matmul` does, but in the same order of additions for any number of rows; slow for many rows."""
     x_MK, problem, _ = _prepare_input(x, prepared, shape)
     tiles = batch_invariant_tiles(problem)
     pieces = [launch(piece, prepared, bias_N, shape, tiles) for piece in x_MK.split(tiles.rows * MAX_SPLIT_ROW_TILES)]
@@ -201,7 +201,7 @@ def launch(
             num_features,
             num_columns,
             num_tiles,
-            RAGGED_K=num_columns != num_tiles * TILE,
+            RAGGED_K=num_columns != num_tiles * TILE_SLOTS,
             P=planes,
             B=meta.shape[2],
             BM=tiles.rows,
@@ -240,7 +240,7 @@ def problem_of(prepared: tuple[Tensor, ...]) -> Problem:
     """Return the properties of a prepared weight on which the choice of tiles depends."""
     words, meta, _, _, dtype_holder, _ = prepared
     dtype = "bfloat16" if dtype_holder.dtype == torch.bfloat16 else "float16"
-    return Problem(words.shape[0] * 64, words.shape[1] * TILE, meta.shape[2], dtype)
+    return Problem(words.shape[0] * 64, words.shape[1] * TILE_SLOTS, meta.shape[2], dtype)
 
 
 def _prepare_input(x: Tensor, prepared: tuple[Tensor, ...], shape: LinearShape) -> tuple[Tensor, Problem, Gpu]:
@@ -249,9 +249,9 @@ def _prepare_input(x: Tensor, prepared: tuple[Tensor, ...], shape: LinearShape) 
     if x.dtype != dtype_holder.dtype:
         raise TypeError(f"x is {x.dtype}, but the weight was prepared for {dtype_holder.dtype}")
     x_MK = x.reshape(-1, shape.in_features)
-    # The kernel masks the end of K. Copying x pays if K is not a multiple of 16, because the copy permits wide loads.
+    # The kernel masks the end of K. Copying x saves time if K is not a multiple of 16: the copy permits wide loads.
     if column_S.numel() or shape.in_features % 16:
-        x_MK = gather_columns(x_MK, column_S, -(-shape.in_features // TILE) * TILE)
+        x_MK = gather_columns(x_MK, column_S, -(-shape.in_features // TILE_SLOTS) * TILE_SLOTS)
     return x_MK, problem_of(prepared), gpu_of(x.device)
 
 
@@ -281,7 +281,7 @@ def _dense_weight(prepared: tuple[Tensor, ...], shape: LinearShape, num_columns:
 
 
 def _columns_per_block(shape: LinearShape) -> int:
-    """Return the slots per scale: the largest of 128, 64 and 32 that divides the group size, or 32 with padding."""
+    """Return slots per scale: the largest of 128, 64, 32 that divides the group size, else 32; 128 for one group."""
     if shape.num_groups == 1:
-        return TILE
+        return TILE_SLOTS
     return next((block for block in (128, 64, 32) if shape.group_size % block == 0), 32)

@@ -50,7 +50,7 @@ def unavailable_reason() -> str | None:
 
 @lru_cache(maxsize=1)
 def processor_features() -> frozenset[str]:
-    """LLVM's names of the features that the processor has and the operating system enables."""
+    """Return LLVM's names of the features that the processor has and the operating system enables."""
     from llvmlite import binding
 
     return frozenset(name for name, present in binding.get_host_cpu_features().items() if present)

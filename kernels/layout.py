@@ -1,6 +1,6 @@
 """Shapes and column layouts of quantized linears, which all kernels share.
 
-Letters, here and in all of `kernels/`: M rows of x (tokens), N out_features, K in_features, G groups along K.
+Letters, here and for all linear kernels: M rows of x (tokens), N out_features, K in_features, G groups along K.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class LinearShape:
     @classmethod
     def of(cls, weight: QuantizedWeight) -> LinearShape:
         """Return the shape of a weight."""
-        return cls.planned(weight.out_features, weight.in_features, weight.spec, weight.group_index_K is not None)
+        return cls.of_sizes(weight.out_features, weight.in_features, weight.spec, weight.group_index_K is not None)
 
     @classmethod
-    def planned(
+    def of_sizes(
         cls, out_features: int, in_features: int, spec: QuantSpec, act_order_groups: bool = False
     ) -> LinearShape:
         """Return the shape of a weight that is not loaded, as `llmquant inspect --backends` needs it."""
@@ -54,7 +54,7 @@ class LinearShape:
 
     @staticmethod
     def from_ints(fields: list[int]) -> LinearShape:
-        """The inverse of `as_ints`."""
+        """Return the shape with these fields, the inverse of `as_ints`."""
         return _from_ints(*fields)
 
     def describe(self) -> str:
@@ -76,7 +76,7 @@ class Slots:
     """An arrangement of the input columns in which every group fills whole blocks of a kernel.
 
     A kernel reads S >= K slots in blocks of equal width; all columns of a block share one group. A slot without a
-    column is padding: its weight is 0, and it reads a zero in place of x.
+    column is padding, where the kernel reads a zero in place of x.
     """
 
     column_S: Tensor
@@ -93,7 +93,7 @@ class Slots:
 
     @property
     def keeps_order(self) -> bool:
-        """Whether the columns keep their order, so that x needs at most zeros at its end."""
+        """Whether the columns keep their order. x then needs no rearrangement, only zeros at its end."""
         places = torch.arange(self.in_features, device=self.column_S.device)
         return torch.equal(self.column_S[: self.in_features], places)
 

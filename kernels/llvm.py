@@ -40,7 +40,7 @@ from llmquant.kernels.llvm_w4a16 import (
     FUSED_BELOW_ROWS,
     MAX_BLOCK,
     MAX_CHUNK,
-    TILE,
+    TILE_FEATURES,
     Program,
 )
 from llmquant.weight import QuantizedWeight
@@ -51,12 +51,12 @@ BLOCKS = (MAX_BLOCK, 64, 32, 16, COLUMNS_PER_WORD)
 MATRIX_UNITS_FROM_ROWS = 64
 """Rows of x from which unpacking the weight and multiplying with AMX is faster. The number is an estimate."""
 
-GRAIN = 1 << 18
+PRODUCTS_PER_THREAD = 1 << 18
 """Products that make one more thread worthwhile; they take about ten microseconds."""
 
 _DENSE_SCALE_DTYPE = torch.float16
-"""Scale dtype of the program that multiplies by a dense weight. That program reads no scales. With float16, it is the
-program that most models have already compiled."""
+"""Scale dtype of the program that multiplies by a dense weight. That program reads no scales. With float16, it is
+the program that is already compiled for most models."""
 _COLUMN_OF_NIBBLE = [0, 2, 4, 6, 1, 3, 5, 7]
 """For each nibble of a word, from the lowest on: which of the word's eight columns it holds."""
 _NO_COLUMNS = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -159,8 +159,8 @@ def pack_dense(weight_NK: Tensor) -> Tensor:
     """Rearrange a bfloat16 weight [N, K] into [T, S/2, 64, 2], padded with zeros."""
     out_features, in_features = weight_NK.shape
     _compiled(torch.bfloat16, _DENSE_SCALE_DTYPE)
-    padded = F.pad(weight_NK, (0, -in_features % COLUMNS_PER_WORD, 0, -out_features % TILE))
-    return padded.unflatten(1, (-1, 2)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+    padded = F.pad(weight_NK, (0, -in_features % COLUMNS_PER_WORD, 0, -out_features % TILE_FEATURES))
+    return padded.unflatten(1, (-1, 2)).unflatten(0, (-1, TILE_FEATURES)).transpose(1, 2).contiguous()
 
 
 def unpack_dense(packed: Tensor, out_features: int, in_features: int) -> Tensor:
@@ -199,7 +199,7 @@ def _call(
 
 def _threads_and_chunk(num_rows: int, num_tiles: int, num_slots: int) -> tuple[int, int]:
     """Return the number of threads, and the rows of x in a task, few enough that every thread gets a task."""
-    threads = min(torch.get_num_threads(), 1 + num_rows * num_tiles * TILE * num_slots // GRAIN)
+    threads = min(torch.get_num_threads(), 1 + num_rows * num_tiles * TILE_FEATURES * num_slots // PRODUCTS_PER_THREAD)
     if threads == 1:
         return 1, min(num_rows, MAX_CHUNK)
     chunks = max(-(-num_rows // MAX_CHUNK), min(-(-4 * threads // num_tiles), num_rows // FUSED_BELOW_ROWS, threads))
@@ -220,7 +220,12 @@ def _narrowest_exact(scale: Tensor) -> Tensor:
 
 def _to_tiles(value_NB: Tensor) -> Tensor:
     """[N, B] -> [T, B, 64], padded with zeros."""
-    return F.pad(value_NB, (0, 0, 0, -value_NB.shape[0] % TILE)).unflatten(0, (-1, TILE)).transpose(1, 2).contiguous()
+    return (
+        F.pad(value_NB, (0, 0, 0, -value_NB.shape[0] % TILE_FEATURES))
+        .unflatten(0, (-1, TILE_FEATURES))
+        .transpose(1, 2)
+        .contiguous()
+    )
 
 
 def _from_tiles(value_TB: Tensor) -> Tensor:
@@ -238,9 +243,9 @@ def _unpack_words(words: Tensor) -> Tensor:
 def _pack_words(codes_NS: Tensor) -> Tensor:
     """uint8 [N, S] -> words uint8 [T, S/8, 64, 4], little-endian."""
     codes = (
-        F.pad(codes_NS, (0, 0, 0, -codes_NS.shape[0] % TILE))
+        F.pad(codes_NS, (0, 0, 0, -codes_NS.shape[0] % TILE_FEATURES))
         .unflatten(1, (-1, COLUMNS_PER_WORD))
-        .unflatten(0, (-1, TILE))
+        .unflatten(0, (-1, TILE_FEATURES))
     )
     low, high = codes[..., _COLUMN_OF_NIBBLE[0::2]], codes[..., _COLUMN_OF_NIBBLE[1::2]]
     return (low | (high << 4)).transpose(1, 2).contiguous()

@@ -4,14 +4,14 @@ torch's CPU attention spends most of its time on calls of small matrix products.
 no such calls: `attend_one` for one new token of each sequence, and `attend_causal` for whole texts, from their first
 token on. Several query heads may share one head of K and V (grouped-query attention).
 
-In `attend_one`, a task is one head of one sequence. It computes the scores in float32, their maximum, 2**x by a
-polynomial, and the weighted sum of the values, in vectors of 16 along the head dimension. It reads K and V in place,
-from the cache of keys and values.
+In `attend_one`, a task is one head of one sequence. It computes the scores in float32, their maximum, the powers
+2**(score - maximum) by a polynomial, and the weighted sum of the values, in vectors of 16 along the head dimension. It
+reads K and V in place, from the cache of keys and values.
 
 `attend_causal` needs bfloat16 and a processor with a dot product of bfloat16 pairs. A task is six rows of Q of one
 head. K and V are first rearranged into pairs, so that a vector holds 16 tokens of K or 16 features of V. Each thread
-has a buffer for the scores of its six rows over all visible tokens. Probabilities, rounded to bfloat16 as in torch,
-then replace the scores. The bits of a row do not depend on the other rows, as long as V is finite.
+has a buffer for the scores of its six rows over all visible tokens. The powers, rounded to bfloat16 as in torch, then
+replace the scores. The bits of a row do not depend on the other rows, as long as V is finite.
 
 Letters: S sequences, H heads, G heads of K and V, L tokens, D head dimension.
 """
@@ -30,8 +30,8 @@ from torch import Tensor
 from llmquant.kernels import jit
 from llmquant.kernels.assembly import DECLARATIONS, FLOATS, LANES, WORDS, Function, floats, ints
 
-GRAIN = 1 << 18
-"""Elements of K that make one more thread worthwhile; they take about twenty microseconds."""
+PRODUCTS_PER_THREAD = 1 << 18
+"""Products of Q @ K.T that make one more thread worthwhile; in `attend_one`, they take about twenty microseconds."""
 
 QUERY_ROWS = 6
 """Rows of Q (tokens) that one task of `attend_causal` processes together."""
@@ -49,8 +49,8 @@ ARGUMENTS = (
     | dict.fromkeys((f"{name}_stride_{axis}" for name in "qkv" for axis in ("sequence", "head", "token")), "i64")
     | {"mask_stride": "i64", "scaling": "double", "num_threads": "i64"}
 )
-"""Fields of the struct that both programs take: name -> LLVM type. Strides count elements; that of the mask counts
-bytes. `padded` is the stride of the rows of `scores`: the length rounded up to whole vectors or tiles."""
+"""Fields of the struct that both programs take: name -> LLVM type. Strides count elements; the stride of the mask
+counts bytes. `padded` is the stride of the rows of `scores`: the length with padding."""
 
 _INTRINSICS = """
 declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
@@ -69,7 +69,7 @@ _pack = struct.Struct("".join("d" if kind == "double" else "q" for kind in ARGUM
 def refuses_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
     """Return why `attend_one` cannot take these arguments, or None if it can. Shapes are those of `attend_one`."""
     if q.shape[2] != 1:
-        return f"{q.shape[2]} tokens, not one"
+        return f"{q.shape[2]} new tokens instead of one"
     if q.dtype not in jit.LLVM_TYPE or not q.dtype == k.dtype == v.dtype:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
     if not q.stride(3) == k.stride(3) == v.stride(3) == 1 or not k.shape[2]:
@@ -80,7 +80,7 @@ def refuses_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | N
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Return why neither program can take these arguments, or None. It checks the conditions of both programs."""
+    """Return why neither program can take these arguments, or None. Both programs share these conditions."""
     if q.device.type != "cpu":
         return f"runs on the CPU, not on {q.device.type}"
     if q.shape[3] % LANES or q.shape[3] > MAX_HEAD_DIM or q.shape[3] != v.shape[3]:
@@ -101,7 +101,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: fl
     y = torch.empty(num_sequences, 1, num_heads, head_dim, dtype=torch.float32, device="cpu")
     if mask is not None and mask.stride(3) != 1:
         mask = mask.contiguous()
-    threads = min(torch.get_num_threads(), max(tasks, 1), 1 + tasks * length * head_dim // GRAIN)
+    threads = min(torch.get_num_threads(), max(tasks, 1), 1 + tasks * length * head_dim // PRODUCTS_PER_THREAD)
     arguments = _pack(
         q.data_ptr(),
         k.data_ptr(),
@@ -128,14 +128,14 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: fl
 def refuses_causal(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | None:
     """Return why `attend_causal` cannot take these arguments, or None if it can. Shapes are those of `attend_causal`.
 
-    The attention must be causal; only the caller knows whether it is.
+    The caller must ensure that the attention is causal.
     """
     if mask is not None:
-        return "a mask"
+        return "takes no mask"
     if not q.dtype == k.dtype == v.dtype == torch.bfloat16:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
     if q.shape[2] < CAUSAL_MIN_TOKENS or q.shape[2] != k.shape[2]:
-        return f"{q.shape[2]} tokens over {k.shape[2]}"
+        return f"{q.shape[2]} new tokens over {k.shape[2]} in all"
     if q.stride(3) != 1:
         return "not contiguous along the head dimension"
     if (reason := _refuses(q, k, v)) is not None:
@@ -157,7 +157,9 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     v_words = v.unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
     y = torch.empty(num_sequences, length, num_heads, head_dim, dtype=q.dtype, device="cpu")
     tasks = num_sequences * num_heads * -(-length // QUERY_ROWS)
-    threads = min(torch.get_num_threads(), 1 + num_sequences * num_heads * length * length * head_dim // GRAIN)
+    threads = min(
+        torch.get_num_threads(), 1 + num_sequences * num_heads * length * length * head_dim // PRODUCTS_PER_THREAD
+    )
     # A further vector of padding makes the rows of scores start at different offsets in a page.
     padded = num_tiles * KEY_TOKENS + LANES
     scores = torch.empty(threads, QUERY_ROWS, padded, dtype=torch.float32, device="cpu")
@@ -247,7 +249,7 @@ def _attend_causal(head_dim: int) -> Function:
         inverses = []
         for i, score_row in enumerate(score_rows):
             _mask_future_tokens(f, score_row, f.add(row, i), num_visible)
-            inverses.append(_probabilities(f, score_row, num_visible, _store_bfloat16))
+            inverses.append(_exponentiate_scores(f, score_row, num_visible, _store_bfloat16))
         rows_at_once = next(rows for rows in (6, 3, 2, 1) if rows * head_dim // LANES <= 24)
         for start in range(0, QUERY_ROWS, rows_at_once):
             rows = range(start, start + rows_at_once)
@@ -264,7 +266,7 @@ def _attend_causal(head_dim: int) -> Function:
 
 
 def _add_pairs(f: Function, words: str, width: int, rows: list[str], num_pairs: str, sums: list[list[str]]) -> None:
-    """sums[row][vector] += rows[row] @ words, in bfloat16: rows [2 * num_pairs], words [num_pairs, width, 2]."""
+    """Emit sums[row][vector] += rows[row] @ words, in bfloat16: rows [2 * num_pairs], words [num_pairs, width, 2]."""
     with f.loop(0, num_pairs) as pair:
         line = f.at(words, f.mul(pair, width), "i32")
         weights = [f.load(f.at(line, LANES * i, "i32"), WORDS, 4) for i in range(width // LANES)]
@@ -296,8 +298,8 @@ def _store_float(f: Function, value: str, address: str) -> None:
     f.emit(f"store {FLOATS} {value}, ptr {address}, align 4")
 
 
-def _probabilities(f: Function, scores: str, length: str, store: Callable[[Function, str, str], None]) -> str:
-    """Replace each score by 2**(score - highest), and return a vector that holds the inverse of their sum in each lane.
+def _exponentiate_scores(f: Function, scores: str, length: str, store: Callable[[Function, str, str], None]) -> str:
+    """Replace each score by 2**(score - highest), and return a vector with 1 / (the sum of these powers) in each lane.
 
     scores: address of `length` float32; `length` is a multiple of 16. store: writes a vector of results.
     """
@@ -365,7 +367,7 @@ def _attend_one(kind: str, head_dim: int) -> Function:
                     f.store(f.at(scores, token, "float"), "float", _MINUS_INFINITY)
         with f.loop(length, padded) as token:
             f.store(f.at(scores, token, "float"), "float", _MINUS_INFINITY)
-        inverse = _probabilities(f, scores, padded, _store_float)
+        inverse = _exponentiate_scores(f, scores, padded, _store_float)
         outputs = [f.variable(FLOATS, "zeroinitializer") for _ in vectors]
         with f.loop(0, length) as token:
             v_row = f.at(v, f.mul(token, f.argument("v_stride_token")), kind)
@@ -389,7 +391,7 @@ def _load(f: Function, row: str, kind: str, vector: int) -> str:
 
 
 def _power_of_two(f: Function, x: str) -> str:
-    """2**x for x <= 0; 0 below the smallest normal float32."""
+    """Emit 2**x for x <= 0; 0 below the smallest normal float32."""
     nearest = f(f"call {FLOATS} @llvm.rint.v16f32({FLOATS} {x})")
     rest = f(f"fsub {FLOATS} {x}, {nearest}")
     power = floats(_POWERS_OF_TWO[-1])

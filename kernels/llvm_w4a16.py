@@ -28,8 +28,8 @@ Letters: M rows of x, N out_features, S slots (columns of x, see `layout`), B bl
 codes: the high and the low nibbles, as two weights over the same x), T tiles of 64 features.
 
 All arrays are contiguous: x [M, S]; words uint32 [T, P*S/8, 64], for `@dense` pairs of bfloat16 [T, S/2, 64, 2]; scale
-[T, P*B, 64]; zero uint8 [T, P*B, 64]; bias float32 [N] or null; sums float32 [M, B], which `@sums` fills; y [M, N] in
-the dtype of x, from `@unpack` [S, N].
+[T, P*B, 64]; zero uint8 [T, P*B, 64]; bias float32 [N] or null; sums float32 [M, B], which `@sums` fills; y in the
+dtype of x, [M, N], or [S, N] from `@unpack`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from dataclasses import dataclass
 
 from llmquant.kernels.assembly import DECLARATIONS, FLOATS, LANES, WORDS, Function, floats, ints
 
-TILE = 64
+TILE_FEATURES = 64
 """Output features in a tile, whose words are stored side by side. The words of 16 features fill one cache line."""
 COLUMNS_PER_WORD = 8
 """Columns whose 4-bit codes one word holds."""
@@ -132,7 +132,7 @@ def _code(f: Function, word: str, column: int) -> str:
 
 
 def _multiply(f: Function, program: Program, weight: str, x: str, total: str) -> str:
-    """total + weight * x in 16 lanes of float32; weight and x have 32 bits per lane."""
+    """Emit total + weight * x in 16 lanes of float32; weight and x have 32 bits per lane."""
     if program.x == "bfloat":
         return f.dot_pairs(weight, x, total)
     return f.fma(f(f"bitcast {WORDS} {weight} to {FLOATS}"), f(f"bitcast {WORDS} {x} to {FLOATS}"), total)
@@ -164,7 +164,7 @@ def _index_of(f: Function, feature: str, block: str, width: str | int = 1) -> st
     """Emit the index of a feature and a block in an array [T, P*B, width, 64]. Blocks are counted over all planes."""
     blocks = f.mul(f.argument("num_blocks"), f.argument("num_planes"))
     line = f.mul(f.add(f.mul(f(f"lshr i64 {feature}, 6"), blocks), block), width)
-    return f.add(f.mul(line, TILE), f(f"and i64 {feature}, {TILE - 1}"))
+    return f.add(f.mul(line, TILE_FEATURES), f(f"and i64 {feature}, {TILE_FEATURES - 1}"))
 
 
 def _rows_of_x(f: Function, program: Program, tile: _Tile, start: str | int) -> list[str]:
@@ -176,14 +176,14 @@ def _rows_of_x(f: Function, program: Program, tile: _Tile, start: str | int) -> 
 
 def _load_weights(f: Function, panel: str, line: str, offset: str, vectors: int) -> list[str]:
     """Load decoded weights from one line of a panel [operands, 64], in vectors of 16 features from `offset` on."""
-    first = f.at(panel, f.add(f.mul(line, TILE), offset), "i32")
+    first = f.at(panel, f.add(f.mul(line, TILE_FEATURES), offset), "i32")
     return [f.load(f.at(first, LANES * vector, "i32"), WORDS, 4) for vector in range(vectors)]
 
 
 def _add_products(
     f: Function, program: Program, weights: list[str], x_rows: list[str], index: str, sums: list[list[str]]
 ) -> None:
-    """sums[row][vector] += weights[vector] * x[row] for operand `index` of each row of x."""
+    """Emit sums[row][vector] += weights[vector] * x[row] for operand `index` of each row of x."""
     for x_row, row_sums in zip(x_rows, sums, strict=True):
         x = f.splat(f.load(f.at(x_row, index, "i32"), "i32", 4), "i32")
         for weight, total in zip(weights, row_sums, strict=True):
@@ -191,7 +191,7 @@ def _add_products(
 
 
 def _add_block(f: Function, program: Program, tile: _Tile, block: str, block_of_x: str, panel: str | None) -> None:
-    """totals += scale * (the products of one block of columns).
+    """Emit totals += scale * (the products of one block of columns).
 
     panel: address of the block's decoded weights; if None, decode the words here.
     """
@@ -199,7 +199,7 @@ def _add_block(f: Function, program: Program, tile: _Tile, block: str, block_of_
     sums = _initial_sums(f, program, tile, block, block_of_x)
     x_rows = _rows_of_x(f, program, tile, f.mul(f.mul(block_of_x, words_per_block), COLUMNS_PER_WORD))
     words = f.at(f.argument("words"), _index_of(f, tile.feature, block, words_per_block), "i32")
-    offset = f(f"and i64 {tile.feature}, {TILE - 1}")
+    offset = f(f"and i64 {tile.feature}, {TILE_FEATURES - 1}")
     zeros = (
         _load_zeros(f, tile.feature, block, tile.vectors)
         if panel is None and program.x == "float"
@@ -207,7 +207,7 @@ def _add_block(f: Function, program: Program, tile: _Tile, block: str, block_of_
     )
     with f.loop(0, words_per_block) as word_index:
         if panel is None:
-            line = f.at(words, f.mul(word_index, TILE), "i32")
+            line = f.at(words, f.mul(word_index, TILE_FEATURES), "i32")
             words_of_vectors = [f.load(f.at(line, LANES * vector, "i32"), WORDS, 4) for vector in range(tile.vectors)]
         for operand in range(program.operands_per_word):
             index = f.add(f.mul(word_index, program.operands_per_word), operand)
@@ -272,7 +272,7 @@ def _write_tile(f: Function, program: Program, tile: _Tile) -> None:
 
 
 def _remaining_features(f: Function, feature: str) -> tuple[str, str]:
-    """Emit the number of features from this one on, and a mask of those of the next 16 that exist."""
+    """Emit the number of features from this one on, and a mask that marks which of the next 16 exist."""
     remaining = f(f"sub nsw i64 {f.argument('out_features')}, {feature}")
     lanes = "<" + ", ".join(f"i64 {lane}" for lane in range(LANES)) + ">"
     return remaining, f(f"icmp slt <16 x i64> {lanes}, {f.splat(remaining, 'i64')}")
@@ -297,7 +297,7 @@ def _fused_tile(program: Program, rows: int) -> Function:
     """Return the function `fused<rows>`, which computes `rows` rows and 64 features of y from the words."""
     f = Function(f"fused{rows}", ARGUMENTS, "i64 %row, i64 %feature")
     vectors = program.vectors(rows)
-    with f.loop(0, TILE, LANES * vectors) as offset:
+    with f.loop(0, TILE_FEATURES, LANES * vectors) as offset:
         totals = [[f.variable(FLOATS, "zeroinitializer") for _ in range(vectors)] for _ in range(rows)]
         tile = _Tile(totals=totals, row="%row", feature=f.add("%feature", offset))
         num_blocks = f.argument("num_blocks")
@@ -318,11 +318,11 @@ def _panel_tile(program: Program, rows: int) -> Function:
         "ptr %panel, ptr %memory, i64 %row, i64 %feature, i64 %plane, i64 %first, i64 %stop",
     )
     vectors = program.vectors(rows)
-    size = f.mul(f.mul(f.argument("words_per_block"), program.operands_per_word), TILE)
+    size = f.mul(f.mul(f.argument("words_per_block"), program.operands_per_word), TILE_FEATURES)
     before = f.mul("%plane", f.argument("num_blocks"))
-    with f.loop(0, TILE, LANES * vectors) as offset:
+    with f.loop(0, TILE_FEATURES, LANES * vectors) as offset:
         memory = [
-            [f.at("%memory", f.add(offset, TILE * row + LANES * vector), "float") for vector in range(vectors)]
+            [f.at("%memory", f.add(offset, TILE_FEATURES * row + LANES * vector), "float") for vector in range(vectors)]
             for row in range(rows)
         ]
         totals = [[f.variable(FLOATS, f.load(address, FLOATS, 64)) for address in row_sums] for row_sums in memory]
@@ -340,11 +340,11 @@ def _chunk(program: Program) -> Function:
     """Return the function `chunk`. It computes 64 features of the rows %row … %stop - 1, at most MAX_CHUNK, one panel
     at a time."""
     f = Function("chunk", ARGUMENTS, "i64 %row, i64 %stop, i64 %feature")
-    panel = f.variable(f"[{PANEL // COLUMNS_PER_WORD * program.operands_per_word * TILE} x i32]")
-    totals = f.variable(f"[{MAX_CHUNK * TILE} x float]")
-    vectors = TILE // LANES
+    panel = f.variable(f"[{PANEL // COLUMNS_PER_WORD * program.operands_per_word * TILE_FEATURES} x i32]")
+    totals = f.variable(f"[{MAX_CHUNK * TILE_FEATURES} x float]")
+    vectors = TILE_FEATURES // LANES
     with f.loop("%row", "%stop") as row:
-        line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE), "float")
+        line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE_FEATURES), "float")
         for vector in range(vectors):
             f.store(f.at(line, LANES * vector, "float"), FLOATS, "zeroinitializer")
     num_blocks, words_per_block = f.argument("num_blocks"), f.argument("words_per_block")
@@ -360,19 +360,19 @@ def _chunk(program: Program) -> Function:
             zeros = _load_zeros(f, "%feature", plane_block, vectors) if program.x == "float" else [""] * vectors
             with f.loop(0, words_per_block) as word_index:
                 for vector, zero in enumerate(zeros):
-                    word = f.load(f.at(words, f.add(f.mul(word_index, TILE), LANES * vector), "i32"), WORDS, 4)
+                    word = f.load(f.at(words, f.add(f.mul(word_index, TILE_FEATURES), LANES * vector), "i32"), WORDS, 4)
                     for operand in range(program.operands_per_word):
                         line = f.add(f.mul(f.add(before, word_index), program.operands_per_word), operand)
-                        address = f.at(panel, f.add(f.mul(line, TILE), LANES * vector), "i32")
+                        address = f.at(panel, f.add(f.mul(line, TILE_FEATURES), LANES * vector), "i32")
                         f.store(address, WORDS, _decode(f, program, word, operand, zero))
         with f.loop("%row", "%stop", program.panel_rows) as row:
             rows = f.minimum(f(f"sub nsw i64 %stop, {row}"), program.panel_rows)
-            line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE), "float")
+            line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE_FEATURES), "float")
             arguments = f"ptr %arguments, ptr {panel}, ptr {line}, i64 {row}, i64 %feature"
             arguments += f", i64 {plane}, i64 {first}, i64 {last}"
             f.call_for_rows(rows, "panel", program.panel_rows, arguments)
     with f.loop("%row", "%stop") as row:
-        line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE), "float")
+        line = f.at(totals, f.mul(f(f"sub nsw i64 {row}, %row"), TILE_FEATURES), "float")
         row_sums = [f.at(line, LANES * vector, "float") for vector in range(vectors)]
         _write_tile(f, program, _Tile(totals=[row_sums], row=row, feature="%feature"))
     return f
@@ -380,7 +380,7 @@ def _chunk(program: Program) -> Function:
 
 def _num_tiles(f: Function) -> str:
     """Emit T, the number of tiles of 64 features."""
-    return f(f"sdiv i64 {f.add(f.argument('out_features'), TILE - 1)}, {TILE}")
+    return f(f"sdiv i64 {f.add(f.argument('out_features'), TILE_FEATURES - 1)}, {TILE_FEATURES}")
 
 
 def _matmul(program: Program) -> Function:
@@ -393,7 +393,7 @@ def _matmul(program: Program) -> Function:
         f.emit("call void @sums(ptr %arguments)")
     first, stop = f.task_range(f.mul(tiles, chunks))
     with f.loop(first, stop) as task:
-        feature = f.mul(f(f"srem i64 {task}, {tiles}"), TILE)
+        feature = f.mul(f(f"srem i64 {task}, {tiles}"), TILE_FEATURES)
         row = f.mul(f(f"sdiv i64 {task}, {tiles}"), size)
         last = f.minimum(f.add(row, size), num_rows)
         rows = f(f"sub nsw i64 {last}, {row}")
@@ -443,8 +443,8 @@ def _unpack(program: Program) -> Function:
     num_blocks, num_planes = f.argument("num_blocks"), f.argument("num_planes")
     words_per_block = f.argument("words_per_block")
     first, stop = f.task_range(_num_tiles(f))
-    with f.loop(first, stop) as tile, f.loop(0, num_blocks) as block, f.loop(0, TILE, LANES) as offset:
-        feature = f.add(f.mul(tile, TILE), offset)
+    with f.loop(first, stop) as tile, f.loop(0, num_blocks) as block, f.loop(0, TILE_FEATURES, LANES) as offset:
+        feature = f.add(f.mul(tile, TILE_FEATURES), offset)
         remaining, mask = _remaining_features(f, feature)
         with f.loop(0, words_per_block) as word_index:
             for column in range(COLUMNS_PER_WORD):
@@ -453,7 +453,7 @@ def _unpack(program: Program) -> Function:
                 scale = f.variable(FLOATS, "zeroinitializer")
                 with f.loop(0, num_planes) as plane:
                     plane_block = f.add(f.mul(plane, num_blocks), block)
-                    index = f.add(_index_of(f, feature, plane_block, words_per_block), f.mul(word_index, TILE))
+                    index = f.add(_index_of(f, feature, plane_block, words_per_block), f.mul(word_index, TILE_FEATURES))
                     word = f.load(f.at(f.argument("words"), index, "i32"), WORDS, 4)
                     code = _code(f, word, column)
                     (zero,) = _load_zeros(f, feature, plane_block, 1)
@@ -471,8 +471,8 @@ def _dense_tile(program: Program, rows: int) -> Function:
     f = Function(f"dense{rows}", ARGUMENTS, "i64 %row, i64 %feature")
     vectors = program.vectors(rows)
     pairs = f(f"lshr i64 {_num_slots(f)}, 1")
-    weight = f.at(f.argument("words"), f.mul(f.mul(f("lshr i64 %feature, 6"), pairs), TILE), "i32")
-    with f.loop(0, TILE, LANES * vectors) as offset:
+    weight = f.at(f.argument("words"), f.mul(f.mul(f("lshr i64 %feature, 6"), pairs), TILE_FEATURES), "i32")
+    with f.loop(0, TILE_FEATURES, LANES * vectors) as offset:
         totals = [[f.variable(FLOATS, "zeroinitializer") for _ in range(vectors)] for _ in range(rows)]
         tile = _Tile(totals=totals, row="%row", feature=f.add("%feature", offset))
         x_rows = _rows_of_x(f, program, tile, 0)
@@ -497,5 +497,7 @@ def _dense(program: Program) -> Function:
     first, stop = f.task_range(_num_tiles(f))
     with f.loop(first, stop) as tile, f.loop(0, num_rows, program.panel_rows) as row:
         rows = f.minimum(f(f"sub nsw i64 {num_rows}, {row}"), program.panel_rows)
-        f.call_for_rows(rows, "dense", program.panel_rows, f"ptr %arguments, i64 {row}, i64 {f.mul(tile, TILE)}")
+        f.call_for_rows(
+            rows, "dense", program.panel_rows, f"ptr %arguments, i64 {row}, i64 {f.mul(tile, TILE_FEATURES)}"
+        )
     return f

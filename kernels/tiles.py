@@ -1,7 +1,7 @@
 """Choose tile configurations of the Triton kernel by GPU, shape and rows of x: from a measured table, else by a rule.
 
-A table is a JSON file for one GPU, which `tune.tune_tiles` measures and writes to the user's cache folder. Without a
-table for this GPU and shape, `rule_of_thumb` applies. Nothing is tuned while a model runs.
+A table is a JSON file for one GPU in the user's cache folder. `tune.tune_tiles` measures the tiles and writes the
+table. Without an entry for this GPU and shape, `rule_of_thumb` applies. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ ROW_BUCKETS = (1, 16, 32, 64, 128, 256, 512)
 its own; the last one applies to all larger numbers too."""
 
 DENSE_FROM_ROWS = 384
-"""Rows of x from which the dense path (write the dense weight, then a dense matmul) is used if no table has a number.
-The number is an estimate and was not measured: writing the dense weight costs the memory traffic that the codes save,
+"""Rows of x from which the dense path (write the dense weight, then a dense matmul) is used if no table gives a number.
+The number was estimated, not measured: writing the dense weight costs the memory traffic that the codes save,
 but from this number of rows the matrix units are the limit, not the memory."""
 
 
@@ -103,8 +103,8 @@ def rule_of_thumb(problem: Problem, rows: int, gpu: Gpu) -> Tiles:
     """Choose tiles that keep the memory pipeline of every processor full and need few instructions per weight.
 
     Scaling the products needs one scale per tile and costs time in proportion to the rows, so it is used up to 32 rows.
-    Tiles of 128 features need a quarter fewer instructions per weight than tiles of 64. With few rows, only large
-    linears have enough of them to fill the GPU.
+    Tiles of 128 features need up to a quarter fewer instructions per weight than tiles of 64. With few rows, only large
+    linears have enough tiles of 128 features to fill the GPU.
     """
     post = problem.blocks_per_tile == 1 and rows <= 32
     divisible = problem.features % 128 == 0
@@ -114,7 +114,7 @@ def rule_of_thumb(problem: Problem, rows: int, gpu: Gpu) -> Tiles:
     elif rows <= 32:
         tiles = Tiles(rows=32, features=64, split_k=1, warps=4, stages=4, post=post)
     elif rows <= 64 or gpu.capability // 10 not in (9, 10):
-        # Without wgmma or tcgen05 (sm_80, 89, 120), larger tiles outgrow registers and the 99 KB of shared memory.
+        # Without wgmma or tcgen05 (sm_80, 86, 89, 120), larger tiles exceed the registers or the shared memory.
         tiles = Tiles(rows=64, features=128 if divisible else 64, split_k=1, warps=4, stages=3, post=False)
     else:
         tiles = Tiles(

@@ -1,9 +1,9 @@
 """Two Triton kernels that share one layout: one computes y = x @ W.T from 4-bit codes, the other the dense W.
 
-The layout is that of the operand that a Hopper tensor core reads from registers. The kernel computes y.T = W @ x.T, so
-that the out_features fill the 64 rows of a `wgmma` and the tokens its width. In each row of a 64 x 128 tile, thread t
-of a quad (t % 4 = l) needs the columns 8m + 2l + {0, 1} for m = 0 … 15. These are thirty-two codes, or sixteen bytes,
-which take one load:
+The layout matches the operand that a Hopper tensor core reads from registers. The kernel computes y.T = W @ x.T, so
+that the out_features fill the 64 rows of a `wgmma`, and the tokens fill its columns. In each row of a 64 x 128 tile,
+thread t of a quad (t % 4 = l) needs the columns 8m + 2l + {0, 1} for m = 0 … 15. These are thirty-two codes, or sixteen
+bytes, which take one load:
 
     word[n, 4l + i], nibble p + 4e   is   W[n, 8(4i + p) + 2l + e]      l, i, p in 0 … 3; e in 0, 1
 
@@ -12,11 +12,12 @@ floats MAGIC + code, ready in one register. MAGIC has the bits of 128 (bfloat16)
 its lowest mantissa bits. This needs no shuffles, and no dequantized weight goes through shared memory. On other GPUs
 the same program is correct but slower.
 
-Word i of a thread covers the columns 32i … 32i + 31. Groups of 32, 64 and 128 therefore differ only in how often a
-scale is repeated.
+The words i of the four threads together cover the columns 32i … 32i + 31. Groups of 32, 64 and 128 therefore differ
+only in how often a scale is repeated.
 
 The scale and the zero-point of a block share one 32-bit word, because asynchronous copies move at least four bytes. The
-low half has the bits of the scale, the high half those of -(128 + zero) or -(1024 + zero). The subtraction is exact.
+low half has the bits of the scale, the high half those of -(128 + zero) or -(1024 + zero). Adding the latter to
+MAGIC + code gives code - zero exactly.
 
 Letters: T tiles of 128 slots along K, NP out_features rounded up to 64, B blocks (scales) per tile, P planes (2 for
 8-bit codes: the high and the low nibbles, as two weights over the same x).
@@ -93,7 +94,7 @@ def _duplicate_low_half(word):
 
 @triton.jit
 def _per_word(block, BN: tl.constexpr, B: tl.constexpr):
-    """[BN, B] -> [BN, 16]: repeat the value of each block for its words (word 4l + i covers 32 columns from 32i)."""
+    """[BN, B] -> [BN, 16]: repeat each block's value for its words (word 4l + i lies in columns 32i … 32i + 31)."""
     if B == 1:
         return block
     else:
@@ -122,7 +123,7 @@ def _unpack(
         t1 = _fma2(t1, scale, minus_zero, BF16, INTERPRET)
         t2 = _fma2(t2, scale, minus_zero, BF16, INTERPRET)
         t3 = _fma2(t3, scale, minus_zero, BF16, INTERPRET)
-    pairs = tl.join(tl.join(t0, t2), tl.join(t1, t3))  # [BN, 16, p % 2, p // 2] after the joins: p = 2 * axis2 + axis3
+    pairs = tl.join(tl.join(t0, t2), tl.join(t1, t3))  # [BN, 16, p // 2, p % 2] after the joins: p = 2 * axis2 + axis3
     value = tl.join(_low_half_as_float(pairs, BF16), _low_half_as_float(pairs >> 16, BF16)).reshape(
         BN, 4, 4, 2, 2, 2
     )  # n, l, i, p1, p0, e

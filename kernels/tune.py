@@ -92,7 +92,7 @@ def random_weight(shape: LinearShape, device: torch.device, generator: torch.Gen
 def prepared_copies(
     shape: LinearShape, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> list[tuple[Tensor, ...]]:
-    """Return different random weights of this shape, prepared by backend `triton`, as many as `copies_needed` says."""
+    """Return `copies_needed` different random weights of this shape, prepared by backend `triton`."""
     generator = torch.Generator(device).manual_seed(seed)
     first = gpu.prepare(random_weight(shape, device, generator), dtype, device)
     num_bytes = sum(tensor.nbytes for tensor in first)

@@ -4,7 +4,7 @@ Codes, scales and zero-points stay the same. If the new format cannot hold them 
 the message says what would be lost. The format `dense` stores the dequantized weights.
 
 Every linear is read and checked before anything is written, so that a refusal leaves no files. Then each block is
-unpacked and packed again, and the finished checkpoint is reopened and compared with the source.
+unpacked and packed again, and the written tensors are read and compared with the source.
 
 Letters: N out_features, K in_features, G groups.
 """
@@ -78,7 +78,7 @@ class Converted:
     """Facts to know before the result is served."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return the fields as a dict for JSON."""
         return asdict(self) | {"out": str(self.out)}
 
 
@@ -117,7 +117,7 @@ class _Conversion:
         return weight_NK.contiguous()
 
     def part_of(self, name: str) -> str:
-        """The name of the part that a tensor or linear is written to: one part per decoder block."""
+        """Return the name of the part for a tensor or linear. Each decoder block has one part."""
         index = block_of(name)
         return OUTSIDE if index is None else f"block-{index:05d}"
 
@@ -173,7 +173,7 @@ def convert(
 
 
 def _request(conversion: _Conversion, format: str) -> dict[str, Any]:
-    """Everything that the result depends on. The source is read once, to hash it."""
+    """Return everything that the result depends on. The source is read once, to hash it."""
     return {
         "llmquant": __version__,
         "convert": format,
@@ -242,7 +242,7 @@ def _check_linears(conversion: _Conversion, on_progress: OnProgress) -> _Checked
             digests[name] = weight.digest()
     on_progress(Progress(Phase.CHECKING, total, total))
     if is_symmetric:
-        # The AWQ format cannot record that a grid is symmetric, and few engines load gptq unless its config does.
+        # The AWQ format cannot record that a grid is symmetric, and few engines load asymmetric gptq checkpoints.
         specs = {name: replace(spec, symmetric=True) for name, spec in specs.items()}
     notes = []
     if conversion.format is not None and num_rounded:
@@ -255,7 +255,7 @@ def _check_linears(conversion: _Conversion, on_progress: OnProgress) -> _Checked
 
 
 def _pack(format: Format, name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The stored tensors of a linear, by full name. Raises UserError if the format cannot hold it exactly."""
+    """Return the stored tensors of a linear, by full name. Raises UserError if the format cannot hold it exactly."""
     try:
         return {f"{name}.{suffix}": tensor for suffix, tensor in format.pack(weight).items()}
     except UserError as error:
@@ -265,7 +265,7 @@ def _pack(format: Format, name: str, weight: QuantizedWeight) -> dict[str, Tenso
 def _write_parts(
     conversion: _Conversion, specs: Mapping[str, QuantSpec], partial: PartialCheckpoint, on_progress: OnProgress
 ) -> list[str]:
-    """Write the parts that are missing. Returns the names of all parts, in order."""
+    """Write the parts that are missing, and return the names of all parts in order."""
     copied: dict[str, list[str]] = {OUTSIDE: []}
     linears: dict[str, list[str]] = {OUTSIDE: []}
     for name in conversion.unpacked_tensors:
@@ -296,7 +296,7 @@ def _write_parts(
 
 
 def _copied(conversion: _Conversion, name: str) -> StreamedTensor:
-    """A tensor that is not packed, copied or cast piece by piece."""
+    """Return a tensor that is not packed, to be copied or cast in chunks."""
     info = conversion.reader.info(name)
     if not conversion.casts or info.dtype not in MODEL_DTYPES.values():
         return StreamedTensor(dtype=info.dtype, shape=info.shape, chunks=lambda: conversion.reader.chunks(name))
@@ -311,7 +311,7 @@ def _copied(conversion: _Conversion, name: str) -> StreamedTensor:
 def _config(
     conversion: _Conversion, specs: Mapping[str, QuantSpec], *, has_act_order_groups: bool
 ) -> dict[str, Any] | None:
-    """The new `quantization_config`. Raises UserError if the format's loaders could not distinguish the linears."""
+    """Return the new `quantization_config`. Raises UserError if loaders could not distinguish the linears."""
     if conversion.format is None:
         return None
     sources = {name: source for source, name in conversion.linears.items()}
@@ -323,7 +323,7 @@ def _config(
         if name in sources:
             every[sources[name]] = specs[sources[name]]
         else:
-            # A tied head has no tensor of its own to be named after.
+            # A tied head has no tensor of its own, so it is listed under its name in the model.
             every[weight.removesuffix(".weight") if weight and uses[weight] == 1 else name] = None
     every |= {name: spec for name, spec in specs.items() if name not in every}
     ((default, _),) = Counter(specs.values()).most_common(1)
@@ -331,7 +331,7 @@ def _config(
 
 
 def _files(conversion: _Conversion, quantization: dict[str, Any] | None) -> dict[str, bytes]:
-    """All files of OUT but the weights."""
+    """Return the contents of all files of OUT but the weights, by name."""
     config = without_storage_keys(conversion.reader.config)
     if conversion.casts:
         for key in {"dtype", "torch_dtype"} & config.keys():
@@ -346,7 +346,7 @@ def _files(conversion: _Conversion, quantization: dict[str, Any] | None) -> dict
 
 
 def _manifest(conversion: _Conversion, request: dict[str, Any]) -> dict[str, Any]:
-    """The request of the conversion, and the manifest of the source if it has one."""
+    """Return the request of the conversion, and the manifest of the source if it has one."""
     if not (conversion.reader.path / MANIFEST_FILE).is_file():
         return {"request": request}
     source = read_manifest(conversion.reader.path)

@@ -1,4 +1,4 @@
-"""The exception for everything that a user can cause and correct.
+"""The exception for every error that a user can cause and correct.
 
 Its message is one line with four parts: the name, the value, the rule that it breaks, and the remedy. The command line
 prints the message and exits with code 2; the Python API raises the exception. A mistake that only this library can make

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmquant.checkpoints.side_files import ADAPTER_FILES, CODE_FILES, COPIED_FILES, NOT_COPIED_FILES
+from llmquant.checkpoints.side_files import ADAPTER_PATTERNS, CODE_FILES, COPIED_FILES, NOT_COPIED_FILES
 from llmquant.errors import UserError, one_line
 from llmquant.paths import check_readable, parse_path
 from llmquant.remote_code import failure_of_remote_code, read_object, remote_code_files, untrusted_code_error
@@ -24,7 +24,7 @@ _IN_SUB_FOLDERS = [f"*/{name}" for name in ALLOWED_PATTERNS if not name.endswith
 # The weights of an adapter are not downloaded, but its configuration is, because it names the base model.
 IGNORED_PATTERNS = [
     *_IN_SUB_FOLDERS,
-    *(name for name in NOT_COPIED_FILES if name not in ADAPTER_FILES),
+    *(name for name in NOT_COPIED_FILES if name not in ADAPTER_PATTERNS),
     "adapter_model*",
 ]
 SMALL_VOCABULARY = 1000

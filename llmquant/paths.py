@@ -38,7 +38,7 @@ def parse_path(path: str | os.PathLike[str]) -> Path:
 
 
 def check_readable(folder: Path) -> None:
-    """Raise UserError if a folder exists and its files may not be listed and opened."""
+    """Raise UserError if a folder exists and its files may not be listed or opened."""
     if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
         raise UserError(f"{folder}: may not be read; check its permissions")
 

@@ -197,19 +197,19 @@ class Recipe:
     target_bytes: int | None = None
     """Upper limit of the bytes of all written tensors. It works like `target_bpw`; only one of the two can be set."""
     range_search: str = "hessian"
-    """The range of a group is its extremes (minmax), or the shrunken range that minimises the squared rounding error of
-    its weights, unweighted (mse) or weighted by the diagonal of the Hessian (hessian)."""
+    """How the range of a group is chosen: the extremes of its weights (minmax), or a smaller range that minimises their
+    squared rounding error, unweighted (mse) or weighted by the diagonal of the Hessian (hessian)."""
     activation_order: bool = True
-    """GPTQ rounds the columns with the largest inputs first, with static groups; otherwise in their original order."""
+    """Whether GPTQ rounds the columns with the largest inputs first (with static groups), not in their stored order."""
     damping: float = 0.2
     """The diagonal of the Hessian is raised by this fraction of its mean, or by more if the Hessian cannot be factored.
-    Damping keeps a solution from fitting the calibration text instead of the language."""
+    Damping reduces overfitting to the calibration text."""
     exact_hessian: bool = True
-    """The products of the Hessian are computed in float32; otherwise they are rounded to the dtype of the model."""
+    """Whether the Hessian's products are computed in float32; otherwise they are rounded to the model's dtype."""
     correct_input_error: bool = True
-    """GPTQ rounds a weight that is corrected for the error of its quantized input, instead of the original weight."""
+    """Whether GPTQ rounds a weight that is corrected for the error of its quantized input, not the original weight."""
     correct_residual_error: bool = True
-    """The corrected weight also absorbs the error of the residual stream to which the linear's output is added."""
+    """Whether the correction also covers the error of the residual stream to which the linear's output is added."""
 
     output_hessian: str = "block"
     """How the rows of a linear compensate for each other's rounding errors: not at all (none), by their effect on the
@@ -218,7 +218,7 @@ class Recipe:
     descent_sweeps: int = 0
     """Number of sweeps of coordinate descent that improve the codes after GPTQ."""
     refit_scales: bool = False
-    """The scales are fitted to the codes by least squares between the sweeps of coordinate descent."""
+    """Whether the scales are fitted to the codes by least squares between the sweeps of coordinate descent."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -274,7 +274,7 @@ class Recipe:
 
     @property
     def uses_gptq(self) -> bool:
-        """Whether GPTQ moves each column's rounding error onto the columns still to come."""
+        """Whether GPTQ compensates the rounding error of each column in the columns that are not rounded yet."""
         return self.method.endswith("gptq")
 
     @property
@@ -328,4 +328,4 @@ class Options:
     """Maximum memory of the run (GPU memory if it computes on a GPU). Activations that do not fit are written to disk;
     None keeps them all in memory."""
     max_shard_bytes: int = 5 * 10**9
-    """Largest size of a written file."""
+    """Maximum bytes of the tensors in one written file. A single larger tensor is not split."""

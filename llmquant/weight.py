@@ -1,7 +1,7 @@
 """`QuantizedWeight`: the result of quantizing one linear, independent of any storage format.
 
-Algorithms make it, formats store it and kernels run it. It is their common interface: none of the three imports the
-others. Its tensors are not packed.
+Algorithms create it, formats store it and kernels multiply by it. It is their common interface: none of the three
+imports the others. Its tensors are not packed.
 
 Letters: N out_features, K in_features, G groups of group_size columns (the last may be shorter).
 """
@@ -38,8 +38,8 @@ class QuantizedWeight:
     spec: QuantSpec
     """Bits, group size and symmetry of the grid."""
     group_index_K: Tensor | None = None
-    """Group of each column, int64 [K], or None for `k // group_size`. Only checkpoints that other tools wrote with
-    act-order groups (g_idx) have one; llmquant writes none."""
+    """Group of each column, int64 [K], or None for `k // group_size`. It comes from a checkpoint with act-order groups
+    (g_idx); quantization with llmquant never creates it."""
 
     def __post_init__(self) -> None:
         out_features, in_features = self.codes_NK.shape
@@ -74,7 +74,7 @@ class QuantizedWeight:
         return q_NK.mul_(self.scale_NG.float()[:, group_K]).to(dtype)
 
     def digest(self) -> str:
-        """Return the SHA-256 of codes, scales and zero-points: equal weights have equal digests in every format."""
+        """Return the SHA-256 of codes, scales, zero-points and groups. It does not depend on the format."""
         scale_NG = self.scale_NG.float()  # exact, so that a format may store scales in another dtype
         pieces = (self.codes_NK, scale_NG, self.zero_NG, self.group_of_column_K)
         sha = hashlib.sha256()

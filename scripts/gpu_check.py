@@ -16,7 +16,7 @@ kernel and, with --gemlite, gemlite. Times are medians of CUDA graph replays ove
 script prints which fraction of the copy bandwidth, measured in the same run, is reached, and the physical limit. The
 last line is JSON.
 
-The script exits with 2 if there is no CUDA device.
+The script exits with 2 if the machine has no GPU that the backend supports.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def correctness_cases() -> list[tuple[LinearShape, torch.dtype]]:
         for bits, group_size in grids:
             for in_features, out_features in ((512, 384), (576, 1536), (1000, 200), (2052, 130)):
                 spec = QuantSpec(bits=bits, group_size=group_size, symmetric=group_size == 128)
-                cases.append((LinearShape.planned(out_features, in_features, spec), dtype))
+                cases.append((LinearShape.of_sizes(out_features, in_features, spec), dtype))
         act_order = QuantSpec(group_size=64, symmetric=False)
-        cases.append((LinearShape.planned(320, 1024, act_order, act_order_groups=True), dtype))
+        cases.append((LinearShape.of_sizes(320, 1024, act_order, act_order_groups=True), dtype))
         for group_size in (128, 64, 32):
             spec = QuantSpec(group_size=group_size, symmetric=False)
             cases += [
-                (LinearShape.planned(n, k, spec), dtype) for k, n in BENCH_SHAPES[: 4 if group_size == 128 else 1]
+                (LinearShape.of_sizes(n, k, spec), dtype) for k, n in BENCH_SHAPES[: 4 if group_size == 128 else 1]
             ]
     return cases
 
@@ -99,7 +99,7 @@ def check_case(shape: LinearShape, dtype: torch.dtype, device: torch.device, row
     case_name = f"{shape.describe()} {str(dtype).removeprefix('torch.')}"
     problems = []
     dense_NK = weight.dequantize(dtype)
-    # One weight is rounded once from float64, the other once from float32. They differ only at rare ties.
+    # Both weights are computed in float32 and rounded once, so at most a few elements may differ.
     if relative_error(gpu.dequantize(prepared, shape, dtype), dense_NK.double()) > 1e-5:
         problems.append(f"{case_name}: the dense kernel writes a different weight")
     for num_rows in rows:
@@ -119,7 +119,7 @@ def check_case(shape: LinearShape, dtype: torch.dtype, device: torch.device, row
         alone = gpu.matmul_invariant(x_MK[-1:], prepared, bias_N, shape)
         if not torch.equal(gpu.matmul_invariant(x_MK, prepared, bias_N, shape)[-1:], alone):
             problems.append(
-                f"{case_name}, {num_rows} rows: triton-invariant gives a row other bits alone than in the batch"
+                f"{case_name}, {num_rows} rows: the bits of triton-invariant differ for a row alone and in a batch"
             )
     if prepared[2].any():
         problems.append(f"{case_name}: split-K left a counter that is not zero")
@@ -134,7 +134,7 @@ def check_one_hot(device: torch.device) -> list[str]:
     """Return the problems of multiplying one-hot rows, which must give the columns of the weight to the bit."""
     problems = []
     for bits, group_size in ONE_HOT_WIDTHS:
-        shape = LinearShape.planned(192, 640, QuantSpec(bits=bits, group_size=group_size, symmetric=False))
+        shape = LinearShape.of_sizes(192, 640, QuantSpec(bits=bits, group_size=group_size, symmetric=False))
         weight = random_weight(shape, device, torch.Generator(device).manual_seed(bits))
         for dtype in (torch.bfloat16, torch.float16):
             prepared = gpu.prepare(weight, dtype, device)
@@ -146,8 +146,8 @@ def check_one_hot(device: torch.device) -> list[str]:
 
 
 def check_compiled(device: torch.device) -> list[str]:
-    """Return the problems of torch.compile, without graph breaks and with CUDA graphs, against the eager results."""
-    shape = LinearShape.planned(512, 1024, QuantSpec(symmetric=False))
+    """Return the differences between torch.compile (no graph breaks; also with CUDA graphs) and the eager results."""
+    shape = LinearShape.of_sizes(512, 1024, QuantSpec(symmetric=False))
     weight = random_weight(shape, device, torch.Generator(device).manual_seed(0))
     linear = QuantizedLinear(weight, None, dtype=torch.bfloat16, device=device, backend="triton")
     problems = []
@@ -200,7 +200,7 @@ def time_linear(
             "goal": GOALS.get((rows, shape.in_features, shape.out_features), 0.75 if rows >= 1024 else None),
         }
         for name, calls in prepared_others.items():
-            # Skip many rows, for which these kernels are not made and slow.
+            # Skip many rows: these kernels are not made for them, and are slow.
             if calls is not None and rows <= 64:
                 record[f"{name}_us"] = round(graph_microseconds([partial(call, x_MK) for call in calls]), 2)
         records.append(record)
@@ -299,7 +299,7 @@ def main() -> int:
         return 2
     began = time.monotonic()
     device = torch.device("cuda", torch.cuda.current_device())
-    if (reason := gpu.refuses(LinearShape.planned(64, 128, QuantSpec()), device, torch.bfloat16)) is not None:
+    if (reason := gpu.refuses(LinearShape.of_sizes(64, 128, QuantSpec()), device, torch.bfloat16)) is not None:
         print(f"gpu_check: the triton backend refuses this machine: {reason}", file=sys.stderr)
         return 2
     this_gpu = gpu.gpu_of(device)
@@ -331,7 +331,7 @@ def main() -> int:
         if time.monotonic() - began > options.seconds:
             print(f"{in_features}x{out_features} and larger shapes are not timed: {options.seconds:.0f} s are over")
             break
-        shape = LinearShape.planned(out_features, in_features, QuantSpec(group_size=128, symmetric=False))
+        shape = LinearShape.of_sizes(out_features, in_features, QuantSpec(group_size=128, symmetric=False))
         rows = (1, 16, 64) if options.quick else BENCH_ROWS
         records += time_linear(shape, rows, device, bandwidth, flops, options.gemlite)
         torch.cuda.empty_cache()

@@ -79,7 +79,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / ".cache" / "SmolLM2-135M-Instruct")
     folder = parser.parse_args().folder
     if not (find_spec("gguf") and find_spec("transformers")):
-        # This Python is not that of the environment. Set up the environment and run the script in it.
+        # This Python lacks the packages. Set up the environment and run the script in it.
         subprocess.run([ROOT / "scripts" / "setup"], check=True)
         python = str(ROOT / os.environ.get("VENV", ".venv") / "bin" / "python")
         os.execv(python, [python, __file__, *sys.argv[1:]])

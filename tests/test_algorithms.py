@@ -11,8 +11,8 @@ from llmquant.algorithms.coordinate_descent import descend, refit_scales
 from llmquant.algorithms.error_correction import ShrinkageTerms, fit_correction, shrinkage_of
 from llmquant.algorithms.gptq import column_order, factor_inverse, finish_solve, gptq_round, half_solve
 from llmquant.algorithms.grid import (
-    SHRINK_TO,
-    Grid,
+    SMALLEST_SHRINK,
+    QuantParams,
     count_unfit_groups,
     find_grid,
     grid_of_range,
@@ -99,7 +99,7 @@ def test_range_search_equals_trying_every_range():
     scale, zero = search_range(weight, importance, spec, torch.float32, num_steps=7)
     for row in range(5):
         best = None
-        for shrink in [1.0, *torch.linspace(1.0, SHRINK_TO, 7).tolist()]:
+        for shrink in [1.0, *torch.linspace(1.0, SMALLEST_SHRINK, 7).tolist()]:
             low, high = shrink * weight[:, row].min().clamp(max=0), shrink * weight[:, row].max().clamp(min=0)
             step = (high - low) / 7
             offset = torch.round(-low / step).clamp(0, 7)
@@ -113,7 +113,9 @@ def test_range_search_equals_trying_every_range():
 # --- GPTQ ------------------------------------------------------------------------------------------------------------
 
 
-def gptq_column_by_column(weight_KN: Tensor, hessian_KK: Tensor, order: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+def gptq_column_by_column(
+    weight_KN: Tensor, hessian_KK: Tensor, order: Tensor, grid: QuantParams, spec: QuantSpec
+) -> Tensor:
     """The paper's algorithm as written: the whole inverse Hessian, eliminating one column after the other."""
     weight, q = weight_KN.clone(), torch.zeros_like(weight_KN)
     damped = hessian_KK + 0.01 * hessian_KK.diagonal().mean() * torch.eye(len(hessian_KK), dtype=hessian_KK.dtype)
@@ -400,7 +402,7 @@ def test_hessian_that_cannot_be_factored_is_a_fallback_to_rounding():
 
 
 def test_values_are_scale_times_integer_levels():
-    grid = Grid(torch.tensor([[2.0], [3.0]]), torch.tensor([[8.0], [8.0]]))
+    grid = QuantParams(torch.tensor([[2.0], [3.0]]), torch.tensor([[8.0], [8.0]]))
     q = torch.tensor([[1.0], [-1.0], [2.0]])
     assert values_on_grid(q, grid, QuantSpec(group_size=2)).flatten().tolist() == [2.0, -2.0, 6.0]
 
@@ -484,17 +486,17 @@ def test_weights_outside_the_range_of_float16_scales_are_a_fallback(method):
 # --- coordinate descent ----------------------------------------------------------------------------------------------
 
 
-def objective(target: Tensor, q: Tensor, grid: Grid, hessian: Tensor, spec: QuantSpec) -> Tensor:
+def objective(target: Tensor, q: Tensor, grid: QuantParams, hessian: Tensor, spec: QuantSpec) -> Tensor:
     difference = target - values_on_grid(q, grid, spec)
     return (difference * (hessian @ difference)).sum(0)
 
 
-def descent_case(spec: QuantSpec, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Grid, Tensor]:
+def descent_case(spec: QuantSpec, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, QuantParams, Tensor]:
     x = correlated_inputs(300, 100).to(dtype)
     hessian = x.T @ x / len(x) + 0.1 * torch.eye(100, dtype=dtype)
     target = random(100, 12, dtype=dtype)
     grid = find_grid(target.float(), None, spec, torch.float32)
-    grid = Grid(grid.scale_GN.to(dtype), grid.zero_GN.to(dtype))
+    grid = QuantParams(grid.scale_GN.to(dtype), grid.zero_GN.to(dtype))
     return target, round_to_grid(target, grid, spec), grid, hessian
 
 
@@ -519,7 +521,7 @@ def test_refitted_scales_are_the_least_squares_ones(spec, monkeypatch):
     monkeypatch.setattr(coordinate_descent, "MAX_SCALE_CHANGE", 100.0)
     target, q, grid, hessian = descent_case(spec)
     # Codes of slightly smaller scales, so that the best scales are near and within the allowed change.
-    shrunk = Grid(0.95 * grid.scale_GN, grid.zero_GN)
+    shrunk = QuantParams(0.95 * grid.scale_GN, grid.zero_GN)
     refit = refit_scales(target, q, shrunk, hessian, spec, torch.float64)
     assert (objective(target, q, refit, hessian, spec) <= objective(target, q, shrunk, hessian, spec)).all()
     root = torch.linalg.cholesky(hessian).T

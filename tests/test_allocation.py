@@ -280,7 +280,7 @@ def test_bits_below_4_are_candidates_only_if_4_bits_do_not_fit(few, tiny_model, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target-bpw", "1"], "target_bpw 1: the smallest grids that gptq and the engines take need"),
+        (["--target-bpw", "1"], "target_bpw 1: the smallest grids that gptq and the engines support need"),
         (["--target-bpw", "3", "--engine", "vllm"], "use --target-bpw 4."),
         (["--target-size", "100kB"], "target_size 0.1MB: the smallest grids .* use --target-size 0.1"),
         (["--target-size", "5 apples"], "target_size '5 apples': not a size; write a number"),

@@ -101,10 +101,10 @@ def test_causal_error_is_at_most_that_of_torch_and_rows_are_independent(shape):
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda q, k, v: (q, k, v, torch.ones(3, 1, 64, 64, dtype=torch.bool)), "a mask"),
+        (lambda q, k, v: (q, k, v, torch.ones(3, 1, 64, 64, dtype=torch.bool)), "takes no mask"),
         (lambda q, k, v: (q.half(), k.half(), v.half(), None), "float16"),
-        (lambda q, k, v: (q[:, :, :39], k[:, :, :39], v[:, :, :39], None), "39 tokens over 39"),
-        (lambda q, k, v: (q[:, :, :60], k, v, None), "60 tokens over 64"),
+        (lambda q, k, v: (q[:, :, :39], k[:, :, :39], v[:, :, :39], None), "39 new tokens over 39 in all"),
+        (lambda q, k, v: (q[:, :, :60], k, v, None), "60 new tokens over 64 in all"),
         (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8], None), "head dimensions 8"),
         (lambda q, k, v: (q[:, :3], k, v, None), "3 heads share 2"),
     ],
@@ -118,7 +118,7 @@ def test_causal_kernel_refuses_other_attention(change, why):
 
 
 def test_threads_change_no_bit(threads, monkeypatch):
-    monkeypatch.setattr(llvm_attention, "GRAIN", 1)
+    monkeypatch.setattr(llvm_attention, "PRODUCTS_PER_THREAD", 1)
     q, k, v = inputs((2, 6, 3, 2000, 64), torch.bfloat16)
     results = []
     for count in (1, 2, 5):
@@ -145,7 +145,7 @@ def test_scores_far_apart_and_far_from_zero_stay_finite():
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda q, k, v: (q.expand(-1, -1, 2, -1), k, v, None), "2 tokens"),
+        (lambda q, k, v: (q.expand(-1, -1, 2, -1), k, v, None), "2 new tokens"),
         (lambda q, k, v: (q.double(), k, v, None), "float64"),
         (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8], None), "head dimensions 8"),
         (lambda q, k, v: (q, k, v[..., :16], None), "head dimensions 32 and 16"),

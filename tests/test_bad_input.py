@@ -302,10 +302,13 @@ def test_bad_input_in_a_separate_process(case, folder):
             ["generate", "MODEL", "--prompt", "x", "--greedy", "--top-k", "3"],
             "greedy: does not sample; omit --greedy, or omit --temperature",
         ),
-        (["generate", "MODEL", "--prompt", "x", "--backend", "torch"], "is not quantized, so PyTorch runs its linears"),
+        (
+            ["generate", "MODEL", "--prompt", "x", "--backend", "torch"],
+            "is not quantized, and backends run quantized linears only",
+        ),
         (["generate", "MODEL", "--prompt", "x", "--batch-size", "0"], "batch_size 0: must be at least 1"),
         (["inspect", "no/such"], "no/such: no such folder"),
-        (["inspect", "MODEL", "--backends"], "is not quantized, so PyTorch runs its linears"),
+        (["inspect", "MODEL", "--backends"], "is not quantized, and backends run quantized linears only"),
         (["verify", "MODEL"], "no llmquant.json; only checkpoints that llmquant wrote can be verified"),
     ],
 )

@@ -219,7 +219,7 @@ def test_list_of_plain_linears_is_not_a_list_of_blocks():
         (layer(low=layer(layers=listed(Block())), high=layer(layers=listed(Block()))), r"more than one .*decoder.high"),
         (
             layer(layers=listed(listed(Block()), listed(Block()))),
-            r"decoder.layers.0: .* is a ModuleList, which is never",
+            r"decoder.layers.0: .* is a ModuleList, which has no",
         ),
         (layer(layers=listed()), "no list of decoder blocks"),
         (layer(layers=nn.ModuleDict({"0": Block()})), "no list of decoder blocks"),

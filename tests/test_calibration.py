@@ -110,11 +110,11 @@ def test_text_that_is_unlike_language_gives_a_note(tmp_path):
         "98% of the text is in rows that repeat an earlier row; a more varied text calibrates better",
     )
     (tokens_per_character,) = notes_on(tmp_path, "従来の言葉" * 50)
-    assert tokens_per_character.startswith("3.0 tokens per character: the tokenizer hardly knows this script")
+    assert tokens_per_character.startswith("3.0 tokens per character: the tokenizer has few tokens for this script")
     tokenizer = tiny_tokenizer()
     tokenizer.unk_token = tokenizer.convert_ids_to_tokens(tokenizer("q")["input_ids"][0])
     (unknown,) = notes_on(tmp_path, "qqqx" * 50, tokenizer)
-    assert unknown == "75% of the tokens are q: the tokenizer does not know this script"
+    assert unknown == "75% of the tokens are q: the tokenizer has no tokens for this script"
     lines = "".join(json.dumps({"text": f"row {number}, cut \ud83d"}) + "\n" for number in range(50))
     (replaced,) = notes_on(tmp_path, lines, name="rows.jsonl")
     assert replaced.endswith("read as U+FFFD: 50")

@@ -258,7 +258,7 @@ def test_eval_of_models_with_different_tokenizers_is_refused(two_models, tmp_pat
     content["model"]["merges"] = content["model"]["merges"][:10]
     (other / "tokenizer.json").write_text(json.dumps(content))
     assert command(monkeypatch, "eval", two_models[0], str(other), "--dataset", text_file) == 2
-    assert "its tokenizer makes other tokens of the text" in capsys.readouterr().err
+    assert "its tokenizer splits the text into other tokens" in capsys.readouterr().err
 
 
 @pytest.mark.slow

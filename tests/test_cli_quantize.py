@@ -413,7 +413,7 @@ def test_verify_reports_changed_and_missing_files(small, tmp_path, monkeypatch, 
     out = tmp_path / "out"
     shutil.copytree(small, out)
     assert command(monkeypatch, "verify", out) == 0
-    assert capsys.readouterr().out.endswith("files, all as they were written\n")
+    assert capsys.readouterr().out.endswith("files, all unchanged\n")
     weights = bytearray((out / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (out / "model.safetensors").write_bytes(weights)

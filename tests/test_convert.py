@@ -247,9 +247,9 @@ def test_a_result_that_reads_back_differently_is_not_published(quantized, tmp_pa
 
     source = quantized("gptq")
     monkeypatch.setattr(writer, "_tensor_bytes", flip)
-    with pytest.raises(UserError, match="does not come back from the disk"):
+    with pytest.raises(UserError, match="read back from the disk differs"):
         convert(source, tmp_path / "awq", "awq")
-    with pytest.raises(UserError, match="does not come back from the disk"):
+    with pytest.raises(UserError, match="read back from the disk differs"):
         convert(source, tmp_path / "dense", "dense")
     assert not (tmp_path / "awq").exists() and not (tmp_path / "dense").exists()
 

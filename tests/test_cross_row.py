@@ -334,7 +334,7 @@ def test_reasons_not_to_compensate_are_noted(tiny_model, options, tmp_path, monk
         2 * ["no cross-row compensation: the block has no gradient "]
     )
     assert cost_ratios(flat) == {}
-    with pytest.raises(UserError, match=r"cannot be run backward \(.*\); use --effort default"):
+    with pytest.raises(UserError, match=r"backpropagation through the model fails \(.*\); use --effort default"):
         quantize(tiny_model("llama"), tmp_path / "best", best, options)
 
 

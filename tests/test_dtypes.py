@@ -182,7 +182,7 @@ def test_one_changed_byte_of_a_copied_tensor_is_detected(mixed, tmp_path, dtype)
     verify_copies(out, plan, {})
     for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight", "lm_head.weight"):
         change_byte(out / WEIGHTS, name)
-        with pytest.raises(UserError, match=f"tensor '{name}' does not come back from the disk as it was copied"):
+        with pytest.raises(UserError, match=f"tensor '{name}' read back from the disk differs from the copied one"):
             verify_copies(out, plan, {})
         change_byte(out / WEIGHTS, name)
     verify_copies(out, plan, {})
@@ -216,7 +216,7 @@ def test_copies_of_another_shape_or_dtype_and_missing_copies_are_detected(tmp_pa
     check_copies(tmp_path, {"a": tensor_digest(value)})
     wrong = {"a": stream(torch.int16, 2, 3)}, {"a": stream(torch.float16, 6)}, {"b": stream(torch.int16, 6)}
     for expected in (*wrong, {"a": tensor_digest(value + 1)}):
-        with pytest.raises(UserError, match="does not come back from the disk"):
+        with pytest.raises(UserError, match="read back from the disk differs"):
             check_copies(tmp_path, expected)
 
 

@@ -78,9 +78,9 @@ REFUSED = [
         "transformers",
         "gptq",
         {"skip": ("*.1.mlp.up_proj",)},
-        r"1\.mlp\.up_proj: transformers 5.23 reads no exceptions in gptq, and this linear is 16 bit .* compressed-t",
+        r"1\.mlp\.up_proj: transformers 5.23 loads one grid for all linears in gptq, and this linear is 16 bit .* --f",
     ),
-    ("transformers", "gptq", {"overrides": HEAD}, "lm_head: .* no quantized head"),
+    ("transformers", "gptq", {"overrides": HEAD}, "lm_head: .* cannot load a quantized head"),
     ("vllm", "compressed-tensors", {"overrides": HEAD}, "--skip 'lm_head'"),
     (
         "vllm",

@@ -21,7 +21,7 @@ from llmquant.weight import QuantizedWeight
 CPU_BACKENDS = [
     name
     for name, backend in BACKENDS.items()
-    if backend.refuses(LinearShape.planned(64, 64, QuantSpec()), CPU, torch.bfloat16) is None
+    if backend.refuses(LinearShape.of_sizes(64, 64, QuantSpec()), CPU, torch.bfloat16) is None
 ]
 """Backends that run on this machine without a GPU. `test_triton.py` tests the others."""
 
@@ -265,4 +265,4 @@ def test_a_compiler_sees_the_operators_of_a_linear_with_few_rows(name):
     with torch.inference_mode():
         for rows in (1, 100):
             compiled(torch.randn(rows, 96).bfloat16())
-    assert has_operator == [BACKENDS[name].inline_rows <= 1, True]
+    assert has_operator == [BACKENDS[name].traced_below_rows <= 1, True]

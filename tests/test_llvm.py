@@ -51,7 +51,7 @@ def test_every_processor_computes_the_definition(case, dtype, processor):
 
 
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(processor, threads, monkeypatch):
-    monkeypatch.setattr(llvm, "GRAIN", 1)
+    monkeypatch.setattr(llvm, "PRODUCTS_PER_THREAD", 1)
     for case in ("ragged M, N and K", "8 bits", "act-order"):
         linear = llvm_linear(SHAPES[case])
         x = torch.randn(500, linear.in_features).bfloat16()
@@ -70,7 +70,7 @@ def test_fewer_threads_than_requested_do_all_the_work():
 import torch
 from kernel_cases import SHAPES, llvm_linear
 from llmquant.kernels import llvm, llvm_attention
-llvm.GRAIN = llvm_attention.GRAIN = 1
+llvm.PRODUCTS_PER_THREAD = llvm_attention.PRODUCTS_PER_THREAD = 1
 linear = llvm_linear(SHAPES["small model"])
 x, q = torch.randn(300, 576).bfloat16(), torch.randn(1, 4, 100, 64).bfloat16()
 torch.set_num_threads(1)
@@ -129,7 +129,7 @@ def test_sums_stay_in_registers():
 
 
 def test_a_dense_weight_is_multiplied_and_can_be_unpacked(processor, threads, monkeypatch):
-    monkeypatch.setattr(llvm, "GRAIN", 1)
+    monkeypatch.setattr(llvm, "PRODUCTS_PER_THREAD", 1)
     weight = torch.randn(100, 70).bfloat16()
     kernel = DENSE_KERNELS["llvm"]
     packed = kernel.pack(weight)

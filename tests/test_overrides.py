@@ -164,7 +164,7 @@ def test_a_tied_head_is_refused_with_the_option_to_skip_it(tiny_model, tmp_path)
     ):
         dry_run(tied, tmp_path / "out", rtn(everything))
     plan = dry_run(tied, tmp_path / "out", rtn(everything, skip=("lm_head",)))
-    assert {linear.grid.bits for linear in plan.quantized} == {8}
+    assert {linear.quant_spec.bits for linear in plan.quantized} == {8}
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -224,7 +224,7 @@ def test_all_linears_share_the_group_size_if_one_needs_smaller_groups(tiny_model
 
     def sizes(**options):
         plan = dry_run(model, tmp_path / "out", Recipe(method="rtn", overrides=overrides), Options(**options))
-        return {linear.kind.rpartition(".")[2]: linear.grid.group_size for linear in plan.quantized}
+        return {linear.kind.rpartition(".")[2]: linear.quant_spec.group_size for linear in plan.quantized}
 
     overrides = ()
     for format in ("gptq", "gptq_v2", "awq"):

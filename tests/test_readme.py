@@ -34,8 +34,8 @@ FEWER_TOKENS = "from llmquant.planning import held_out\nheld_out.MIN_TOKENS = 51
 """As the fixture `short_held_out_text` does for other tests: models are compared on fewer tokens."""
 EXAMPLE_MODEL = ".cache/SmolLM2-135M-Instruct"
 """Where `scripts/smollm2.py` leaves the model that the README quantizes."""
-SHORT_DOCUMENTS, NUM_BLOCKS = ("llmquant/formats/README.md", "eval/README.md", "kernels/README.md"), 2
-"""Guides whose MODEL is a copy with the first decoder blocks only, and the number of them; elsewhere MODEL is whole."""
+SHORT_MODEL, NUM_BLOCKS = "short-model", 2
+"""The folder of the model that the guides call MODEL in this test, and its number of decoder blocks."""
 
 
 def blocks(document: str) -> list[tuple[int, str, str]]:
@@ -60,13 +60,13 @@ def documents_folder(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) ->
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock"):
         for document in DOCUMENTS:
-            make_folder(folder / document.replace("/", "-"), smollm2, is_short=document in SHORT_DOCUMENTS)
+            make_folder(folder / document.replace("/", "-"), smollm2)
     return folder
 
 
-def make_folder(folder: Path, model: Path, *, is_short: bool) -> None:
+def make_folder(folder: Path, model: Path) -> None:
     """Create the folder in which the blocks of a document run: it looks like a checkout with an activated
-    environment. Its `model` is MODEL."""
+    environment."""
     if folder.exists():
         return
     binaries = folder / "bin"
@@ -77,10 +77,7 @@ def make_folder(folder: Path, model: Path, *, is_short: bool) -> None:
     (folder / "scripts").symlink_to(ROOT / "scripts")
     (folder / EXAMPLE_MODEL).parent.mkdir()
     (folder / EXAMPLE_MODEL).symlink_to(model)
-    if is_short:
-        save_first_blocks(model, folder / "model")
-    else:
-        (folder / "model").symlink_to(model)
+    save_first_blocks(model, folder / SHORT_MODEL)
 
 
 def save_first_blocks(model: Path, out: Path) -> None:
@@ -99,7 +96,7 @@ def run_block(folder: Path, language: str, text: str) -> dict[str, object]:
     environment = os.environ | {
         "PATH": path,
         "PYTHONPATH": str(ROOT),
-        "MODEL": str(folder / "model"),
+        "MODEL": str(folder / SHORT_MODEL),
         "OMP_NUM_THREADS": "1",
     }
     if language == "bash":
@@ -151,8 +148,9 @@ def test_failed_block_is_reported_and_the_next_one_runs(tmp_path, monkeypatch):
         "```bash\nexit 3\n```\n\n<!-- not run: x -->\n```bash\nx\n```\n```bash\necho 1\n```\n"
     )
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    monkeypatch.setitem(globals(), "save_first_blocks", lambda model, out: None)
     assert [line for line, _, _ in blocks(document)] == [2, 10]
-    make_folder(tmp_path / "folder", tmp_path, is_short=False)
+    make_folder(tmp_path / "folder", tmp_path)
     assert result_of(tmp_path / "folder", document, 1)["stdout"] == "1\n"
     assert result_of(tmp_path / "folder", document, 0)["returncode"] == 3
 

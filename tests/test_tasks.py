@@ -104,7 +104,7 @@ def test_unknown_task_is_refused_before_a_model_is_loaded(task_folder, tiny_mode
     monkeypatch.setattr("llmquant.runtime.load.load", lambda *_, **__: pytest.fail("loaded"))
     options = ["--tasks", "arc_easy,nonesuch", "--task-folder", task_folder]
     assert command(monkeypatch, "eval", tiny_model("llama"), *options) == 2
-    assert "task 'nonesuch': lm-evaluation-harness does not know it" in capsys.readouterr().err
+    assert "task 'nonesuch': lm-evaluation-harness has no such task" in capsys.readouterr().err
 
 
 def test_tasks_without_the_harness_are_refused_with_the_package_to_install(tiny_model, monkeypatch, capsys):

@@ -33,7 +33,7 @@ pytest.importorskip("triton")
 
 SUPPORT = Path(__file__).parent / "support"
 H100 = Gpu("NVIDIA H100 80GB HBM3", 132, 90)
-SHAPE = LinearShape.planned(4096, 4096, QuantSpec())
+SHAPE = LinearShape.of_sizes(4096, 4096, QuantSpec())
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def test_reason_has_every_number_in_plain_words():
     assert judge([measurement(1.2, kl=0.1, spread=0.04)]).reason == (
         "perplexity 1.200 times the original's (95 % interval 1.160 to 1.240), "
         "KL divergence 0.1000 (a factor of 1.105), top-1 token changed at 12.5% of tokens, "
-        "worst of 9 windows 2.400 times (“Der Bahnhof …”); on 4,599 tokens of the fixed text"
+        "worst of 9 windows 2.400 times (“Der Bahnhof …”); on 4,599 tokens of llmquant's held-out text"
     )
 
 
@@ -343,7 +343,7 @@ def test_text_that_the_tokenizer_does_not_know_is_noted_or_not_measured(known, s
     monkeypatch.setattr("llmquant.planning.held_out.token_ids", lambda *_: ids)
     report = quantize(path, tmp_path / "out", RTN)
     if said is None:
-        assert report.verification.verdict == NOT_MEASURED and "does not know" in report.fallbacks[0].what
+        assert report.verification.verdict == NOT_MEASURED and "has no tokens for" in report.fallbacks[0].what
     else:
         assert said in report.verification.reason
 
@@ -404,7 +404,7 @@ def test_last_line_is_the_verdict(tiny_model, tmp_path, monkeypatch, capsys):
         f"top-1 token changed at {measured['changed_share']:.1%} of tokens, "
         f"worst of {num_windows(TINY_WINDOW)} windows " in last
     )
-    assert last.endswith(f"on {measured['num_tokens']:,} tokens of the fixed text")
+    assert last.endswith(f"on {measured['num_tokens']:,} tokens of llmquant's held-out text")
 
 
 @pytest.mark.slow

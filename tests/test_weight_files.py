@@ -169,7 +169,7 @@ UNCLEAR_FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         "only model-00001-of-00003.safetensors, one file of 3",
     ),
     "the index of a variant": (as_variant, "only model.safetensors.index.fp16.json, the index of a variant"),
-    "gguf": (rename_weights("model-q4_k.gguf"), "only model-q4_k.gguf, which is already quantized or of another tool"),
+    "gguf": (rename_weights("model-q4_k.gguf"), "only model-q4_k.gguf, a GGUF file"),
     "an adapter": (
         as_adapter(config=False),
         "a LoRA adapter of some/base, without the weights of its base model; merge it",

@@ -5,10 +5,10 @@ the budget. `least_u` is the least loss of the items so far at a cost of at most
 
     least_u  <-  min over the item's options c of  least_{u - cost_c} + loss_c
 
-The last row holds the least loss for every cost; the budget selects one entry. Costs are counted from each item's
-cheapest option, in units of their greatest common divisor, and the result is exact. If the table would have more than
-MAX_CELLS cells, a larger unit is used and costs are rounded up. The result then still fits the budget, and is no worse
-than the best one for a budget that is smaller by one unit per item.
+The last row holds the least loss for every cost; the budget selects one entry. An option's cost is counted from the
+item's cheapest option, in units of the greatest common divisor of all such differences. The result is then exact. If
+the table would have more than MAX_CELLS cells, a larger unit is used and costs are rounded up. The result then still
+fits the budget, and is no worse than the best one for a budget that is smaller by one unit per item.
 
 Letters: U units of the budget.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 MAX_CELLS = 2**25
-"""Cells of the dynamic-programming table, items times units; each takes two bytes."""
+"""Maximum number of cells of the table, items times units; each takes two bytes."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Allocation:
     loss: float
     """Total loss of the chosen options."""
     curve: tuple[tuple[int, float], ...]
-    """(cost, least loss) of every budget at which the loss falls, cheapest first."""
+    """(cost, least loss) at every cost at which the least loss falls, cheapest first."""
 
 
 def allocate(items: Sequence[Sequence[GridOption]], budget: int, max_units: int | None = None) -> Allocation | None:

@@ -1,4 +1,4 @@
-"""AWQ's scale search (Lin et al. 2023, section 3.2), from second moments alone.
+"""AWQ's scale search (Lin et al. 2023, section 3.2), from statistics of the inputs.
 
 Rounding errors matter most in the columns with the largest inputs. If those columns are multiplied by t > 1 and their
 inputs divided by t, the product stays the same, and the rounding error of the columns shrinks relative to their
@@ -6,7 +6,7 @@ weights. The mean squared output error over the calibration tokens is, with Q fo
 
     tr(E H E^T),   E = Q(W t) / t - W,   H = X^T X / T
 
-so the search needs only W and H, and never runs the model. The candidates, for r = 0, 1/20 … 19/20, are
+so a scale is evaluated from W and H, without a run of the model. The candidates, for r = 0, 1/20 … 19/20, are
 
     t = mean|x|^r                 and ("duo scaling")         t = mean|x|^r / (mean normalised |w|)^(1 - r)
 
@@ -71,7 +71,7 @@ class ScaleSearchResult:
 
 
 def scale_of_channels(scale_R: Tensor, row_K: Tensor) -> Tensor:
-    """Return the scale of every input channel, [K], from the scales of the producer's rows; 1 for rows of -1."""
+    """Return the scale of every input channel, [K], from the scales of the producer's rows; 1 where row_K is -1."""
     return torch.where(row_K >= 0, scale_R[row_K.clamp(min=0)], 1.0)
 
 

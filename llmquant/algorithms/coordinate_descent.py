@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llmquant.algorithms.gptq import BLOCK_COLUMNS
-from llmquant.algorithms.grid import Grid, group_slices, store, values_on_grid
+from llmquant.algorithms.grid import QuantParams, as_stored, group_slices, values_on_grid
 from llmquant.spec import QuantSpec
 from llmquant.weight import group_of_column
 
@@ -31,7 +31,7 @@ RIDGE = 1e-3
 def descend(
     target_KN: Tensor,
     q_KN: Tensor,
-    grid: Grid,
+    grid: QuantParams,
     hessian_KK: Tensor,
     spec: QuantSpec,
     block_columns: int = BLOCK_COLUMNS,
@@ -66,8 +66,8 @@ def descend(
 
 
 def refit_scales(
-    target_KN: Tensor, q_KN: Tensor, grid: Grid, hessian_KK: Tensor, spec: QuantSpec, scale_dtype: torch.dtype
-) -> Grid:
+    target_KN: Tensor, q_KN: Tensor, grid: QuantParams, hessian_KK: Tensor, spec: QuantSpec, scale_dtype: torch.dtype
+) -> QuantParams:
     """Return the grid whose scales fit the target best for fixed codes, solved jointly for all groups of a row.
 
     The scales are rounded to scale_dtype; the zero-points do not change.
@@ -86,4 +86,6 @@ def refit_scales(
     normal_NGG.diagonal(dim1=1, dim2=2).mul_(1 + RIDGE).add_(torch.finfo(target_KN.dtype).tiny)
     change_GN = torch.linalg.solve(normal_NGG.double(), right_NG.double()).to(target_KN.dtype).T
     limit_GN = MAX_SCALE_CHANGE * grid.scale_GN
-    return Grid(store(grid.scale_GN + change_GN.clamp(min=-limit_GN, max=limit_GN), scale_dtype), grid.zero_GN)
+    return QuantParams(
+        as_stored(grid.scale_GN + change_GN.clamp(min=-limit_GN, max=limit_GN), scale_dtype), grid.zero_GN
+    )

@@ -1,21 +1,21 @@
 """Cross-row error compensation: the rows of a weight that are rounded later compensate for the errors of earlier rows.
 
 GPTQ assumes that all outputs of a linear matter equally and independently. That is rarely true: an error in a query
-matters only in the directions spanned by the keys it is multiplied with, and vice versa. An error E of the weight costs
+matters only in the directions that the keys span, and vice versa. An error E of the weight costs
 
     tr(G E H E^T)
 
 (the Kronecker form of the curvature, as in YAQA, Tseng et al. 2025). G is the output-side Hessian: the mean of g g^T,
 with g the gradient of the loss at the linear's outputs. Let G = R^T R with R lower triangular. The cost of E then
-equals the cost of R E under H alone. So the rows are rounded one row block after another, and in block P the values
+equals the cost of R E under H alone. So the rows are rounded one row block after another. In block P, the values
 
     W_P + R_PP^-1 R_P,before E_before
 
 are rounded instead of W_P, with E = W - Q. They compensate for the errors of the blocks before it. Within a block, the
-rows count as independent. Important rows (large G_nn) come first, while many are left to compensate.
+rows are treated as independent. Important rows (large G_nn) come first, while many are left to compensate.
 
-A measured G contains noise, and depends on the loss it was measured with. So it is tested before it is used: two of
-them, measured on different splits of the text, must each lower the cost under the other
+A measured G contains noise, and depends on the loss it was measured with. So it is tested before it is used. G is
+measured on each of two splits of the text, and compensation with one must lower the cost under the other
 (`OutputHessian.validated_factors`). If G is measured on one decoder block, the splits also differ in the channels of
 the block's output (`solver/output_hessian.py`).
 
@@ -31,7 +31,7 @@ from itertools import pairwise, zip_longest
 import torch
 from torch import Tensor
 
-from llmquant.algorithms.grid import Grid, values_on_grid
+from llmquant.algorithms.grid import QuantParams, values_on_grid
 from llmquant.spec import QuantSpec
 
 MAX_SLICE_ROWS = 1024
@@ -39,7 +39,7 @@ MAX_SLICE_ROWS = 1024
 MAX_ROW_BLOCKS, MIN_BLOCK_ROWS = 16, 16
 """Maximum number of row blocks of a slice, and minimum number of rows of a block. Smaller blocks gain little."""
 DAMPING = 0.3
-"""Value added to the diagonal of G, as a fraction of its mean."""
+"""Value added to the diagonal of G, as a fraction of the diagonal's mean."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RowFactor:
     """The triangular factor of one G."""
 
     lower_NN: Tensor
-    """R of G + damping = R^T R in processing order, float32."""
+    """R of G / mean(diag G) + damping = R^T R in processing order, float32."""
     order_N: Tensor
     """Row processed at each step, int64."""
 
@@ -79,7 +79,7 @@ def compensated_cost(factor: RowFactor, hessian_NN: Tensor) -> float:
     """Return the cost under hessian_NN of errors that were compensated with the factor of another G.
 
     The rounding errors are assumed to be independent and of unit variance. Without compensation they cost the trace of
-    hessian_NN. With it, the errors of the weight are R^-1 diag(R_PP) times the rounding errors.
+    hessian_NN. With compensation, the errors of the weight are R^-1 diag(R_PP) times the rounding errors.
     """
     lower_NN = factor.lower_NN
     own_NN = torch.zeros_like(lower_NN)
@@ -98,7 +98,7 @@ class CrossRowFactors:
     factors: tuple[RowFactor, ...]
     """Factor of each of the linear's `row_slices`."""
     cost_ratio: float
-    """Cost with compensation over the cost without it. Each factor is evaluated on the other split of the text."""
+    """Cost with compensation over the cost without it, for factors of one split evaluated on the other split."""
 
     def to(self, device: torch.device | str) -> CrossRowFactors:
         """Return the same factors on another device."""
@@ -107,7 +107,7 @@ class CrossRowFactors:
 
 
 class OutputHessian:
-    """Running sums of g g^T over the gradients at one linear's outputs, float32, one for each split of the text."""
+    """Running sums of g g^T over the gradients at one linear's outputs, float32, by split of the text and row slice."""
 
     def __init__(self, out_features: int, device: torch.device | str = "cpu") -> None:
         self._slices = row_slices(out_features)
@@ -144,8 +144,8 @@ class OutputHessian:
     def validated_factors(self, max_cost_ratio: float) -> CrossRowFactors | None:
         """Factor the sums of both splits together, or return None if the splits do not confirm each other.
 
-        They confirm each other if the factor of each split lowers the cost of the other to less than max_cost_ratio, on
-        average over both and over all slices.
+        They confirm each other if the factor of each split lowers the cost under the other to less than max_cost_ratio,
+        on average over both splits and all slices.
         """
         num_judged = 2 * len(self._slices)
         ratios = 0.0
@@ -172,8 +172,8 @@ def round_row_blocks(
     target_KN: Tensor,
     cross_row: CrossRowFactors,
     spec: QuantSpec,
-    search: Callable[[Tensor], tuple[Tensor, Grid]],
-) -> tuple[Tensor, Grid, Tensor]:
+    search: Callable[[Tensor], tuple[Tensor, QuantParams]],
+) -> tuple[Tensor, QuantParams, Tensor]:
     """Round one row block after another, each compensating for the errors of the blocks before it.
 
     search: returns integer levels and grid for a target [K, P].
@@ -205,4 +205,4 @@ def round_row_blocks(
         q_KN[:, rows_P], scale_GN[:, rows_P], zero_GN[:, rows_P] = q_KP, grid.scale_GN, grid.zero_GN
         error_KN[:, rows_P] = target_KN[:, rows_P] - values_on_grid(q_KP, grid, spec)
     assert scale_GN is not None and zero_GN is not None
-    return q_KN, Grid(scale_GN, zero_GN), rounding_target_KN
+    return q_KN, QuantParams(scale_GN, zero_GN), rounding_target_KN

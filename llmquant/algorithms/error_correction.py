@@ -45,17 +45,17 @@ class ShrinkageTerms:
 def fit_correction(factor: InverseFactor, moments_KN: Sequence[Tensor]) -> tuple[Tensor, ShrinkageTerms]:
     """Fit the correction c = W* - W, float32 [K, N], to all of the text.
 
-    moments_KN: X^T (dX W^T + dh) / T of two splits of the text, which add up to the mean, or of all of it
+    moments_KN: one moment X^T (dX W^T + dh) / T for all of the text, or two for its splits, which add up to it
     (`InputStatistics.moments_KN`).
     """
     half_solved_KN = [half_solve(factor, moment_KN) for moment_KN in moments_KN]
     sum_KN = sum(half_solved_KN[1:], half_solved_KN[0])
     change_KN = finish_solve(factor, sum_KN)
-    # c^T H c, from c^T (H + damping) c = y^T y.
+    # c^T H c, from c^T (H + damping) c = y^T y with y = sum_KN.
     energy = (sum_KN.square().sum() - (change_KN.square() * factor.added_K[:, None]).sum()).item()
     if len(half_solved_KN) < 2:
         return change_KN, ShrinkageTerms(None, energy)
-    # Each moment is a sum over one split divided by the tokens of both, half of the split's own mean: hence 2 * 2.
+    # Each moment is divided by the tokens of both splits, so it is half of its own split's mean: hence 2 * 2.
     return change_KN, ShrinkageTerms(4 * (half_solved_KN[0] * half_solved_KN[1]).sum().item(), energy)
 
 

@@ -24,14 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmquant.algorithms.grid import Grid
+from llmquant.algorithms.grid import QuantParams
 from llmquant.spec import QuantSpec
 from llmquant.weight import group_of_column
 
 BLOCK_COLUMNS = 128
 """Number of columns that are rounded before their errors are applied to the columns after them."""
 DAMPING_LADDER = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-"""Dampings as fractions of mean(diag H). If a matrix cannot be factored, the next one is tried."""
+"""Dampings as fractions of mean(diag H). If the factorization fails with one, the next is tried."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def column_order(hessian_KK: Tensor, by_activation: bool = True) -> Tensor:
 def damping_unit(diagonal_K: Tensor, scale_K: Tensor | None = None) -> Tensor:
     """Return the increase of a Hessian's diagonal at a damping of 1, float [K]: the mean of the diagonal.
 
-    scale_K: scale that AWQ divided the inputs by. This makes the diagonal more even and changes its mean. So the mean
-    is taken before the division, and then divided by the squared scale: the damped problem is the same as without
-    scales. Otherwise the correction of `error_correction.py` would fit the noise of the calibration text.
+    scale_K: scale that AWQ divided the inputs by. The division makes the diagonal more even and changes its mean. So
+    the mean of the undivided diagonal is used, divided by the squared scale. The damped problem is then the same as
+    without scales. Otherwise the correction of `error_correction.py` would fit the noise of the calibration text.
     """
     if scale_K is None:
         return diagonal_K.mean().expand_as(diagonal_K)
@@ -89,7 +89,7 @@ def factor_inverse(
     dtype: torch.dtype = torch.float32,
     scale_K: Tensor | None = None,
 ) -> InverseFactor | None:
-    """Factor the inverse of a Hessian, float32 [K, K], raising the damping along the ladder until it succeeds.
+    """Factor the inverse of a Hessian, float32 [K, K], with the first damping of the ladder at which this succeeds.
 
     scale_K: scale that AWQ divided the inputs by (`damping_unit`).
 
@@ -131,7 +131,7 @@ def finish_solve(factor: InverseFactor, half_KN: Tensor) -> Tensor:
 def gptq_round(
     weight_KN: Tensor,
     factor: InverseFactor,
-    grid: Grid,
+    grid: QuantParams,
     spec: QuantSpec,
     block_columns: int = BLOCK_COLUMNS,
 ) -> Tensor:

@@ -25,18 +25,18 @@ from llmquant.weight import QuantizedWeight, group_of_column
 
 SHRINK_STEPS = 31
 """Number of shrink factors that the range search tries."""
-SHRINK_TO = 0.4
+SMALLEST_SHRINK = 0.4
 """The smallest shrink factor."""
 # A symmetric grid has one code less on the positive side, so a slightly larger scale is sometimes better.
-SYMMETRIC_START = 1.08
-# The reciprocal of a number below float32's normal range overflows. Of the scale dtypes, float16 has a narrower range.
+LARGEST_SYMMETRIC_SHRINK = 1.08
+# The reciprocal of a number below float32's normal range can overflow. Only float16 limits scales further.
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-# A smaller subnormal float16 number has fewer significant bits. One with 8 of them is as fine as bfloat16.
-FINE_STEPS = 2**7
+# A scale of this many smallest subnormals has 8 significant bits, like bfloat16. A smaller scale has fewer.
+MIN_SUBNORMALS_PER_SCALE = 2**7
 
 
 @dataclass(frozen=True)
-class Grid:
+class QuantParams:
     """Scales and zero-points of every group, float32 [G, N] each; the scales are exact in their storage dtype."""
 
     scale_GN: Tensor
@@ -62,7 +62,7 @@ def _smallest_subnormal(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
 
-def store(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+def as_stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """Return the scale as it will be read back: within `scale_limits`, rounded to scale_dtype, in float32."""
     smallest, largest = scale_limits(scale_dtype)
     return scale.clamp(min=smallest, max=largest).to(scale_dtype).float()
@@ -74,7 +74,7 @@ def count_unfit_groups(weight_KN: Tensor, spec: QuantSpec, scale_dtype: torch.dt
     Weights below float32's normal range count as zeros, and groups of zeros are not counted.
     """
     smallest, largest = scale_limits(scale_dtype)
-    finest = max(FINE_STEPS * _smallest_subnormal(scale_dtype), smallest)
+    finest = max(MIN_SUBNORMALS_PER_SCALE * _smallest_subnormal(scale_dtype), smallest)
     too_small = too_large = 0
     for columns in group_slices(weight_KN.shape[0], spec.group_size):
         low_N, high_N = extremes(weight_KN[columns], spec.symmetric)
@@ -101,7 +101,7 @@ def grid_of_range(
     low_N: Tensor, high_N: Tensor, spec: QuantSpec, scale_dtype: torch.dtype, min_zero: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return scale and zero-point, float32 [N] each, of the grid that spans [low, high]."""
-    scale_N = store((high_N - low_N) / spec.max_code, scale_dtype)
+    scale_N = as_stored((high_N - low_N) / spec.max_code, scale_dtype)
     if spec.symmetric:
         return scale_N, torch.full_like(scale_N, float(spec.mid_code))
     return scale_N, torch.round(-low_N / scale_N).clamp_(min_zero, spec.max_code)
@@ -138,8 +138,8 @@ def search_range(
         return importance_S @ scratch_SN.mul_(scale_N).sub_(weight_SN).square_()
 
     best_N = loss_N(scale_N, zero_N)
-    start = SYMMETRIC_START if spec.symmetric else 1.0
-    for shrink in torch.linspace(start, SHRINK_TO, num_steps).tolist():
+    start = LARGEST_SYMMETRIC_SHRINK if spec.symmetric else 1.0
+    for shrink in torch.linspace(start, SMALLEST_SHRINK, num_steps).tolist():
         trial_scale_N, trial_zero_N = grid_of_range(shrink * low_N, shrink * high_N, spec, scale_dtype, min_zero)
         trial_N = loss_N(trial_scale_N, trial_zero_N)
         better_N = trial_N < best_N
@@ -156,7 +156,7 @@ def find_grid(
     scale_dtype: torch.dtype,
     min_zero: int = 0,
     num_steps: int = SHRINK_STEPS,
-) -> Grid:
+) -> QuantParams:
     """Return the grid of every group of a weight, each group searched on its own (`search_range`)."""
     pairs = [
         search_range(
@@ -169,10 +169,10 @@ def find_grid(
         )
         for columns in group_slices(weight_KN.shape[0], spec.group_size)
     ]
-    return Grid(torch.stack([scale for scale, _ in pairs]), torch.stack([zero for _, zero in pairs]))
+    return QuantParams(torch.stack([scale for scale, _ in pairs]), torch.stack([zero for _, zero in pairs]))
 
 
-def round_to_grid(weight_KN: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+def round_to_grid(weight_KN: Tensor, grid: QuantParams, spec: QuantSpec) -> Tensor:
     """Round to nearest; return the integer levels `code - zero`, float32 [K, N]."""
     q_KN = torch.empty_like(weight_KN)
     for group, columns in enumerate(group_slices(weight_KN.shape[0], spec.group_size)):
@@ -180,13 +180,13 @@ def round_to_grid(weight_KN: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
     return q_KN
 
 
-def values_on_grid(q_KN: Tensor, grid: Grid, spec: QuantSpec) -> Tensor:
+def values_on_grid(q_KN: Tensor, grid: QuantParams, spec: QuantSpec) -> Tensor:
     """Return the weights that integer levels stand for, float32 [K, N]: `scale * q`."""
     group_K = group_of_column(q_KN.shape[0], spec.group_size, q_KN.device)
     return q_KN * grid.scale_GN[group_K]
 
 
-def to_quantized_weight(q_KN: Tensor, grid: Grid, spec: QuantSpec, scale_dtype: torch.dtype) -> QuantizedWeight:
+def to_quantized_weight(q_KN: Tensor, grid: QuantParams, spec: QuantSpec, scale_dtype: torch.dtype) -> QuantizedWeight:
     """Return the `QuantizedWeight` of integer levels and their grid."""
     group_K = group_of_column(q_KN.shape[0], spec.group_size, q_KN.device)
     codes_KN = (q_KN + grid.zero_GN[group_K]).to(torch.uint8)

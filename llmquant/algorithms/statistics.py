@@ -4,19 +4,19 @@ All linears that read the same input (q, k and v; gate and up) share one `InputS
 taken in a fixed order and in pieces of a fixed size, so that the same tokens always give the same bits.
 
 The quantized model and the original run side by side, and the quantized one provides the activations that the stored
-model will produce. The error correction (`error_correction.py`) needs this moment of their difference, for a weight W:
+model will produce. For a weight W, the error correction (`error_correction.py`) needs this moment of the differences:
 
     moment = X^T (dX W^T + dh) / T       dX = X_fp - X: drift of the input, original model less quantized model
                                          dh = h_fp - h: drift of the residual stream that the output is added to
 
 If a linear alone reads the input and writes to the residual stream, the moment itself is summed. This takes 2 T K N
-products instead of T K^2, and K is larger than N in the last linear of an MLP. Otherwise dX^T X / T is summed, and is
-multiplied by W at the end. Each of two splits of the text has its own sum: what both agree on is likely to hold on
-other text.
+products instead of T K^2, and K is usually more than 2 N in the last linear of an MLP. Otherwise dX^T X / T is summed,
+and is multiplied by W at the end. Each of two splits of the text has its own sum: a correction on which both agree is
+likely to hold on other text.
 
-All sums are float32. The products of the Hessian (unless `exact` is off) and of the moment that is summed itself are
-float32 too: a bfloat16 product rounds its result to 8 bits, and the Hessian is inverted (figures: eval/EXPERIMENTS.md).
-The drift is small, so its products have the dtype of the inputs; bfloat16 is enough for them.
+All sums are float32. The products X^T X (if `exact`) and X^T (dX W^T + dh) are float32 too: a bfloat16 product rounds
+its result to 8 bits, and the Hessian is inverted (figures: eval/EXPERIMENTS.md). The drift dX is small, so its products
+dX W^T and dX^T X have the dtype of the inputs; bfloat16 is enough for them.
 
 Letters: T tokens, K in_features, N out_features.
 """
@@ -62,14 +62,14 @@ class InputStatistics:
         self,
         x_TK: Tensor,
         original_x_TK: Tensor | None = None,
-        residual_gap_TN: Tensor | None = None,
+        residual_drift_TN: Tensor | None = None,
         *,
         split: int = 0,
     ) -> None:
-        """Add the inputs of some tokens, best a few thousand: with fewer, adding costs more than the products.
+        """Add the inputs of some tokens. With fewer than a few thousand, adding the products is the larger cost.
 
         x_TK: the input in the quantized model. original_x_TK: the same in the original model.
-        residual_gap_TN: h_fp - h of the stream that the writer's output is added to. split: 0 or 1, the split of the
+        residual_drift_TN: h_fp - h of the stream that the writer's output is added to. split: 0 or 1, the split of the
         text to which the tokens belong.
         """
         if x_TK.dtype == torch.float16:  # its products would overflow: 300 squared is beyond its range
@@ -91,12 +91,12 @@ class InputStatistics:
             original_TK = original_x_TK.to(x_TK.dtype) if self.scale_K is None else original_x_TK / self.scale_K
             drift_TK = (original_TK - x_TK).to(x_TK.dtype)
         if self._writer_NK is not None:
-            gap_TN = None if residual_gap_TN is None else residual_gap_TN.float()
+            drift_TN = None if residual_drift_TN is None else residual_drift_TN.float()
             if drift_TK is not None:
                 missing_TN = (drift_TK @ self._writer_NK.to(x_TK.dtype).T).float()
-                gap_TN = missing_TN if gap_TN is None else gap_TN + missing_TN
-            if gap_TN is not None:
-                self._add_moment(split, exact_TK.T @ gap_TN)
+                drift_TN = missing_TN if drift_TN is None else drift_TN + missing_TN
+            if drift_TN is not None:
+                self._add_moment(split, exact_TK.T @ drift_TN)
         elif drift_TK is not None:
             self._add_moment(split, drift_TK.T @ x_TK)
 

@@ -20,7 +20,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def check_copies(out: Path, expected: Mapping[str, StreamedTensor | str]) -> None:
-    """Reopen a checkpoint like any loader and compare tensors. Raises UserError if one differs.
+    """Read tensors of a finished checkpoint and compare them. Raises UserError if one is missing or differs.
 
     expected: tensor name -> the tensor, or the SHA-256 of its bytes. Tensors are read in chunks.
     """
@@ -28,7 +28,7 @@ def check_copies(out: Path, expected: Mapping[str, StreamedTensor | str]) -> Non
     for name, tensor in expected.items():
         if name not in reader.tensors or not _is_same(reader, name, tensor):
             raise UserError(
-                f"{out}: tensor '{name}' does not come back from the disk as it was copied; "
+                f"{out}: tensor '{name}' read back from the disk differs from the copied one; "
                 "do not use this folder, check the disk, and begin anew with --restart"
             )
 

@@ -2,8 +2,7 @@
 
 Current tools write `model.safetensors` or `model.safetensors.index.json`. Older tools used other names: AutoGPTQ wrote
 `gptq_model-4bit-128g.safetensors` and AutoAWQ `awq_model_w4_g128.safetensors`. Variants have names such as
-`model.fp16.safetensors`. A single safetensors file is accepted under any name. Everything else ends in a UserError that
-names the files of the folder.
+`model.fp16.safetensors`. A single safetensors file is accepted under any name. Any other folder raises a UserError.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def find_weights(folder: Path) -> WeightFiles:
 
 
 def adapter_refusal(folder: Path) -> str | None:
-    """Return why a folder with an adapter but no model cannot be opened, or None if it holds no adapter."""
+    """Return the error message for a folder that holds an adapter but no model, or None if it holds no adapter."""
     if not any((folder / name).exists() for name in (ADAPTER_CONFIG, *ADAPTER_FILES)):
         return None
     base = _base_of_adapter(folder)
@@ -107,7 +106,7 @@ def _no_weights_message(folder: Path, names: list[str]) -> str:
     ggufs = [name for name in names if name.endswith(".gguf")]
     if ggufs:
         return (
-            f"{folder}: no {SINGLE_FILE}, only {ggufs[0]}, which is already quantized or of another tool; give the "
+            f"{folder}: no {SINGLE_FILE}, only {ggufs[0]}, a GGUF file; give the "
             "model's own checkpoint of safetensors files"
         )
     return f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}; download the model's weights"

@@ -1,8 +1,8 @@
 """The header of a safetensors file: validated when read, deterministic when written.
 
 A file consists of an 8-byte little-endian length, that many bytes of JSON (`name -> {dtype, shape, data_offsets}` and
-an optional `__metadata__`), and the bytes of the tensors without gaps. The header is checked before anything is
-allocated, so any damaged or hostile file raises one UserError.
+an optional `__metadata__`), and the bytes of the tensors without gaps. The header is checked before memory for
+a tensor is allocated. An invalid header raises a UserError.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
 
 
 def layout_order(tensors: Iterable[tuple[str, torch.dtype]]) -> list[str]:
-    """Return the names in the order in which their bytes are written: wider dtypes first, else in the given order.
+    """Return the names in the order in which their bytes are written: wider dtypes first, otherwise unchanged.
 
     This order aligns every tensor to its dtype, although the format allows no gaps. Loaders that map files in place
     need the alignment.
@@ -161,7 +161,7 @@ def layout_order(tensors: Iterable[tuple[str, torch.dtype]]) -> list[str]:
 
 
 def build_header(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Return length and JSON for tensors in this order, padded so that the tensors start at a multiple of 8 bytes."""
+    """Return the header of tensors in this order: length and JSON, padded to a multiple of 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, (dtype, shape) in tensors.items():

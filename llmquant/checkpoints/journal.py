@@ -91,12 +91,12 @@ class Journal:
 
 
 def as_json(value: dict[str, Any]) -> dict[str, Any]:
-    """Return the dict that reading its JSON text gives, so that requests can be compared."""
+    """Return a dict as it would be read back from JSON, so that requests can be compared."""
     return json.loads(json.dumps(value))
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
-    """Return `key was a, is b` for every leaf that differs."""
+    """Return `key was a, is b` for every leaf that differs between two JSON values."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             text

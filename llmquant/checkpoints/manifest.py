@@ -16,15 +16,15 @@ from llmquant.paths import check_readable
 
 MANIFEST_FILE = "llmquant.json"
 REPORT_JSON, REPORT_HTML = REPORT_FILES = ("quantize_report.json", "report.html")
-"""Reports of the run that wrote a checkpoint. Times and memory in them differ from run to run. So they are not part of
-the reproducible bytes, have no hash in the manifest, and may be rewritten."""
+"""Reports of the run that wrote a checkpoint. They contain times and memory, which differ from run to run. So the
+reports are not reproducible, have no hash in the manifest, and may be rewritten."""
 
 SMALL_FILE_BYTES = 64 * 2**20
-"""Files up to this size are hashed to detect changes. Larger ones are hashed if they are newer than the manifest."""
+"""`unlisted_or_changed` hashes files up to this size. It hashes a larger file only if it is newer than the manifest."""
 
 
 def build_manifest(content: dict[str, Any], files: dict[str, FileRecord]) -> bytes:
-    """Return the bytes of the manifest: content, and the size and SHA-256 of every other file."""
+    """Return the bytes of the manifest: `content`, and the size and SHA-256 of each of `files`."""
     records = {name: {"bytes": files[name].bytes, "sha256": files[name].sha256} for name in sorted(files)}
     return json.dumps(content | {"files": records}, indent=2, ensure_ascii=False).encode() + b"\n"
 
@@ -61,7 +61,7 @@ def verify_files(folder: Path) -> list[str]:
 
 
 def unlisted_or_changed(folder: Path) -> list[str]:
-    """Return the files of a finished checkpoint that its manifest does not list, or that changed since then.
+    """Return the files of a finished checkpoint that its manifest does not list, or whose content has changed.
 
     Replacing the checkpoint would lose them. Names of folders end in a slash; "(changed)" follows a changed file.
     Links are not followed. Raises UserError if there is no manifest, or if it is damaged.

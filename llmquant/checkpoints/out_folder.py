@@ -1,4 +1,4 @@
-"""Check whether a folder may become OUT. Nothing is written here.
+"""Check whether a folder may become OUT, the output folder of a run. Nothing is written here.
 
 A run creates OUT by a rename and deletes the folder that OUT replaces. So OUT must not exist, or must be empty, or
 (with overwrite) must be a finished checkpoint of llmquant that holds nothing else. Neither OUT nor `<out>.partial` may

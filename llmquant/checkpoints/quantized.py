@@ -85,8 +85,8 @@ def storage_notes(reader: CheckpointReader) -> tuple[str, ...]:
 
 
 def find_quantized_modules(reader: CheckpointReader, parsed: ParsedQuantization) -> dict[str, QuantizedModule]:
-    """Return all packed linears by module name, in the order of the checkpoint. Raises UserError if a dtype or shape
-    is wrong."""
+    """Return all packed linears by module name, in the order of the checkpoint. Raises UserError if the headers do
+    not agree with the configuration."""
     format = parsed.format
     foreign = _foreign_suffixes(format)
     tensors_of: dict[str, dict[str, str]] = {}
@@ -103,7 +103,7 @@ def find_quantized_modules(reader: CheckpointReader, parsed: ParsedQuantization)
 
 
 def read_quantized(reader: CheckpointReader, module: QuantizedModule) -> QuantizedWeight:
-    """Read the weight of a packed linear and check its values. Raises UserError that names the tensor."""
+    """Read the weight of a packed linear and check its values. Raises UserError if a value is invalid."""
     tensors = {suffix: reader.read(name) for suffix, name in module.tensors.items()}
     try:
         return module.format.unpack(tensors, module.spec, module.out_features, module.in_features)
@@ -123,7 +123,7 @@ def validate_quantized(reader: CheckpointReader) -> dict[str, QuantizedModule]:
 
 
 def check_digests(out: Path, digests: Mapping[str, str]) -> None:
-    """Reopen a checkpoint like any loader and compare its packed linears. Raises UserError if one differs.
+    """Read packed linears of a finished checkpoint and compare them. Raises UserError if one is missing or differs.
 
     digests: module name in the checkpoint -> `QuantizedWeight.digest()`.
     """
@@ -133,7 +133,7 @@ def check_digests(out: Path, digests: Mapping[str, str]) -> None:
     for name, digest in digests.items():
         if name not in packed or read_quantized(reader, packed[name]).digest() != digest:
             raise UserError(
-                f"{out}: '{name}' does not come back from the disk as it was quantized; "
+                f"{out}: '{name}' read back from the disk differs from the written one; "
                 "do not use this folder, check the disk, and begin anew with --restart"
             )
 

@@ -4,8 +4,9 @@ Opening a folder reads `config.json` and the headers of the shards, and checks t
 are read on request, into new memory. Files are never memory-mapped: mapped pages count as memory of the process as long
 as the map exists, and a file that shrinks under a map kills the process.
 
-The index decides which tensors exist, and in which file. If the shards hold more or fewer tensors than it lists, the
-reader adds a note and raises no error, because the difference matters only to a model that needs one of those tensors.
+If the folder has an index, the index decides which tensors exist, and in which file. If the shards hold more or fewer
+tensors than it lists, the reader adds a note and raises no error, because the difference matters only to a model that
+needs one of those tensors.
 
 Nothing is ever unpickled. No file outside the folder is opened, except in a Hugging Face cache, whose files are links
 into its own `blobs` folder.
@@ -32,7 +33,7 @@ from llmquant.checkpoints.wrappers import unwrapped_names
 from llmquant.errors import UserError
 
 OLD_CONFIG_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-"""Files in which old tools wrote their `quantization_config`, and the quant_method that they omit."""
+"""File in which an old tool wrote its `quantization_config` -> the quant_method, which the file omits."""
 
 MAX_JSON_BYTES = 256 * 2**20
 CHUNK_BYTES = 8 * 2**20
@@ -76,10 +77,10 @@ class CheckpointReader:
 
     @cached_property
     def quantization_config(self) -> dict[str, Any] | None:
-        """The `quantization_config` of the folder, or None. `checkpoints/storage.py` checks whether the tensors agree.
+        """The `quantization_config` of the folder, or None. `checkpoints/quantized.py` checks it against the tensors.
 
-        It is part of config.json. Old versions of AutoGPTQ wrote it into `quantize_config.json`, those of AutoAWQ into
-        `quant_config.json`.
+        It is part of config.json. Old versions of AutoGPTQ wrote it into `quantize_config.json`, and old versions of
+        AutoAWQ into `quant_config.json`.
         """
         return self._read_json_of_old_tools(self.quantization_file) if self._key is None else self.config[self._key]
 
@@ -121,8 +122,8 @@ class CheckpointReader:
         return tensor
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor in chunks, to copy it without holding it in memory. A chunk is valid until the
-        next."""
+        """Yield the bytes of a tensor in chunks, to copy it without holding it in memory. Reading a chunk overwrites
+        the previous one."""
         info = self.info(name)
         yield from tensor_chunks(info)
         self._check_unchanged(info)
@@ -232,7 +233,7 @@ class CheckpointReader:
         self.check_link(file)
         try:
             if file.stat().st_size > MAX_JSON_BYTES:
-                raise UserError(f"{file}: {file.stat().st_size} bytes; no such file is larger than {MAX_JSON_BYTES}")
+                raise UserError(f"{file}: {file.stat().st_size} bytes; must be at most {MAX_JSON_BYTES}")
             return parse_json(file.read_bytes(), str(file))
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror}); check the file and its permissions") from None
@@ -258,7 +259,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
 
 
 def tensor_chunks(info: TensorInfo) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in chunks. A chunk is valid until the next."""
+    """Yield the bytes of a tensor in chunks. Reading a chunk overwrites the previous one."""
     buffer = memoryview(bytearray(min(CHUNK_BYTES, info.nbytes)))
     with _open_at(info) as handle:
         for position in range(0, info.nbytes, CHUNK_BYTES):

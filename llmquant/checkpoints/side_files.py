@@ -2,7 +2,7 @@
 
     copied       configuration, tokenizer, processor and chat templates (LOADED_FILES); model card, licence and notes
                  (DOCUMENTS); the `.py` files that a configuration names, and the `.py` files that these import
-    rewritten    descriptions of the stored weights (STORAGE_FILES): they are read, and OUT gets new ones
+    rewritten    descriptions of the stored weights (STORAGE_FILES); a run writes those that OUT needs
     not copied   adapters and trainer state (TRAINING_FILES), descriptions of other formats (OTHER_FORMATS), hidden
                  files, other weights, files of any other type, and sub-folders except for chat templates
 
@@ -45,9 +45,9 @@ COPIED_FILES = (*LOADED_FILES, *DOCUMENTS)
 CODE_FILES = ("*.py",)
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 
-ADAPTER_FILES = ("adapter_*",)
+ADAPTER_PATTERNS = ("adapter_*",)
 TRAINING_FILES = (
-    *ADAPTER_FILES,
+    *ADAPTER_PATTERNS,
     *("trainer_*", "training_args.*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*"),
     *("all_results.json", "train_results.json", "eval_results.json", "test_results.json", "predict_results.json"),
 )
@@ -103,8 +103,9 @@ class SideFiles:
 def find_side_files(folder: Path, check_link: Callable[[Path], None], ignored: Iterable[Path] = ()) -> SideFiles:
     """Classify the files beside the weights of a checkpoint folder.
 
-    check_link: raises UserError for a link that must not be followed (`CheckpointReader.check_link`). For a file that
-    loaders read, its UserError is raised. ignored: folders that are not listed, because the run creates them.
+    check_link: raises UserError for a link that must not be followed (`CheckpointReader.check_link`). If
+    loaders read the file, the error is passed on; a document is added to `outside_links` instead. ignored: folders that
+    are not listed, because the run creates them.
     """
     copied: list[str] = []
     not_copied: list[str] = []
@@ -127,7 +128,7 @@ def find_side_files(folder: Path, check_link: Callable[[Path], None], ignored: I
                 if name in code or _matches(name, LOADED_FILES):
                     raise
                 outside_links[name] = os.path.realpath(path)
-        elif _matches(name, ADAPTER_FILES) or not _has_known_use(name):
+        elif _matches(name, ADAPTER_PATTERNS) or not _is_never_copied(name):
             not_copied.append(name)
     return SideFiles(tuple(copied), outside_links, tuple(not_copied))
 
@@ -177,11 +178,11 @@ def _imported_modules(code: str) -> list[str]:
 def _is_copied(name: str) -> bool:
     if "/" in name:
         return fnmatchcase(name, f"{TEMPLATE_FOLDER}/*.jinja")
-    return _matches(name, COPIED_FILES) and not _has_known_use(name) and not _matches(name, CODE_FILES)
+    return _matches(name, COPIED_FILES) and not _is_never_copied(name) and not _matches(name, CODE_FILES)
 
 
-def _has_known_use(name: str) -> bool:
-    """Whether a file is not copied for a known reason."""
+def _is_never_copied(name: str) -> bool:
+    """Whether a name matches one of the lists of files that are not copied."""
     return _matches(name, (*WEIGHT_FILES, *STORAGE_FILES, *NOT_COPIED_FILES))
 
 

@@ -1,7 +1,7 @@
 """Detect from its tensors how a checkpoint stores its weights.
 
-A `quantization_config` is not reliable: a merged model may still have the one of its QLoRA training, and an FP8
-checkpoint may have lost its own. So the tensors decide:
+A `quantization_config` is not reliable: a merged model may still have the configuration of its QLoRA training,
+and an FP8 checkpoint may have none. So the tensors decide:
 
     plain         floating-point weights of 16 bits and more, whatever config.json says
     packed        codes in the layout of one of `FORMATS`, which `quantization_config` describes
@@ -93,7 +93,7 @@ def _beside(name: str, suffix: str, tensors: Tensors) -> TensorInfo | None:
 
 
 def _is_fp4(name: str, info: TensorInfo, tensors: Tensors) -> bool:
-    """Whether this is NVFP4: two 4-bit floats in a byte, a float8 scale per 16 of them, a float32 scale per tensor."""
+    """Whether a tensor holds NVFP4 codes: two 4-bit floats per byte, with a float8 scale per 16 codes."""
     if _suffix(name) not in ("weight", "weight_packed") or info.dtype != torch.uint8:
         return False
     scale = _beside(name, "weight_scale", tensors)
@@ -101,8 +101,8 @@ def _is_fp4(name: str, info: TensorInfo, tensors: Tensors) -> bool:
 
 
 def _is_mxfp4(name: str, info: TensorInfo, tensors: Tensors) -> bool:
-    """Whether this is MXFP4 of gpt-oss (`_blocks`, `_scales`) or compressed-tensors (`weight_packed`,
-    `weight_scale`)."""
+    """Whether a tensor holds MXFP4 codes or scales, as gpt-oss (`_blocks`, `_scales`) or compressed-tensors
+    (`weight_packed`) stores them."""
     suffix = _suffix(name)
     if suffix.endswith(("_blocks", "_scales")) and info.dtype in BYTE_SCALES:
         return True
@@ -124,7 +124,7 @@ def _is_mlx(name: str, info: TensorInfo, tensors: Tensors) -> bool:
 
 
 def _has_codebooks(name: str, info: TensorInfo, tensors: Tensors) -> bool:
-    """Whether this is AQLM or VPTQ, which store indices into codebooks."""
+    """Whether a tensor holds indices into codebooks, as AQLM and VPTQ store them."""
     pairs = {"codes": "codebooks", "indices": "centroids"}
     suffix = _suffix(name)
     return suffix in pairs and info.dtype in INTEGERS and _beside(name, pairs[suffix], tensors) is not None
@@ -140,7 +140,7 @@ def _is_integer_weight(name: str, info: TensorInfo, tensors: Tensors) -> bool:
 
 
 def is_scale(name: str, tensors: Tensors) -> bool:
-    """Whether the name of a tensor outside the model shows that it is a scale or packed block of a weight."""
+    """Whether a tensor that is not part of the model is, by its name, a scale or packed block of a weight."""
     suffix = _suffix(name)
     if suffix in SCALE_NAMES_BESIDE_WEIGHT:
         return _beside(name, "weight", tensors) is not None
@@ -148,7 +148,7 @@ def is_scale(name: str, tensors: Tensors) -> bool:
 
 
 def _is_scale_of_plain_weight(name: str, info: TensorInfo, tensors: Tensors) -> bool:
-    """Whether this is the scale of a weight that is not packed. The tensors do not show whether it was applied."""
+    """Whether a tensor is the scale of an unpacked weight. The tensors do not show whether the scale was applied."""
     suffix = _suffix(name)
     known = ("weight_scale", "weight_scale_2", "weight_global_scale")
     return suffix.endswith("_scale_inv") or (suffix in known and _beside(name, "weight", tensors) is not None)
@@ -170,4 +170,4 @@ UNSUPPORTED: dict[str, Callable[[str, TensorInfo, Tensors], bool]] = {
     "integer weights": _is_integer_weight,
     "scales of quantized weights": _is_scale_of_plain_weight,
 }
-"""Kind of stored weights -> function that tests whether a tensor is of it. The most specific kinds come first."""
+"""Kind of stored weights -> function that tests whether a tensor is of this kind. The most specific come first."""

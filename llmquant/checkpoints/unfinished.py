@@ -147,12 +147,12 @@ def check_same_request(folder: Path, unfinished: dict[str, Any], requested: dict
 
 
 def needed_parts(journal: Journal, plan: ShardPlan) -> set[str]:
-    """Return the parts that the missing shards still have to be copied from."""
+    """Return the parts from which missing shards must still be copied."""
     return {part for shard, parts in plan.shards.items() if shard not in journal.shards for part in parts.values()}
 
 
 def check_needed_files(journal: Journal, plan: ShardPlan) -> None:
-    """Raise UserError if a part or shard that finishing needs is damaged."""
+    """Raise UserError if a part or shard that is needed to finish the checkpoint is damaged."""
     files = {journal.folder / CHECKPOINT / shard: record for shard, record in journal.shards.items()}
     files |= {part_file(journal.folder, part): journal.parts[part] for part in needed_parts(journal, plan)}
     for file, record in files.items():
@@ -168,7 +168,7 @@ def restore_replaced(out: Path, folder: Path) -> None:
 
 
 def remove_contents(folder: Path) -> None:
-    """Remove all files of the run but the lock. The journal goes last: it shows that the others belong to the run."""
+    """Remove all files of the run but the lock. The journal is last: it shows that the others belong to the run."""
     with disk_errors(folder):
         for name in FOLDERS:
             if (folder / name).exists():

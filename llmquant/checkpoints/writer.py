@@ -91,7 +91,7 @@ class PartialCheckpoint:
         try:
             journal = find_journal(folder, restart)
             if journal is None or (journal.request != requested and is_published(journal, out)):
-                # There is no unfinished run, or there is one with another request that has only its cleanup left.
+                # There is no unfinished run, or only the cleanup of a run with another request is left.
                 if journal is not None:
                     remove_contents(folder)
                 try:

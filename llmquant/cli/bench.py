@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from llmquant.cli.options import AnyModel, Device, Dtype, Json, Quiet, RemoteCode, count
+from llmquant.cli.options import AnyModel, Device, Dtype, Json, Quiet, RemoteCode, integer_option
 from llmquant.cli.output import print_result
 from llmquant.paths import parse_path
 
@@ -22,10 +22,10 @@ def bench_command(
             metavar="NAME",
         ),
     ] = None,
-    prompt_tokens: Annotated[int, count("Tokens of each prompt.")] = 128,
-    new_tokens: Annotated[int, count("New tokens after each prompt.")] = 64,
-    batch_size: Annotated[int, count("Prompts in a batch.")] = 1,
-    repeats: Annotated[int, count("Repetitions; the median is reported.")] = 3,
+    prompt_tokens: Annotated[int, integer_option("Tokens of each prompt.")] = 128,
+    new_tokens: Annotated[int, integer_option("New tokens after each prompt.")] = 64,
+    batch_size: Annotated[int, integer_option("Prompts in a batch.")] = 1,
+    repeats: Annotated[int, integer_option("Repetitions; the median is reported.")] = 3,
     plot: Annotated[Path | None, Option(help="Write a plot to this .svg, .png or .pdf file.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from llmquant.cli.options import Device, Dtype, Json, Quiet, RemoteCode, count
+from llmquant.cli.options import Device, Dtype, Json, Quiet, RemoteCode, integer_option
 from llmquant.cli.output import print_result
 from llmquant.errors import UserError
 
@@ -28,15 +28,16 @@ def eval_command(
         int | None, Option(help="Tokens of a window; by default 2048, or the model's context if shorter.")
     ] = None,
     stride: Annotated[
-        int | None, count("Tokens from the start of one window to the next; by default windows do not overlap.")
+        int | None,
+        integer_option("Tokens from the start of one window to the next; by default windows do not overlap."),
     ] = None,
-    windows: Annotated[int | None, count("Use only the first N windows.")] = None,
-    batch_size: Annotated[int, count("Windows, or questions of a task, in a batch.")] = 1,
+    windows: Annotated[int | None, integer_option("Use only the first N windows.")] = None,
+    batch_size: Annotated[int, integer_option("Windows, or questions of a task, in a batch.")] = 1,
     tasks: Annotated[
         str | None, Option(help="Tasks of lm-evaluation-harness, such as arc_easy,hellaswag.", metavar="NAMES")
     ] = None,
     task_folder: Annotated[Path | None, Option(help="Folder with .yaml files of more tasks.")] = None,
-    examples: Annotated[int | None, count("Use only the first N questions of each task.")] = None,
+    examples: Annotated[int | None, integer_option("Use only the first N questions of each task.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,

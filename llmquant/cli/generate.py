@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Option
 
-from llmquant.cli.options import AnyModel, Device, Dtype, Json, Quiet, RemoteCode, count
+from llmquant.cli.options import AnyModel, Device, Dtype, Json, Quiet, RemoteCode, integer_option
 from llmquant.cli.output import print_error
 from llmquant.data.files import text_lines
 from llmquant.errors import UserError
@@ -17,16 +17,16 @@ def generate_command(
     model: AnyModel,
     prompt: Annotated[str | None, Option(help="Text to continue.")] = None,
     prompts: Annotated[Path | None, Option(help="File with one prompt per line, run in batches.")] = None,
-    batch_size: Annotated[int, count("Prompts of the file in a batch.")] = 8,
+    batch_size: Annotated[int, integer_option("Prompts of the file in a batch.")] = 8,
     chat: Annotated[bool, Option("--chat", help="Apply the model's chat template to the prompt.")] = False,
-    max_new_tokens: Annotated[int, count("Largest number of new tokens.")] = 128,
+    max_new_tokens: Annotated[int, integer_option("Largest number of new tokens.")] = 128,
     greedy: Annotated[bool, Option("--greedy", help="Always take the most likely token.")] = False,
     temperature: Annotated[float | None, Option(help="Sampling temperature; lower is closer to greedy.")] = None,
     top_p: Annotated[
         float | None, Option(help="Sample from the most likely tokens with this total probability.")
     ] = None,
     top_k: Annotated[int | None, Option(help="Sample from the K most likely tokens.", metavar="K")] = None,
-    seed: Annotated[int, count("Seed of the sampling.")] = 0,
+    seed: Annotated[int, integer_option("Seed of the sampling.")] = 0,
     backend: Annotated[str, Option(help="Kernel of the quantized linears (see inspect --backends).")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",

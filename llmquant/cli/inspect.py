@@ -59,7 +59,7 @@ def verify_command(out: Annotated[Path, Argument(help="Folder that llmquant wrot
         for problem in problems:
             print(problem)
         if not problems:
-            print(f"{out}: {len(manifest['files'])} files, all as they were written")
+            print(f"{out}: {len(manifest['files'])} files, all unchanged")
     if problems:
         raise typer.Exit(1)
 

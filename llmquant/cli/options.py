@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 
-def count(help: str) -> Any:
+def integer_option(help: str) -> Any:
     """Return an option whose value is an integer."""
     return Option(help=help, metavar="N")
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from llmquant.cli.options import Device, Json, NewFolder, Overwrite, Quiet, RemoteCode, Restart, count
+from llmquant.cli.options import Device, Json, NewFolder, Overwrite, Quiet, RemoteCode, Restart, integer_option
 from llmquant.cli.output import Interrupted, is_main_process, print_error, print_result
 from llmquant.errors import UserError
 from llmquant.paths import parse_path, partial_folder
@@ -37,11 +37,15 @@ def quantize_command(
         str, Option(help="Dtype of unquantized tensors: auto (unchanged), float32, bfloat16 or float16.")
     ] = "auto",
     calibration: Annotated[
-        str, Option(help="Calibration text: wikitext2, c4, ptb, python-docs, or a .txt, .jsonl or .parquet file.")
+        str,
+        Option(
+            help="Calibration text: wikitext2, c4, ptb, python-docs, or a .txt, .jsonl or .parquet file; auto is c4, "
+            "or python-docs without the hub."
+        ),
     ] = "auto",
-    samples: Annotated[int, count("Number of calibration samples.")] = OPTIONS.num_samples,
-    seq_len: Annotated[int, count("Tokens of each calibration sample.")] = OPTIONS.seq_len,
-    seed: Annotated[int, count("Seed of the random choice of samples.")] = OPTIONS.seed,
+    samples: Annotated[int, integer_option("Number of calibration samples.")] = OPTIONS.num_samples,
+    seq_len: Annotated[int, integer_option("Tokens of each calibration sample.")] = OPTIONS.seq_len,
+    seed: Annotated[int, integer_option("Seed of the random choice of samples.")] = OPTIONS.seed,
     skip: Annotated[
         list[str] | None,
         Option(help="Do not quantize linears that match, such as '*.down_proj'. May be repeated.", metavar="PATTERN"),
@@ -56,22 +60,24 @@ def quantize_command(
     ] = None,
     target_bpw: Annotated[
         float | None,
-        Option(help="Choose a grid for each linear, with this average of bits per weight.", metavar="BITS"),
+        Option(help="Choose a grid for each linear, with at most this average of bits per weight.", metavar="BITS"),
     ] = None,
     target_size: Annotated[
         str | None,
-        Option(help="Choose a grid for each linear, for a result of this size: 5GB, 750MB, 4.5GiB.", metavar="SIZE"),
+        Option(
+            help="Choose a grid for each linear, for a result of at most this size: 5GB, 750MB, 4.5GiB.", metavar="SIZE"
+        ),
     ] = None,
     engine: Annotated[
         list[str] | None,
         Option(
-            help="Check that this engine loads the result: vllm, sglang, transformers. May be repeated.",
+            help="Refuse a run whose result this engine cannot load: vllm, sglang, transformers. May be repeated.",
             metavar="ENGINE",
         ),
     ] = None,
     target: Annotated[list[str] | None, Option(hidden=True, help="Deprecated alias of --engine.")] = None,
     tensor_parallel: Annotated[
-        int, count("Number of GPUs that will share the model in the engines.")
+        int, integer_option("Number of GPUs that will share the model in the engines.")
     ] = OPTIONS.tensor_parallel,
     device: Device = "auto",
     verify: Annotated[

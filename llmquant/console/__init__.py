@@ -1,1 +1,1 @@
-"""The output of the commands: one module per command."""
+"""The output of the commands: one module per command, and shared modules."""

@@ -27,6 +27,6 @@ def calibration_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def print_calibration(summary: Mapping[str, Any]) -> None:
-    """Print the lines on stderr, as progress is printed."""
+    """Print the lines of a summary on stderr, like progress."""
     for line in calibration_lines(summary):
         print(f"calibration text: {line}", file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ def print_plan(plan: Plan, out: Path) -> None:
     inside = {entry.kind for entry in coverage.unquantized}
     for title, linears in (
         ("in 16 bit", [linear for linear in plan.linears if linear.spec is None and linear.kind not in inside]),
-        ("changed", [linear for linear in plan.quantized if linear.reason]),
+        ("other grid", [linear for linear in plan.quantized if linear.reason]),
     ):
         for reason, same in grouped(linears, lambda linear: linear.reason).items():
             facts.append((title, f"{reason}: {len(same)} x {kinds_of(linear.name for linear in same)}"))
@@ -72,7 +72,7 @@ def print_plan(plan: Plan, out: Path) -> None:
     for name in plan.options.engines:
         facts.append(("engine", f"{ENGINES[name].name} loads the result, by its rules of {RULES_DATE}"))
     facts += [("engine", needed) for needed in package_notes(plan)]
-    facts.append(("dry run", "nothing is written; the same command without --dry-run does it"))
+    facts.append(("dry run", "nothing is written; without --dry-run, the command quantizes the model"))
     print_facts(facts)
 
 

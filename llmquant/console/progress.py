@@ -102,7 +102,7 @@ def show_block_progress(*, quiet: bool = False) -> Iterator[OnProgress]:
 
 
 class _BlockLines:
-    """Prints one line for each phase before and after the blocks, and for finished blocks one line per
+    """Prints one line for each phase before and after the blocks, and for finished blocks at most one line per
     SECONDS_BETWEEN_LINES."""
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class _BlockLines:
 
 
 class _BlockClock:
-    """The elapsed and remaining time of a quantization. Blocks that are read back do not count."""
+    """The elapsed and remaining time of a quantization. The latter is estimated without blocks that are read back."""
 
     def __init__(self) -> None:
         self._start = monotonic()

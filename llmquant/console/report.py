@@ -24,7 +24,7 @@ def print_report(report: Report) -> None:
     """Print errors beside those of RTN, fallbacks, sizes, times, the next commands and the verdict."""
     from llmquant.checkpoints.manifest import REPORT_HTML
 
-    table = new_table("linear", "grid", ">n", ">error", ">worst", ">in", ">RTN")
+    table = new_table("linear", "grid", ">n", ">error", ">worst", ">block", ">RTN")
     by_grid = grouped_within(report.linears, lambda linear: linear.kind, lambda linear: linear.grid)
     for (kind, grid), linears in by_grid.items():
         table.add_row(kind, grid, str(len(linears)), *_errors(linears))
@@ -106,10 +106,12 @@ def rounding_facts(linears: Sequence[LinearReport]) -> list[tuple[str, str]]:
     if shrinkage := _means(linears, lambda linear: linear.correction_shrinkage):
         facts.append(("corrections", f"mean shrinkage factor: {shrinkage}"))
     if ratio := _means(linears, lambda linear: linear.cross_row_cost_ratio):
-        facts.append(("cross-row", f"mean cost after cross-row compensation, relative to before: {ratio}"))
+        facts.append(("cross-row", f"mean cost with cross-row compensation, relative to without: {ratio}"))
     if num_rtn_rows := sum(linear.rtn_rows or 0 for linear in linears):
         rows = sum(linear.rows for linear in linears if linear.rtn_rows is not None)
-        facts.append(("RTN rows", f"{num_rtn_rows} of {rows} rows are rounded to nearest, which measured better there"))
+        facts.append(
+            ("RTN rows", f"{num_rtn_rows} of {rows} rows are rounded to nearest, because their error is smaller")
+        )
     return facts
 
 

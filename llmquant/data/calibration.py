@@ -197,9 +197,9 @@ def _text_notes(tokenizer: PreTrainedTokenizerBase, tokens_T: Tensor, rows: RowC
     unknown = tokenizer.unk_token_id
     fraction = 0.0 if unknown is None else (tokens_T == unknown).double().mean().item()
     if fraction >= UNKNOWN_FRACTION:
-        yield f"{fraction:.0%} of the tokens are {tokenizer.unk_token}: the tokenizer does not know this script"
+        yield f"{fraction:.0%} of the tokens are {tokenizer.unk_token}: the tokenizer has no tokens for this script"
     if (ratio := len(tokens_T) / rows.num_characters) >= TOKENS_PER_CHARACTER:
-        yield f"{ratio:.1f} tokens per character: the tokenizer hardly knows this script, or this is not text"
+        yield f"{ratio:.1f} tokens per character: the tokenizer has few tokens for this script, or this is not text"
 
 
 def _load(source: str) -> tuple[TextRows, tuple[str, ...]]:

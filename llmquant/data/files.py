@@ -73,7 +73,7 @@ def text_lines(path: Path) -> Iterator[str]:
         with _open(path) as raw, BufferedReader(raw) as file:
             mark = file.peek(4)
             encoding = next((name for start, name in _BYTE_ORDER_MARKS.items() if mark.startswith(start)), "utf-8")
-            # A byte that is not UTF-8 is decoded to a surrogate, so that the message can name its line.
+            # A byte that is not UTF-8 is decoded to a surrogate, so that the error message can name its line.
             with TextIOWrapper(file, encoding, "surrogateescape", newline="\n") as text:
                 for number, line in enumerate(text, start=1):
                     _check_line(line, number, path)
@@ -188,7 +188,7 @@ def _parquet_records(path: Path) -> Iterator[Record]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            # If no column is known, all columns are read, so that the message about the first row can name them.
+            # If no column is known, all columns are read, so that the error message about the first row can name them.
             columns = known_fields(names) or None
             number = 0
             for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns):

@@ -1,6 +1,6 @@
 """Sources of text: presets on the Hugging Face hub, Python's language reference, and local files.
 
-A data set is a list of rows. Its perplexity depends on how the rows are joined before tokenizing, so rows are returned
+A data set is a list of rows. Perplexity depends on how the rows are joined before tokenizing, so rows are returned
 together with their joiner: the GPTQ paper joins WikiText-2 with a blank line between rows, and C4 with a space. A text
 file is used unchanged, unless it is a dump of rows in the raw-WikiText form (see `_text_rows`). `files.py` reads the
 files, and `records.py` selects the fields of their records.

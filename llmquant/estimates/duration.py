@@ -130,7 +130,7 @@ def _shapes(plan: Plan) -> Iterator[_Shape]:
             yield _Shape(
                 members[0].in_features,
                 tuple(linear.out_features for linear in members),
-                tuple(linear.grid for linear in members),
+                tuple(linear.quant_spec for linear in members),
                 adds_to_residual=len(members) == 1,
             )
 

@@ -113,7 +113,7 @@ class MemoryEstimate:
 
 def estimate_memory(plan: Plan) -> MemoryEstimate:
     """Estimate the memory of a run from the shapes of its model and the current memory of the process."""
-    on_device = plan.skeleton.device.type != "cpu"
+    on_gpu = plan.skeleton.device.type != "cpu"
     blocks = range(len(plan.block_names))
     outside = max((math.prod(info.shape) for info in plan.tensors_outside().values()), default=0)
     if plan.recipe.needs_data:
@@ -131,8 +131,8 @@ def estimate_memory(plan: Plan) -> MemoryEstimate:
     if plan.options.verify:
         phases["comparing the result with the original (--no-verify leaves it out)"] = _comparison_bytes(plan, outside)
     runtime = 0
-    if not on_device:
-        # First, because it loads LLVM, which then counts as resident.
+    if not on_gpu:
+        # This comes first, because it loads LLVM, which `resident_bytes` then includes.
         compiled = attention_bytes(plan.skeleton.model, plan.skeleton.device)
         runtime = resident_bytes() + LIBRARY_BYTES + compiled
     return MemoryEstimate(
@@ -140,7 +140,7 @@ def estimate_memory(plan: Plan) -> MemoryEstimate:
         work_bytes=work,
         activation_bytes=activations,
         other_phases=phases,
-        peak_so_far_bytes=0 if on_device else peak_resident_bytes(),
+        peak_so_far_bytes=0 if on_gpu else peak_resident_bytes(),
         limit_bytes=plan.options.max_memory_bytes,
     )
 
@@ -156,7 +156,7 @@ def output_hessian_bytes(plan: Plan, indices: Iterable[int]) -> int:
 
 
 def _sensitivity_bytes(plan: Plan) -> int:
-    """Return the bytes of measuring sensitivities for a budget, where a block's linears are rounded after its pass."""
+    """Return the bytes of measuring sensitivities for a budget. The backward pass rounds the linears one by one."""
 
     def rounding(index: int) -> int:
         linears = plan.linears_of_block(index).values()

@@ -1,1 +1,1 @@
-"""Storage formats: pure functions between a `QuantizedWeight` and named tensors."""
+"""Storage formats: pure functions that convert a `QuantizedWeight` to named tensors and back."""

@@ -74,7 +74,7 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-    """Return why this format cannot store a linear. It needs 4 bits, whole words along N and whole groups along K."""
+    """Return why a linear cannot be stored, or None. It needs 4 bits, whole words along N, whole groups along K."""
     if spec.bits != 4:
         return f"bits {spec.bits}: the AWQ format holds 4 bits only; use --format compressed-tensors, or --bits 4"
     if out_features % 8:
@@ -141,7 +141,7 @@ def config(
     """Return the `quantization_config`. All quantized linears have one grid; the others stay in 16 bit.
 
     `zero_point` is true for symmetric grids as well (their zero-points are 8), because the fast kernels require it.
-    Raises UserError if the linears have several grids, or if loaders could not tell their names apart.
+    Raises UserError if the linears have several grids, or if loaders could not distinguish their names.
     """
     assert not act_order_groups
     for name, spec in specs.items():

@@ -70,7 +70,7 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-    """Return why this format cannot store a linear. It needs whole groups: its loader divides K by group_size."""
+    """Return why a linear cannot be stored, or None. It needs whole groups: loaders divide K by group_size."""
     return refuse_partial_group(spec, in_features, "compressed-tensors")
 
 
@@ -106,7 +106,7 @@ def features(tensors: Mapping[str, Tensor], spec: QuantSpec) -> tuple[int, int]:
     out_features, words = check_matrix(tensors, "weight_packed")
     shape = require(tensors, "weight_shape")
     if shape.dtype not in (torch.int64, torch.int32) or tuple(shape.shape) != (2,):
-        raise UserError(f"weight_shape: {shape.dtype} {list(shape.shape)}; must be int64 [2]")
+        raise UserError(f"weight_shape: {shape.dtype} {list(shape.shape)}; must be int64 or int32 [2]")
     rows, in_features = shape.tolist()
     if rows != out_features or in_features < 1 or num_words(in_features, spec.bits) != words:
         raise UserError(

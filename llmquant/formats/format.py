@@ -1,8 +1,8 @@
-"""A storage format: pure functions between `QuantizedWeight` and named tensors, and between specs and `config.json`.
+"""A storage format: pure functions that convert a `QuantizedWeight` to named tensors and back.
 
-A linear called `m` is stored as tensors `m.<suffix>`; a format defines its suffixes, their dtypes and shapes, and the
-words in them. Files, modules and models are the concern of `checkpoints/`. `registry.FORMATS` lists all
-formats.
+Further functions convert specs to the `quantization_config` in `config.json`, and parse it. A linear called `m` is
+stored as tensors `m.<suffix>`; a format defines its suffixes, their dtypes and shapes, and the words in them. It does
+not read or write files; `checkpoints/` does. `registry.FORMATS` lists all formats.
 
 Letters: N out_features, K in_features, G groups of group_size columns (the last may be shorter).
 """
@@ -52,7 +52,7 @@ class ParsedQuantization:
     configuration take too long to match."""
 
     def spec_of(self, module: str) -> QuantSpec | None:
-        """The grid of a linear, or None if it stays in 16 bit."""
+        """Return the grid of a linear, or None if it stays in 16 bit."""
         grid = self.grid_of(module)
         return None if grid is None else grid.spec
 
@@ -79,19 +79,19 @@ class Format:
     """Weight -> its stored tensors by suffix. They hold codes, scales and zero-points exactly; `pack` raises UserError
     if they cannot."""
     features: Callable[[Mapping[str, Tensor], QuantSpec], tuple[int, int]]
-    """(tensors, spec) -> (N, K), after checking every dtype and shape. Raises UserError that names the tensor. No
+    """(tensors, spec) -> (N, K), after checking every dtype and shape. Raises UserError if one is wrong. No
     values are read, so tensors may be on the meta device (except compressed-tensors' `weight_shape`)."""
     unpack: Callable[[Mapping[str, Tensor], QuantSpec, int, int], QuantizedWeight]
-    """(tensors, spec, N, K) -> the weight, after checking shapes and values. Raises UserError that names the tensor."""
+    """(tensors, spec, N, K) -> the weight, after checking shapes and values. Raises UserError if one is wrong."""
     config: Callable[..., dict[str, Any]]
-    """(default spec, {every linear: spec or None}, act_order_groups=False, meta={}) -> `quantization_config`. Raises
-    UserError if the loaders of this format could not tell the linears apart."""
+    """(default spec, {every linear: spec or None}, act_order_groups=False, meta=None) -> `quantization_config`. Raises
+    UserError if the loaders of this format could not distinguish the linears."""
     parse: Callable[[Mapping[str, Any]], ParsedQuantization]
     """`quantization_config` -> its parsed form. Raises UserError for keys that are unknown or contradict each other."""
     mixes_group_sizes: bool = False
     """Whether every engine that loads the format reads a group size per linear. transformers ignores the per-linear
-    overrides of the gptq formats, and the awq format has none. If this is False, all linears get the smallest group
-    size that one of them needs."""
+    overrides of the gptq formats, and the awq format has none. If this is False and a linear cannot have the
+    requested group size, the plan uses one smaller size, if possible, for all linears whose size no override sets."""
     config_file: str | None = None
     """Name of a second file in which loaders look for the configuration; None if they read config.json only."""
 
@@ -129,14 +129,15 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: TensorShapes, scale_s
 def check_scales(scale_NG: Tensor, zero_NG: Tensor, spec: QuantSpec, suffix: str) -> None:
     """Raise UserError unless every scale is finite and positive, or negative with the middle zero-point.
 
-    AutoRound writes negative scales. It negates a symmetric group if the largest weight is positive, because the grid
-    has one more level below zero than above.
+    AutoRound writes negative scales. It negates a symmetric group if the weight of largest magnitude is positive,
+    because the grid has one more level below zero than above.
     """
     negative = (scale_NG < 0) & (zero_NG != spec.mid_code)
     for wrong, name in ((~torch.isfinite(scale_NG), "NaN or inf"), (negative | (scale_NG == 0), "zero or negative")):
         if count := int(wrong.sum()):
             raise UserError(
-                f"{suffix}: {count} of {scale_NG.numel()} scales are {name}; scales must be finite and positive"
+                f"{suffix}: {count} of {scale_NG.numel()} scales are {name}; scales must be finite, and "
+                f"positive unless the zero-point is {spec.mid_code}"
             )
 
 
@@ -145,7 +146,7 @@ def check_zeros(zero_NG: Tensor, spec: QuantSpec, suffix: str) -> None:
     if spec.symmetric and not bool((zero_NG == spec.mid_code).all()):
         raise UserError(
             f"{suffix}: zero-points from {int(zero_NG.min())} to {int(zero_NG.max())}, but quantization_config says "
-            f"symmetric, which means {spec.mid_code}; correct its sym or checkpoint_format"
+            f"symmetric, so every zero-point must be {spec.mid_code}; correct its sym or checkpoint_format"
         )
 
 
@@ -177,7 +178,7 @@ def cast_scales(scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def num_features(words: int, bits: int, suffix: str) -> int:
-    """Return how many codes fit into `words` words. Raises UserError if that is not a whole number (3 bits)."""
+    """Return how many codes fit into `words` words. Raises UserError if it is not a whole number (with 3 bits)."""
     if words * 32 % bits:
         raise UserError(
             f"{suffix}: {words} words do not hold a whole number of {bits}-bit codes; check bits in config.json"
@@ -186,7 +187,7 @@ def num_features(words: int, bits: int, suffix: str) -> int:
 
 
 def refuse_partial_group(spec: QuantSpec, in_features: int, needed_by: str) -> str | None:
-    """Return why a format without partial groups cannot store a linear, or None if it can. needed_by: the format."""
+    """Return why a format without partial groups cannot store a linear, or None. needed_by: name of the format."""
     if spec.group_size == -1 or in_features % spec.group_size == 0:
         return None
     return (

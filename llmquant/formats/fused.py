@@ -1,8 +1,8 @@
 """Linears that engines fuse: vLLM and SGLang concatenate their weights when they load a model.
 
 All linears of a fused set must have the same grid, or all must stay in 16 bit. If a configuration names linears, an
-engine may look up the fused name in it. The names in this module are those of transformers' models. A model that stores
-a fused linear (a `qkv_proj` on disk) needs none of this.
+engine may look up the fused name in it. The names in this module are those of transformers' models. Models that store
+a fused linear (a `qkv_proj` on disk) are not affected.
 """
 
 from __future__ import annotations

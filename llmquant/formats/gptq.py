@@ -5,7 +5,7 @@
 | qweight | int32 | [K*b/32, N] | codes, packed along K |
 | qzeros | int32 | [G, N*b/32] | zero-points, packed along N; v1 stores z - 1, v2 stores z |
 | scales | float16 or bfloat16 | [G, N] | |
-| g_idx | int32 | [K] | group of each column; llmquant writes `k // g` |
+| g_idx | int32 | [K] | group of each column; `k // group_size` without act-order |
 
 Letters: N out_features, K in_features, G groups of group_size columns (the last may be shorter), b bits.
 """
@@ -80,8 +80,8 @@ def scale_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def refuses(spec: QuantSpec, out_features: int, in_features: int, dtype: torch.dtype) -> str | None:
-    """Return why this format cannot store a linear. It needs whole words: K * b and N * b must be multiples of 32, and
-    for 3 bits K and N themselves."""
+    """Return why a linear cannot be stored, or None. It needs whole words: K * b and N * b must be multiples of 32. If
+    b is 3, K and N must be multiples of 32 too."""
     multiple = 32 if spec.bits == 3 else 32 // spec.bits
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if size % multiple:
@@ -109,7 +109,7 @@ def pack(weight: QuantizedWeight, *, zero_offset: int) -> dict[str, Tensor]:
         raise UserError(reason)
     if zero_offset and bool((weight.zero_NG < zero_offset).any()):
         raise UserError(
-            "qzeros: a zero-point of 0 cannot be stored as z - 1 (loaders disagree on the borrow); "
+            "qzeros: a zero-point of 0 cannot be stored as z - 1 (loaders decode it differently); "
             "use --format gptq_v2 or compressed-tensors"
         )
     return {
@@ -125,7 +125,7 @@ def features(tensors: Mapping[str, Tensor], spec: QuantSpec) -> tuple[int, int]:
     in_features = num_features(rows, spec.bits, "qweight")
     expected = tensor_shapes(spec, out_features, in_features, torch.float16)
     if "g_idx" not in tensors:
-        # Some tools omit g_idx if it is k // g. The configuration decides whether it may be missing.
+        # Some tools omit g_idx if it is k // group_size. The configuration decides whether it may be missing.
         del expected["g_idx"]
     check_tensors(tensors, expected, "scales", spec)
     if reason := refuses(spec, out_features, in_features, torch.float16):
@@ -215,7 +215,7 @@ def _override(spec: QuantSpec | None, default: QuantSpec) -> dict[str, Any]:
 
 
 def _pattern(names: list[str], specs: Mapping[str, QuantSpec | None]) -> str:
-    """Return a regular expression for exactly these names, with `\\d+` for the layer number if all layers agree."""
+    """Return a regular expression for these names, with `\\d+` for the layer number if all layers share a grid."""
     specs_of_pattern = defaultdict(set)
     for name, spec in specs.items():
         specs_of_pattern[_any_number(name)].add(spec)

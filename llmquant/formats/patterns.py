@@ -1,10 +1,10 @@
 """Regular expressions from an untrusted `quantization_config`, matched against module names.
 
-A short pattern can take years to match, because engines backtrack. The `regex` package can interrupt a match, so all
-patterns of one configuration share a time budget (`MatchTimer`). It cannot interrupt compiling, and compiling
+A short pattern can take years to match, because regex engines backtrack. The `regex` package can interrupt a match, so
+all patterns of one configuration share a time budget (`MatchTimer`). `regex` cannot interrupt compiling, and compiling
 `(?:a{1000000}){1000000}` takes gigabytes. So patterns that repeat a group, or that are larger than any tool writes, are
-refused before they are compiled (`is_excessive`). Short patterns with few repetitions, the usual ones, end soon in any
-engine; they are matched by Python's `re`, because a timeout makes a match ten times as slow.
+refused before `regex` compiles them (`is_excessive`). Most patterns are short and have few repetitions, so they match
+quickly in any engine. Python's `re` matches them, because a timeout makes a match ten times as slow.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ MAX_REPETITIONS = 6
 """Largest number of repetitions in one alternative of a pattern. Four optional items count as one repetition."""
 MAX_LENGTH = 100_000
 """Largest length of a pattern, in characters."""
-MAX_SECONDS = 1.0
+MAX_MATCH_SECONDS = 1.0
 MAX_SECONDS_PER_NAME = 1e-3
 
 MAX_SIMPLE_REPETITIONS, MAX_SIMPLE_LENGTH = 2, 200
 """Patterns up to these limits are matched without a timeout: they take at most some milliseconds for one name."""
 
 _COMMENT = re.compile(r"\(\?(#|[aiLmsu]*x)")
-"""The start of a comment, or of the mode that has comments, which could hide from `is_excessive` what follows."""
+"""The start of a comment, or the flag that allows comments. `is_excessive` would misread the text that follows."""
 _LARGE_COUNT = re.compile(r"\{[\d,]*\d{4}")
 """A repetition of a thousand times or more."""
 
@@ -42,15 +42,15 @@ class MatchTimer:
 
     @property
     def remaining_seconds(self) -> float:
-        """What is left of `MAX_SECONDS`, plus a share per match, because larger models have more names."""
-        return MAX_SECONDS + self.num_matches * MAX_SECONDS_PER_NAME - self.seconds
+        """The rest of `MAX_MATCH_SECONDS`, plus an allowance per match, because larger models have more names."""
+        return MAX_MATCH_SECONDS + self.num_matches * MAX_SECONDS_PER_NAME - self.seconds
 
 
 class Pattern:
     """A regular expression that is matched from the start of a module name.
 
     where: the place of the pattern in the configuration, for error messages. Raises UserError if the pattern is not a
-    regular expression, or if compiling it could take forever.
+    regular expression, or if it is excessive (`is_excessive`).
     """
 
     def __init__(self, pattern: str, where: str, timer: MatchTimer) -> None:
@@ -97,7 +97,7 @@ class Pattern:
 def is_excessive(pattern: str) -> bool:
     """Whether a pattern repeats a group, has too many repetitions in one alternative, or is very large.
 
-    The names of linears need none of that.
+    Patterns for the names of linears do none of these.
     """
     if len(pattern) > MAX_LENGTH or _COMMENT.search(pattern) or _LARGE_COUNT.search(pattern):
         return True

@@ -1,4 +1,4 @@
-"""The formats by name, and the format of a `quantization_config`."""
+"""All formats by name, and the parser of a `quantization_config` of any format."""
 
 from __future__ import annotations
 

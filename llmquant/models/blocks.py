@@ -2,8 +2,8 @@
 
 There is no table of models. The decoder blocks are the ModuleList with the most parameters below the text decoder.
 Linears are `nn.Linear` and GPT-2's `Conv1D` (a linear stored transposed), if they compute nothing else (`is_linear`).
-One run of a block shows, by comparing tensors by identity, which linears read the same input, in which order they run,
-and which of them write directly to the residual stream.
+One run of a block shows which linears read the same input, in which order they run, and which of them write directly
+to the residual stream. Tensors are compared by identity.
 
 Letters: N out_features, K in_features.
 """
@@ -37,8 +37,8 @@ class InputGroup:
     linears: tuple[str, ...]
     """Names of the linears within the block, in the order they run."""
     residual_source: str | None
-    """Module within the block ("" for the block itself) whose input is the residual stream to which the output of the
-    group's only linear is added; None if the group has several linears or their output goes elsewhere."""
+    """Module within the block ("" for the block itself) whose input is the residual stream that the group's only linear
+    adds to; None if the group has several linears, or if its linear adds to no residual stream."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class BlockStructure:
 def find_blocks(model: nn.Module) -> tuple[str, list[str]]:
     """Return the name of the ModuleList of decoder blocks, and the names of the blocks in order.
 
-    Raises UserError for a model without such a list, and for one whose blocks are spread over several lists: a second
-    list has the same parent, or contains blocks of the same class.
+    Raises UserError for a model without such a list, for blocks that have no forward pass, and for blocks in several
+    lists: a second list has the same parent, or contains blocks of the same class.
     """
     kind, decoder = type(model).__name__, decoder_of(model)
     lists = set(_block_lists_of(decoder))
@@ -84,14 +84,14 @@ def find_blocks(model: nn.Module) -> tuple[str, list[str]]:
     for key, block in blocks.items():
         if type(block).forward is nn.Module.forward:
             raise UserError(
-                f"{largest}.{key}: this decoder block is a {type(block).__name__}, which is never called as a whole; "
+                f"{largest}.{key}: this decoder block is a {type(block).__name__}, which has no forward pass; "
                 "such a model cannot be quantized"
             )
     return largest, [f"{largest}.{key}" for key in blocks]
 
 
 def _block_lists_of(model: nn.Module) -> list[nn.ModuleList]:
-    """Return the lists of modules that contain linears, except lists of plain linears and lists inside such a list."""
+    """Return the ModuleLists that contain linears, except lists of plain linears and lists inside a returned list."""
     found: list[nn.ModuleList] = []
     inside: set[nn.Module] = set()
     for module in model.modules():
@@ -126,7 +126,7 @@ def modules_outside(model: nn.Module, block_names: Sequence[str]) -> list[str]:
 def run_model_code(model: nn.Module, call: Callable[[], Any]) -> Any:
     """Run the model's own code; turn its exceptions into a UserError.
 
-    Exceptions from llmquant's own hooks, and a lack of memory, are not changed.
+    Exceptions from llmquant's own hooks, and out-of-memory errors, are not changed.
     """
     try:
         return call()

@@ -2,10 +2,10 @@
 
 Each sequence runs the whole forward pass, from the token ids on, in a greenlet of its own (`CalibrationPass`). Hooks
 pause it at the input of every decoder block, and inside a block in front of the linears that are about to be quantized.
-So the model itself computes masks, position embeddings, per-layer arguments and everything else between the blocks, and
-one forward pass is enough: when all sequences have reached the input of some linears, the statistics of that input are
-complete; the linears are quantized, and the sequences go on through the new weights. Only one greenlet runs at a time,
-always in the same order.
+So the model itself computes masks, position embeddings, per-layer arguments and everything else between the blocks. One
+forward pass is enough: when all sequences have reached the input of some linears, the statistics of that input are
+complete. Then the linears are quantized, and the sequences continue through the new weights. Only one greenlet runs at
+a time, always in the same order.
 
     with BlockwiseForward(skeleton, tokens_SL, with_original=...) as forward:
         for index in range(num_blocks):
@@ -22,9 +22,9 @@ A block that is already finished needs `enter`, `pass_through` and `leave`. A bl
 `advance_past`. After the last block, `run_head` runs one pass to its end.
 
 Each sequence can run twice: as a quantized pass, on the weights that the block holds, and as an original pass, on the
-weights of the checkpoint. Both reach an input group one sequence after the other, when the caller takes the next group
-input. At a group whose linear writes to the residual stream, the original pass continues at once; at other groups it
-waits. So few of the tensors inside a sublayer exist at the same time. While an original pass runs, the block
+weights of the checkpoint. Both run to an input group when the caller takes the sequence's group input. At the last
+group, and at one whose linear writes to the residual stream, the original pass then continues at once; at other groups
+it waits. So few of the tensors inside a sublayer exist at the same time. While an original pass runs, the block
 temporarily gets back the checkpoint's weights that were replaced.
 
 Letters: S sequences, L tokens of a sequence, T tokens, K in_features, R width of the residual stream.
@@ -74,9 +74,9 @@ class CalibrationPass(greenlet):
         self.is_original = is_original
         """Whether the pass runs through the checkpoint's weights instead of the quantized ones."""
         self.block: int | None = None
-        """Index of the block that the pass is in or waits for; None before the first; AFTER_LAST_BLOCK at the end."""
+        """Index of the block that the pass is in or in front of; None before the first; AFTER_LAST_BLOCK at the end."""
         self.block_call: tuple[tuple, dict] = ((), {})
-        """(args, kwargs) of the block that the pass waits for; after the last block, (its outputs, {})."""
+        """(args, kwargs) for the block in front of which the pass waits; after the last block, (its outputs, {})."""
         self.input_group = NO_GROUP
         """Index of the last input group of the block that the pass has reached."""
         self.group_input: Tensor | None = None
@@ -107,7 +107,7 @@ class GroupInput:
     """The group's input in the quantized model."""
     original_x_TK: Tensor | None
     """The group's input in the original model; None without an original pass, or if the shapes differ."""
-    residual_gap_TR: Tensor | None
+    residual_drift_TR: Tensor | None
     """h_original - h_quantized of the residual stream that the group's linear is added to; None if unknown."""
 
 
@@ -135,7 +135,7 @@ class BlockwiseForward:
         self._spill, self._first_sample, self._timer = spill, first_sample, timer
         _, self.block_names = find_blocks(skeleton.model)
         self._blocks = [skeleton.model.get_submodule(name) for name in self.block_names]
-        # The base model has no head: nothing runs after the last block.
+        # The base model has no head; the head is needed only for `run_head`.
         self._model = skeleton.model if with_head else skeleton.model.base_model
         self.quantized_passes = [self._start(tokens_L, False) for tokens_L in tokens_SL]
         self.original_passes = [self._start(tokens_L, True) for tokens_L in tokens_SL] if with_original else []
@@ -266,7 +266,7 @@ class BlockwiseForward:
             return trace_structure(block, lambda: run_model_code(self.skeleton.model, lambda: block(*args, **kwargs)))
 
     def block_calls(self, count: int) -> list[tuple[tuple, dict]]:
-        """Return (args, kwargs) with which the first quantized passes will call the block that they wait for."""
+        """Return (args, kwargs) with which the first `count` quantized passes will call their next block."""
         if self._spill is not None:
             for calibration_pass in self.quantized_passes[:count]:
                 self._spill.restore(calibration_pass.storages)
@@ -396,7 +396,7 @@ class BlockwiseForward:
             self._spill.evict_if_over_budget(calibration_pass.storages)
 
     def _computing_for(self, calibration_pass: CalibrationPass | None) -> AbstractContextManager[None]:
-        """Return the context of computation on tensors of the passes; the pass, if any, owns the tensors it makes."""
+        """Return a context for computing on tensors of the passes; the given pass, if any, owns the new tensors."""
         if self._spill is None:
             return nullcontext()
         # A greenlet is false until it starts, so it is compared with None.
@@ -404,7 +404,7 @@ class BlockwiseForward:
 
     @contextmanager
     def _lent_parameters(self, block: nn.Module) -> Iterator[None]:
-        """Put the checkpoint's parameters into the block while an original pass runs in a `with` block."""
+        """Put the checkpoint's parameters into the block for the duration of a `with` block."""
         current = []
         for name, lent in self._checkpoint_parameters.items():
             owner, _, leaf = name.rpartition(".")

@@ -2,19 +2,19 @@
 
 AWQ (Lin et al. 2023) divides the input of a linear by a scale per channel and multiplies the columns of its weight by
 the same scale. The division is folded into the weights of the module that produces the input: a norm, or an earlier
-linear (smooth_layer and balance_layers in llm-compressor; producer and consumers here). There is no table of which
-module produces which input. Runs of the block on its calibration activations show it:
+linear (smooth_layer and balance_layers in llm-compressor; producer and consumers here). There is no table of producers.
+Runs of the block on its calibration activations show which module produces which input:
 
     find     Multiply the rows of one producer by markers, numbers that all differ, and run the block. If each channel
              of a group's input is its former value times one of the markers, that marker shows which row of the
              producer makes the channel: `row_K`. With grouped-query attention several channels share a row.
     verify   Divide the rows by random scales, multiply the columns of the consumers by them, and run the block. Its
-             output must stay the same; anything else that reads the producer's output would change it.
+             output must stay the same. It changes if anything else reads the producer's output.
 
-Fused projections need two more steps, because markers on their other rows hide the rows that qualify. First, the first
-token attends only to itself, so its input to the output projection is its own value vector, whatever queries and keys
-are: this shows the value rows of a fused q/k/v projection. Second, the rows of a fused gate/up projection are marked by
-halves, and by odd and even rows. Both only suggest rows; another run with only these rows marked confirms them.
+Fused projections need two more steps, because markers on their other rows hide the rows that qualify. First, only the
+first token is compared. It attends only to itself, so its input to the output projection is its own value vector for
+any query and key. This shows the value rows of a fused q/k/v projection. Second, the rows of a fused gate/up projection
+are marked by halves, and by odd and even rows. Both only suggest rows; a run with only these rows marked confirms them.
 
 Everything runs in float32. The block does not change: it runs with other parameters by `functional_call`.
 
@@ -103,7 +103,7 @@ class Fold:
 def multiply_rows(
     parameters: Mapping[str, Tensor], block: nn.Module, producer: Producer, factor_R: Tensor
 ) -> dict[str, Tensor]:
-    """Return the producer's parameters, by name within the block, with the rows of its output multiplied; float32."""
+    """Return the producer's parameters, by name within the block, with its rows multiplied by factor_R; float32."""
     module = block.get_submodule(producer.name)
     weight = parameters[f"{producer.name}.weight"].float()
     if is_linear(module):
@@ -301,7 +301,7 @@ def _find_fold(probe: BlockProbe, producer: Producer, input_groups: set[int]) ->
 
 
 def _find_fold_of_fused(probe: BlockProbe, producer: Producer, input_groups: set[int]) -> Fold | None:
-    """Return the fold of a fused projection, found by marking subsets of rows in which all rows may qualify."""
+    """Return the fold of a fused projection, found by marking one half of its rows at a time."""
     index_R = torch.arange(producer.num_rows, device=next(iter(probe.parameters.values())).device)
     first_half_R, odd_R = index_R < producer.num_rows // 2, index_R % 2 == 1
     row_of: dict[int, Tensor] = {}

@@ -135,7 +135,7 @@ def stored_dtype(config: Any, reader: CheckpointReader) -> torch.dtype:
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in: float32 for float16 on a CPU, where it gives the same numbers faster."""
+    """Return the dtype to compute in: float32 for float16 on a CPU, where float32 is faster."""
     return torch.float32 if device.type == "cpu" and stored == torch.float16 else stored
 
 
@@ -266,7 +266,7 @@ class Skeleton:
     """Dtype that the model computes in."""
     dtypes: dict[str, torch.dtype]
     """Dtype of every loaded parameter and persistent buffer, by name in the model (`loaded_dtypes`)."""
-    computed: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
+    computed_parameters: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     """Functions that compute, at each load, the value of a parameter that has no tensor; by parameter name."""
     _empty: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameters on meta that loaded ones have replaced, by name."""
@@ -296,7 +296,8 @@ class Skeleton:
             if reader.tensors[source].shape != tuple(shapes[name]):
                 raise UserError(
                     f"{reader.path}: tensor '{source}' has shape {list(reader.tensors[source].shape)}, "
-                    f"config.json makes it {list(shapes[name])}; the checkpoint and its config do not belong together"
+                    f"but config.json gives the shape {list(shapes[name])}; the checkpoint and its config do not "
+                    "belong together"
                 )
         return cls(
             model=model, reader=reader, names=names, device=device, dtype=dtype, dtypes=loaded_dtypes(model, dtype)
@@ -309,7 +310,7 @@ class Skeleton:
 
     @cached_property
     def parameter_tensors(self) -> frozenset[str]:
-        """Names of the checkpoint's tensors that are parameters. The others are buffers; a mask may hold -inf."""
+        """Names of the checkpoint's tensors that are parameters. Buffers are left out, because a mask may hold -inf."""
         parameters = (name for name, _ in self.model.named_parameters(remove_duplicate=False))
         return frozenset(self.names[name] for name in parameters if name in self.names)
 
@@ -342,8 +343,8 @@ class Skeleton:
             name = f"{prefix}.{key}" if prefix else key
             if replacements is not None and name in replacements:
                 value = replacements[name]
-            elif name in self.computed:
-                value = self.computed[name]()
+            elif name in self.computed_parameters:
+                value = self.computed_parameters[name]()
             elif name in self.names:
                 value = self.reader.read(self.names[name])
             elif isinstance(tensor, nn.Parameter):

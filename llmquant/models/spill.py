@@ -3,9 +3,9 @@
 While a sequence runs, `Spill` records every tensor that the sequence makes. The tensors that are still alive when the
 sequence pauses are held by the frames of the model's forward pass, so no list of them exists. If all sequences together
 hold more than a budget, the storages of the sequence that pauses are written to files and resized to zero bytes. Every
-tensor that shares such a storage is then empty, until an operation inside `Spill.computing_for` reads it, which
-restores the storage. A tensor that a frame holds but never reads (the embeddings, say) is written once and stays on the
-disk. Code that keeps a tensor of a sequence beyond the sequence's pause must copy it.
+tensor that shares such a storage is then empty. An operation inside `Spill.computing_for` that reads the tensor first
+restores its storage. A tensor that a frame holds but never reads (such as the embeddings) is written once and stays on
+the disk. Code that keeps a tensor of a sequence beyond the sequence's pause must copy it.
 
 Sequences run one after the other, always in the same order. Therefore the last ones go to the disk and the first ones
 stay: the reverse would evict each activation just before it is needed.
@@ -72,7 +72,7 @@ class Spill(TorchDispatchMode):
 
     @contextmanager
     def computing_for(self, owner: OwnedStorages | None) -> Iterator[None]:
-        """Restore tensors that operations read in a `with` block; the owner, if any, owns tensors that they make."""
+        """Restore tensors that operations read in a `with` block; the owner, if any, owns the tensors made there."""
         self._owner = owner
         try:
             with self:
@@ -103,7 +103,7 @@ class Spill(TorchDispatchMode):
         return result
 
     def evict_if_over_budget(self, owner: OwnedStorages) -> None:
-        """Count the storages of a sequence that pauses; move them to the disk if they exceed the budget."""
+        """Count a pausing sequence's storages; move them to the disk if the sequences together exceed the budget."""
         for file in list(owner.files.values()):
             if not _alive(file.tensors):
                 self._delete(file)

@@ -31,7 +31,7 @@ from llmquant.models.blocks import BlockStructure, weight_of
 from llmquant.models.blockwise_forward import SEQUENCES_AT_ONCE, BlockwiseForward, GroupInput
 from llmquant.models.finite import all_finite, damaged_weights_error, read_finite
 from llmquant.models.spill import Spill
-from llmquant.pipeline.output import dense_weights, pack_part, part_names, put_back, round_alone, unpack_part
+from llmquant.pipeline.output import dense_weights, install_dequantized, pack_part, part_names, round_alone, unpack_part
 from llmquant.pipeline.run import Run
 from llmquant.planning.linears import LinearPlan
 from llmquant.planning.plan import Plan
@@ -76,8 +76,8 @@ def quantize_blocks(run: Run) -> None:
 
 
 def _spill(run: Run) -> Spill | None:
-    """The store on disk for activations that do not fit in memory; None if all fit."""
-    scratch = run.ranks.on_main(lambda: run.on_disk.scratch)
+    """Return the store on disk for activations that do not fit in memory; None if all fit."""
+    scratch = run.ranks.on_main(lambda: run.checkpoint.scratch)
     budget_bytes = estimate_memory(run.plan).budget_bytes
     if budget_bytes is None:
         return None
@@ -115,13 +115,13 @@ def _write_block(
     with run.log.timed("writing"):
         digests = {name: tensor_digest(folded[name]) for name in sorted(folded)}
         note = run.log.record_of(linears.values()) | {"folded": digests}
-        run.on_disk.add_part(part, pack_part(run.plan, index, linears, results, folded), note)
+        run.checkpoint.add_part(part, pack_part(run.plan, index, linears, results, folded), note)
 
 
 def quantize_block(
     run: Run, forward: BlockwiseForward, index: int, scaler: AwqScaler | None
 ) -> tuple[dict[str, LinearResult], dict[str, Tensor]]:
-    """Quantize the linears of one block, one input group after the other. Afterwards all samples have left the block.
+    """Quantize the linears of one block, one input group after the other, and run all samples through the block.
 
     Returns the results, by name within the block. Also returns the parameters that AWQ's scales changed and that stay
     in 16 bits, by name in the model.
@@ -133,7 +133,7 @@ def quantize_block(
     folded = FoldedBlock()
     if scaler is not None:
         run.report_progress(Phase.BLOCKS, index, "scales")
-        chosen = run.ranks.on_main(lambda: scaler.choose(forward, index, structure, linears))
+        chosen = run.ranks.on_main(lambda: scaler.choose_scales(forward, index, structure, linears))
         folded = install_folded(plan, index, *chosen)
     factors = _cross_row_factors(run, forward, index)
     results: dict[str, LinearResult] = {}
@@ -157,9 +157,9 @@ def quantize_block(
 
 
 def _cross_row_factors(run: Run, forward: BlockwiseForward, index: int) -> dict[str, CrossRowFactors]:
-    """The factors for cross-row error compensation in one block.
+    """Return the factors for cross-row error compensation in one block.
 
-    They are measured here, or read from disk if a backward pass has measured them before the first block.
+    The factors are measured here, or read from disk if a backward pass before the first block has measured them.
     """
     plan = run.plan
     if not plan.recipe.compensates_across_rows:
@@ -168,7 +168,7 @@ def _cross_row_factors(run: Run, forward: BlockwiseForward, index: int) -> dict[
     def on_main() -> dict[str, CrossRowFactors]:
         if plan.recipe.runs_backward:
             part = cross_row_part(index)
-            return unpack_factors(run.on_disk.read_part(part), run.on_disk.part_note(part))
+            return unpack_factors(run.checkpoint.read_part(part), run.checkpoint.part_note(part))
         return block_cross_row_factors(plan, forward, index, plan.linears_of_block(index), run.num_samples, run.log)
 
     run.report_progress(Phase.BLOCKS, index, "output Hessians")
@@ -181,7 +181,7 @@ def _cross_row_factors(run: Run, forward: BlockwiseForward, index: int) -> dict[
 def _empty_statistics(
     plan: Plan, group: Mapping[str, LinearPlan], scale_K: Tensor | None, *, writes_residual: bool
 ) -> Callable[[], InputStatistics]:
-    """A function that creates empty statistics, of no token, for an input group.
+    """Return a function that creates the statistics of an input group, without any tokens.
 
     scale_K: AWQ's scales of the input, if any. writes_residual: whether the group's output is added to the residual
     stream.
@@ -201,7 +201,7 @@ def _empty_statistics(
 def _statistics(
     run: Run, index: int, inputs: Iterator[GroupInput], name: str, empty: Callable[[], InputStatistics]
 ) -> InputStatistics:
-    """The statistics of an input group over the samples of all ranks. name: a linear of the group, for messages."""
+    """Return the statistics of an input group over the samples of all ranks. name: one of its linears, for messages."""
     run.report_progress(Phase.BLOCKS, index, "forward")
     statistics = run.ranks.sum_statistics(
         _chunk_statistics(run, _checked_finite(run.plan, inputs, index, name), empty), empty
@@ -219,13 +219,13 @@ def _chunk_statistics(
         while several := _next_inputs(run, of_chunk):
             with run.log.timed("statistics"):
                 _add(run.plan.recipe, several, statistics, split_of(several[0].sample, run.num_samples))
-            # The next list is complete before it replaces this one: without `del`, two would be in memory.
+            # Without `del`, this list would stay in memory until the next list is complete.
             del several
         yield statistics
 
 
 def _next_inputs(run: Run, inputs: Iterator[GroupInput]) -> list[GroupInput]:
-    """Run the next few samples to the input group. Empty after the last one."""
+    """Run the next few samples to the input group, and return its inputs; empty after the last sample."""
     with run.log.timed("forward"):
         return list(islice(inputs, SEQUENCES_AT_ONCE))
 
@@ -243,9 +243,9 @@ def _add(recipe: Recipe, several: Sequence[GroupInput], statistics: InputStatist
 
 
 def _used_tensors(recipe: Recipe, group_input: GroupInput) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The tensors of a sample that a recipe uses: the input, the original model's input, and `residual_gap_TR`."""
+    """Return the tensors of a sample that a recipe uses: both models' inputs and `residual_drift_TR`."""
     original_x_TK = group_input.original_x_TK if recipe.correct_input_error else None
-    return group_input.x_TK, original_x_TK, group_input.residual_gap_TR if recipe.correct_residual_error else None
+    return group_input.x_TK, original_x_TK, group_input.residual_drift_TR if recipe.correct_residual_error else None
 
 
 def _checked_finite(plan: Plan, inputs: Iterable[GroupInput], index: int, name: str) -> Iterator[GroupInput]:
@@ -283,7 +283,7 @@ def _quantize_group(
         if run.ranks.is_main:
             for name, result in results.items():
                 run.record_linear(group[name], result, statistics)
-    put_back(run.plan, group, {name: result.weight for name, result in results.items()})
+    install_dequantized(run.plan, group, {name: result.weight for name, result in results.items()})
     trim_heap()
     mean_error = sum(result.error for result in results.values()) / len(results)
     run.report_progress(Phase.BLOCKS, index, error=mean_error)
@@ -304,7 +304,7 @@ def _quantize_some(
     for name, weight_NK in weights.items():
         if not all_finite(weight_NK):
             raise damaged_weights_error(plan.path, f"{group[name].checkpoint_name}.weight")
-    specs = {name: linear.grid for name, linear in group.items()}
+    specs = {name: linear.quant_spec for name, linear in group.items()}
     own_factors = {name: factor.to(plan.skeleton.device) for name, factor in factors.items() if name in names}
     results = quantize_linears(weights, specs, statistics, plan.recipe, storage_limits(plan), names, own_factors)
     # Other ranks, which receive the results, have other devices.
@@ -314,11 +314,11 @@ def _quantize_some(
 def _round_uncalibrated(
     run: Run, linears: Mapping[str, LinearPlan], structure: BlockStructure
 ) -> dict[str, LinearResult]:
-    """Quantize the linears of a block that have no statistics by rounding to nearest."""
+    """Round to nearest the linears of a block that have no statistics."""
     results = {}
     for name, linear in linears.items():
         weight_NK = weight_of(run.plan.skeleton.model.get_submodule(linear.name))
-        results[name] = round_without_data(weight_NK, linear.grid, storage_limits(run.plan))
+        results[name] = round_without_data(weight_NK, linear.quant_spec, storage_limits(run.plan))
         reason = (
             "is called more than once per forward pass" if name in structure.repeated else "saw no calibration token"
         )
@@ -332,8 +332,8 @@ def round_blocks(run: Run) -> None:
     plan, log = run.plan, run.log
     for index, part in enumerate(part_names(plan)):
         run.report_progress(Phase.BLOCKS, index, "rounding")
-        if run.on_disk.has_part(part):
-            log.restore(run.on_disk.part_note(part))
+        if run.checkpoint.has_part(part):
+            log.restore(run.checkpoint.part_note(part))
             continue
         results = {}
         linears = plan.linears_of_block(index)
@@ -343,5 +343,5 @@ def round_blocks(run: Run) -> None:
             run.record_linear(linear, results[name])
         with log.timed("writing"):
             part_tensors = pack_part(plan, index, linears, results)
-            run.on_disk.add_part(part, part_tensors, log.record_of(linears.values()))
+            run.checkpoint.add_part(part, part_tensors, log.record_of(linears.values()))
     run.report_progress(Phase.BLOCKS, run.num_blocks)

@@ -24,7 +24,7 @@ from llmquant.module_names import block_of
 from llmquant.planning.engines import check_engines
 from llmquant.planning.linears import STANDARD_GROUPS, LinearPlan
 from llmquant.planning.plan import Plan
-from llmquant.solver.sensitivity import SharedInput, measure_sensitivities
+from llmquant.solver.sensitivity import InputGroupLosses, measure_sensitivities
 from llmquant.spec import QuantSpec
 
 ALLOCATION = "allocation"
@@ -36,12 +36,12 @@ CURVE_POINTS = 60
 
 
 def plan_provisionally(plan: Plan) -> Plan:
-    """A plan of about the final size, whose grids are chosen as if all weights were equally sensitive.
+    """Return a plan of about the final size, with grids chosen as if all weights were equally sensitive.
 
     Dry runs show this plan. Raises UserError for an impossible budget, before any weight is read.
     """
     grids = _candidates(plan)
-    # Only a forward pass shows which linears share an input. Here, linears of a block with equal in_features count.
+    # Only a forward pass shows shared inputs. Linears of a block with equal in_features are assumed to share one.
     together: dict[tuple[int | None, int], list[LinearPlan]] = {}
     for linear in _choosable(plan):
         if linear.name in grids:
@@ -52,16 +52,15 @@ def plan_provisionally(plan: Plan) -> Plan:
         common = [spec for spec in grids[linears[0].name] if all(spec in grids[linear.name] for linear in linears)]
         losses = {spec: outputs * 0.25**spec.bits * spec.group_size**0.1 for spec in common}
         if losses:
-            inputs.append(SharedInput(tuple(linear.name for linear in linears), losses))
+            inputs.append(InputGroupLosses(tuple(linear.name for linear in linears), losses))
     return with_grids(plan, _by_name(inputs, _allocate(plan, inputs)))
 
 
 def choose_allocation(plan: Plan, tokens_SL: Tensor, on_block: Callable[[], None]) -> dict[str, Any]:
     """Measure sensitivities and choose grids. Returns plain values for the journal and the report.
 
-    A point is `bits_per_weight`, the stored bits per weight of all quantized linears, and `loss`, the estimated
-    divergence from the original in nats per token that the chosen linears cause. `grids_of_allocation` reads the
-    result.
+    `grids_of_allocation` reads the result. A point holds `bits_per_weight`, the stored bits per weight of all quantized
+    linears, and `loss`, the estimated divergence in nats per token that the linears with a choice of grids cause.
 
     target_bits_per_weight   the budget
     chosen                   the chosen point
@@ -72,7 +71,7 @@ def choose_allocation(plan: Plan, tokens_SL: Tensor, on_block: Callable[[], None
     grids = _candidates(plan)
 
     def grids_of(names: Sequence[str]) -> list[QuantSpec]:
-        # Linears that an override matches keep their grid.
+        # Linears without candidates, such as those that an override matches, keep their grid.
         free = [name for name in names if name in grids]
         return [spec for spec in grids[free[0]] if all(spec in grids[name] for name in free)] if free else []
 
@@ -113,12 +112,12 @@ def choose_allocation(plan: Plan, tokens_SL: Tensor, on_block: Callable[[], None
 
 
 def grids_of_allocation(chosen: Mapping[str, Any]) -> dict[str, QuantSpec]:
-    """The grid of every linear by full name, from the result of `choose_allocation`."""
+    """Return the grid of every linear by full name, from the result of `choose_allocation`."""
     return {name: QuantSpec(**each["spec"]) for each in chosen["inputs"] for name in each["linears"]}
 
 
 def with_grids(plan: Plan, grids: Mapping[str, QuantSpec]) -> Plan:
-    """A copy of the plan with other grids, by full name. The recipe's grid becomes the one that most weights have."""
+    """Return a copy of the plan with other grids, by full name. The recipe gets the grid that most weights have."""
     linears = tuple(
         replace(linear, spec=grids[linear.name], reason="") if linear.name in grids else linear
         for linear in plan.linears
@@ -131,7 +130,7 @@ def with_grids(plan: Plan, grids: Mapping[str, QuantSpec]) -> Plan:
 
 
 def _choosable(plan: Plan) -> list[LinearPlan]:
-    """The linears whose grids the budget decides: those inside the blocks that no override matches."""
+    """Return the linears whose grids the budget decides: those inside the blocks that no override matches."""
     outside = plan.quantized_outside_blocks
     return [
         linear for linear in plan.quantized if linear.name not in outside and not plan.recipe.overrides_of(linear.name)
@@ -139,7 +138,7 @@ def _choosable(plan: Plan) -> list[LinearPlan]:
 
 
 def _candidates(plan: Plan) -> dict[str, list[QuantSpec]]:
-    """The candidate grids of every choosable linear, by full name. Raises UserError if even the smallest do not fit."""
+    """Return the candidate grids of every choosable linear, by full name. Raises UserError if none fit the budget."""
     choosable = _choosable(plan)
     budget = _budget_bits(plan)
     least = 0
@@ -163,8 +162,8 @@ def _candidates(plan: Plan) -> dict[str, list[QuantSpec]]:
         smallest_bytes = others + (least + _fixed_bits(plan)) // 8
         remedy = f"use --target-size {smallest_bytes / 1e6 + 0.005:.2f}MB or more"
     raise UserError(
-        f"{_requested(plan)}: the smallest grids that {plan.format.name} and the engines take need {smallest:.3f} bits "
-        f"per weight; {remedy}"
+        f"{_requested(plan)}: the smallest grids that {plan.format.name} and the engines support need {smallest:.3f} "
+        f"bits per weight; {remedy}"
     )
 
 
@@ -190,7 +189,7 @@ def _is_loaded_by_engines(plan: Plan, spec: QuantSpec, grids: Mapping[str, Seque
 
 
 def _budget_bits(plan: Plan) -> int:
-    """Stored bits that the choosable linears may take together."""
+    """Return the stored bits that the choosable linears may take together."""
     recipe = plan.recipe
     if recipe.target_bytes is not None:
         kept = plan.output_bytes - sum(plan.packed_bytes(linear) for linear in plan.quantized)
@@ -200,7 +199,7 @@ def _budget_bits(plan: Plan) -> int:
 
 
 def _fixed_bits(plan: Plan, free: set[str] | None = None) -> int:
-    """Stored bits of the quantized linears whose grid is fixed. free: the others; None for the choosable ones."""
+    """Return the stored bits of the quantized linears except `free`, or except the choosable ones if it is None."""
     names = {linear.name for linear in _choosable(plan)} if free is None else free
     return sum(_bits(plan, linear) for linear in plan.quantized if linear.name not in names)
 
@@ -213,7 +212,7 @@ def _weights(linear: LinearPlan) -> int:
     return linear.out_features * linear.in_features
 
 
-def _allocate(plan: Plan, inputs: Sequence[SharedInput]) -> Allocation:
+def _allocate(plan: Plan, inputs: Sequence[InputGroupLosses]) -> Allocation:
     by_name = {linear.name: linear for linear in plan.quantized}
     items = [
         [
@@ -227,13 +226,13 @@ def _allocate(plan: Plan, inputs: Sequence[SharedInput]) -> Allocation:
     result = allocate(items, budget) if items else None
     if result is None:
         raise UserError(
-            f"{_requested(plan)}: linears that the calibration text does not reach, or that share an input, need more; "
-            f"use a larger target"
+            f"{_requested(plan)}: the linears that the calibration text does not reach, or that share an input, cannot "
+            "be made small enough; use a larger target"
         )
     return result
 
 
-def _by_name(inputs: Sequence[SharedInput], result: Allocation) -> dict[str, QuantSpec]:
+def _by_name(inputs: Sequence[InputGroupLosses], result: Allocation) -> dict[str, QuantSpec]:
     return {
         name: list(each.losses)[index] for each, index in zip(inputs, result.chosen, strict=True) for name in each.names
     }

@@ -5,14 +5,14 @@ linears of an input group are divided among the ranks, and every rank receives a
 process, writes files and prints.
 
 The sum does not depend on the number of ranks. The samples are divided, in order, into NUM_CHUNKS chunks. Each chunk is
-summed on its own, and the chunks are added one after the other: a rank receives the sum of the chunks before its own,
-adds its own, and sends the sum on; the last rank sends the total to all. A single process does the same additions. So
-the codes are bit for bit those of a single process if all ranks compute alike (the same kind of processor or GPU, the
-same number of threads).
+summed on its own, and the chunks are added in order: a rank receives the sum of the earlier chunks, adds its own, and
+sends the sum on. The last rank sends the total to all. A single process does the same additions. So the codes are bit
+for bit those of a single process if all ranks compute alike (the same kind of processor or GPU, the same number of
+threads).
 
 Each linear is quantized on its own, from the statistics of all ranks, so the result does not depend on the rank that
 quantizes it. Each rank factors the Hessian itself, because waiting for another rank's factor would take as long, and
-sending the factor would take additional time.
+sending it would take additional time.
 
 A UserError on one rank is raised on all ranks (`raising_on_all`, `receive`). If a rank ends, all others end too.
 """
@@ -38,8 +38,8 @@ from llmquant.spec import Options
 
 T = TypeVar("T")
 OPERATION_TIMEOUT = timedelta(days=7)
-"""Timeout of an operation between ranks. A rank may wait for hours while another hashes or quantizes. It notices
-at once that another rank has ended."""
+"""Timeout of an operation between ranks. A rank may wait for hours while another hashes or quantizes. The wait
+ends at once if another rank ends."""
 START_TIMEOUT = timedelta(minutes=5)
 """Timeout for all ranks to start and connect. If a rank ends before it connects, the others wait until this timeout."""
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -89,7 +89,7 @@ class Ranks:
         return self.rank == 0
 
     def options(self, options: Options) -> Options:
-        """The options of this rank. Its GPU is the one with the rank's number on its machine (LOCAL_RANK)."""
+        """Return the options of this rank. The number of its GPU is the rank's number on its machine (LOCAL_RANK)."""
         if self.size == 1 or options.device not in ("auto", "cuda") or not torch.cuda.is_available():
             return options
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -104,9 +104,9 @@ class Ranks:
         return range(NUM_CHUNKS * self.rank // self.size, NUM_CHUNKS * (self.rank + 1) // self.size)
 
     def samples(self, num_samples: int, at_least: int) -> range:
-        """The samples of this rank.
+        """Return the samples of this rank.
 
-        Raises UserError on all ranks if a rank has no sample, or if rank 0 has fewer than at_least.
+        Raises UserError on all ranks if a rank has no sample, or if rank 0 has fewer than min(at_least, num_samples).
         """
         with self.raising_on_all():
             mine = [sample for sample in range(num_samples) if chunk_of(sample, num_samples) in self.chunks]
@@ -154,7 +154,7 @@ class Ranks:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """A context for the whole run. It passes a UserError of rank 0 on to the others, and closes the connection."""
+        """Send a UserError of rank 0 to the others, and close the connection. A context for the whole run."""
         try:
             yield
         except UserError as error:
@@ -168,7 +168,7 @@ class Ranks:
 
     @contextmanager
     def raising_on_all(self) -> Iterator[None]:
-        """A context for work that every rank does by itself. A UserError of any rank is raised on all ranks.
+        """Raise a UserError of any rank on all ranks. A context for work that every rank does by itself.
 
         If several ranks raise one, the error of the lowest rank is raised.
         """
@@ -231,7 +231,7 @@ class Ranks:
         return total
 
     def _passing(self, call: Callable[..., object], rank: int) -> Callable[[Tensor], None]:
-        """A function that sends a tensor to another rank, or overwrites it with the one that it receives."""
+        """Return a function that sends a tensor to a rank, or overwrites it with the tensor from that rank."""
 
         def pass_on(tensor: Tensor) -> None:
             with _lost_ranks():
@@ -241,7 +241,7 @@ class Ranks:
 
 
 def divide_tasks(costs: Mapping[str, int], size: int) -> list[list[str]]:
-    """The names of the tasks of each rank: the most expensive first, each to the rank with the least work so far."""
+    """Return the tasks of each rank. The most expensive come first, each to the rank with the least work so far."""
     tasks: list[list[str]] = [[] for _ in range(size)]
     loads = [0] * size
     for name in sorted(costs, key=lambda name: -costs[name]):

@@ -38,13 +38,13 @@ def finish(run: Run, folder: Path, out: Path) -> None:
         run.report_progress(Phase.SAMPLE_TEXTS, run.num_blocks)
         _generate_sample_texts(run, folder)
         log.verification = _with_conclusions(run, log.verification)
-    log.finish(folder, out).write(folder)
+    log.to_report(folder, out).write(folder)
     write_page(read_report(folder), folder / REPORT_HTML)
 
 
 def _folded_digests(run: Run) -> dict[str, str]:
-    """SHA-256 of the parameters that AWQ's scales changed and that are not quantized, by tensor name."""
-    notes = (run.on_disk.part_note(part) for part in part_names(run.plan))
+    """Return the SHA-256 of the parameters that AWQ's scales changed and that are not quantized, by tensor name."""
+    notes = (run.checkpoint.part_note(part) for part in part_names(run.plan))
     return {run.plan.skeleton.names[name]: sha for note in notes for name, sha in note.get("folded", {}).items()}
 
 
@@ -75,7 +75,7 @@ def _generate_sample_texts(run: Run, folder: Path) -> None:
 
 
 def _with_conclusions(run: Run, verification: Verification) -> Verification:
-    """The verification with the findings of the sample texts, and with next steps if the verdict is not good."""
+    """Add the findings of the sample texts to the verification, and next steps if the verdict is worse than good."""
     log = run.log
     steps: tuple[tuple[str, str], ...] = ()
     if verification.verdict in BANDS[1:]:

@@ -1,7 +1,7 @@
 """Options to try next if a verdict is not good, ordered by gain relative to cost.
 
-The order follows the measurements in `eval/README.md`: better rounding at the same size, then bits, then zero-points
-and smaller groups, which cost a few percent of the size, then more time. Each option is planned with the run's format,
+The order follows the measurements in `eval/README.md`: better rounding at the same size; 4 bits or a larger budget;
+zero-points, more samples and smaller groups; a longer search; more bits. Each option is planned with the run's format,
 engines and memory limit. An option is left out if its plan is refused or if it changes nothing.
 """
 
@@ -41,7 +41,7 @@ class Step:
 def next_steps(
     plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float = math.inf
 ) -> tuple[tuple[str, str], ...]:
-    """Options that should help and that the run would accept, with their effects; at most MAX_STEPS.
+    """Return at most MAX_STEPS options that should help and that the run would accept, with their effects.
 
     errors: the kind and the error of each quantized linear. num_windows: available windows of the calibration text.
     """
@@ -76,13 +76,13 @@ def _steps(plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float) 
         more_samples = replace(run, num_samples=num_samples)
         yield step(f"--samples {num_samples}", "more calibration text; the same size, more time", more_samples)
     if not recipe.has_budget:
-        widest = max(linear.grid.effective_group_size(linear.in_features) for linear in plan.quantized)
+        widest = max(linear.quant_spec.effective_group_size(linear.in_features) for linear in plan.quantized)
         smaller = next((size for size in STANDARD_GROUPS if size < widest), None)
         if smaller:
             grid = replace(spec, group_size=smaller)
             yield step(f"--group-size {smaller}", "more scales; up to 7 % larger at 4 bits", spec=grid)
     if recipe.uses_gptq and recipe.descent_sweeps == 0:
-        yield step("--effort best", "searches longer; the same size, three times the time", **_effort("best"))
+        yield step("--effort best", "a longer search for codes; the same size, three times the time", **_effort("best"))
     if recipe.needs_data and not recipe.has_budget and not recipe.overrides:
         more = plan.bits_per_weight + 0.25
         yield step(f"--target-bpw {more:.2f}", "a quarter bit more, on the most sensitive linears", target_bpw=more)
@@ -95,13 +95,13 @@ def _steps(plan: Plan, errors: Sequence[tuple[str, float]], num_windows: float) 
 
 
 def _effort(name: str) -> dict[str, Any]:
-    """The values of one effort for all fields that any effort sets, including the defaults that it keeps."""
+    """Return the values of one effort for all fields that any effort sets, including the defaults that it keeps."""
     names = {key for values in EFFORTS.values() for key in values}
     return {key: EFFORTS[name].get(key, getattr(Recipe(), key)) for key in names}
 
 
 def _worst_kinds(errors: Sequence[tuple[str, float]]) -> list[str]:
-    """A list of the kind of linear with the largest mean error. It is empty if there are not several kinds."""
+    """Return a list of the one kind of linear with the largest mean error; empty if there are fewer than two kinds."""
     by_kind: dict[str, list[float]] = {}
     for kind, error in errors:
         by_kind.setdefault(kind, []).append(error)
@@ -111,7 +111,7 @@ def _worst_kinds(errors: Sequence[tuple[str, float]]) -> list[str]:
 
 
 def _accepted(plan: Plan, step: Step) -> bool:
-    """Whether the run with this change passes all checks and differs from the present run."""
+    """Whether the run with this change passes the checks of its plan and differs from the present run."""
     try:
         changed = make_plan(plan.path, step.recipe, step.run)
         if step.recipe.has_budget:

@@ -38,7 +38,7 @@ OUTSIDE = "outside"
 
 
 def part_names(plan: Plan) -> list[str]:
-    """The name of each block's part, in order."""
+    """Return the name of each block's part, in order."""
     return [f"block-{index:05d}" for index in range(len(plan.block_names))]
 
 
@@ -49,7 +49,7 @@ def pack_part(
     results: Mapping[str, LinearResult],
     folded: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """All tensors of one block as they are stored: packed linears, and the rest in `Plan.unquantized_dtype`.
+    """Return all tensors of a block as they are stored: packed linears, and the rest in `Plan.unquantized_dtype`.
 
     folded: the parameters that AWQ's scales changed, which replace those of the checkpoint, by name in the model.
     """
@@ -67,7 +67,7 @@ def pack_part(
 def packed_tensors(
     plan: Plan, linears: Mapping[str, LinearPlan], results: Mapping[str, LinearResult]
 ) -> dict[str, Tensor]:
-    """The stored tensors of quantized linears, by tensor name."""
+    """Return the stored tensors of quantized linears, by tensor name."""
     return {
         f"{linear.checkpoint_name}.{suffix}": tensor
         for name, linear in linears.items()
@@ -78,7 +78,7 @@ def packed_tensors(
 def unpack_part(
     plan: Plan, linears: Mapping[str, LinearPlan], tensors: Mapping[str, Tensor]
 ) -> dict[str, QuantizedWeight]:
-    """The quantized linears of a part that an earlier run has written."""
+    """Return the quantized linears of a part that an earlier run has written."""
     weights = {}
     for name, linear in linears.items():
         own = {
@@ -86,11 +86,11 @@ def unpack_part(
             for suffix in plan.format.suffixes
             if f"{linear.checkpoint_name}.{suffix}" in tensors
         }
-        weights[name] = plan.format.unpack(own, linear.grid, linear.out_features, linear.in_features)
+        weights[name] = plan.format.unpack(own, linear.quant_spec, linear.out_features, linear.in_features)
     return weights
 
 
-def put_back(plan: Plan, linears: Mapping[str, LinearPlan], weights: Mapping[str, QuantizedWeight]) -> None:
+def install_dequantized(plan: Plan, linears: Mapping[str, LinearPlan], weights: Mapping[str, QuantizedWeight]) -> None:
     """Put the dequantized weights into the model, so that later layers get their inputs from quantized layers."""
     for name, value in dense_weights(plan, linears, weights).items():
         owner = plan.skeleton.model.get_submodule(name.removesuffix(".weight"))
@@ -128,7 +128,7 @@ def write_outside(run: Run) -> None:
     If an override quantizes a linear among them, the linear is rounded to nearest: its input is known only after the
     last block, and this part is written before the first.
     """
-    plan, partial, log = run.plan, run.on_disk, run.log
+    plan, partial, log = run.plan, run.checkpoint, run.log
     if partial.has_part(OUTSIDE):
         log.restore(partial.part_note(OUTSIDE))
         return
@@ -148,7 +148,7 @@ def write_outside(run: Run) -> None:
 
 
 def copied(plan: Plan, name: str) -> StreamedTensor:
-    """An unquantized tensor, with its values in the form that is written, read piece by piece."""
+    """Return an unquantized tensor as it is written, to be read piece by piece."""
     info = plan.reader.info(name)
 
     def pieces() -> Iterator[memoryview]:
@@ -159,7 +159,7 @@ def copied(plan: Plan, name: str) -> StreamedTensor:
 
 
 def verify_copies(folder: Path, plan: Plan, folded: Mapping[str, str]) -> None:
-    """Reopen a finished folder and compare every unquantized tensor with the original, byte for byte.
+    """Reopen a finished folder and compare every unquantized tensor with the one to be written, byte for byte.
 
     folded: SHA-256 of the parameters that AWQ's scales changed, by tensor name. Raises UserError if one differs.
     """
@@ -169,7 +169,7 @@ def verify_copies(folder: Path, plan: Plan, folded: Mapping[str, str]) -> None:
 
 
 def rounded_at_load(plan: Plan) -> dict[str, str]:
-    """Unquantized tensors whose values change when the model is loaded: tensor name -> explanation.
+    """Return the unquantized tensors whose values change when the model is loaded: tensor name -> explanation.
 
     A float32 tensor in a bfloat16 model is written in float32. transformers loads it in bfloat16, so calibration and
     comparison use rounded values, while an engine may use the exact ones.
@@ -207,13 +207,13 @@ def round_alone(plan: Plan, linear: LinearPlan) -> LinearResult:
     """Read a linear's weight from the checkpoint and round it to nearest."""
     weight = read_finite(plan.skeleton, f"{linear.checkpoint_name}.weight")
     weight_NK = weight_as_NK(plan.skeleton.model.get_submodule(linear.name), weight)
-    return round_without_data(weight_NK, linear.grid, storage_limits(plan))
+    return round_without_data(weight_NK, linear.quant_spec, storage_limits(plan))
 
 
 def side_files(reader: CheckpointReader, out: Path) -> SideFiles:
-    """The files of a checkpoint's folder beside its weights. OUT may be one of its sub-folders.
+    """Return the files of a checkpoint's folder beside its weights. OUT is not listed if it is a sub-folder.
 
-    Raises UserError if a file that loaders read is unreadable or is a link out of the folder.
+    Raises UserError if a file to copy is unreadable, or if a file that loaders read is a link out of the folder.
     """
     folder = Path(os.path.realpath(reader.path))
     created = (reader.path / path.name for path in (real_path(out), partial_folder(out)) if path.parent == folder)
@@ -225,7 +225,7 @@ def side_files(reader: CheckpointReader, out: Path) -> SideFiles:
 
 
 def files_beside(reader: CheckpointReader) -> dict[str, bytes]:
-    """The contents of the files that belong to the model and do not describe the storage of its weights, by name."""
+    """Return the contents of the model's files that do not describe the storage of its weights, by name."""
     kept = find_side_files(reader.path, reader.check_link).copied
     try:
         return {name: (reader.path / name).read_bytes() for name in kept}
@@ -242,7 +242,7 @@ def note_side_files(report: RunLog, found: SideFiles) -> None:
 
 
 def extra_files(plan: Plan) -> dict[str, bytes]:
-    """The contents of all files of OUT but the weights, by name."""
+    """Return the contents of OUT's configuration files and of the files copied into it, by name."""
     files = files_beside(plan.reader)
     quantization = quantization_config(plan)
     config = without_storage_keys(plan.reader.config) | {"quantization_config": quantization}
@@ -255,9 +255,9 @@ def extra_files(plan: Plan) -> dict[str, bytes]:
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
-    """The `quantization_config`. Raises UserError if the format's loaders could not distinguish the linears.
+    """Return the `quantization_config`. Raises UserError if it cannot describe the grids to the format's loaders.
 
-    Its default is the grid of the most linears, because some loaders read only the default.
+    Its default is the most frequent grid, because some loaders read only the default.
     """
     uses = Counter(plan.skeleton.names.values())
     # A tied head has no tensor of its own, so its module name is used.
@@ -265,13 +265,13 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
         linear.checkpoint_name if uses[f"{linear.checkpoint_name}.weight"] == 1 else linear.name: linear.spec
         for linear in plan.linears
     }
-    ((default, _),) = Counter(linear.grid for linear in plan.quantized).most_common(1)
+    ((default, _),) = Counter(linear.quant_spec for linear in plan.quantized).most_common(1)
     damping = {"damp_percent": plan.recipe.damping, "static_groups": True} if plan.recipe.uses_gptq else {}
     return plan.format.config(default, specs, meta=damping)
 
 
 def as_json_bytes(content: Any) -> bytes:
-    """Indented JSON in UTF-8 with a final newline. A lone surrogate, which UTF-8 cannot hold, is escaped."""
+    """Return indented JSON with a final newline, in UTF-8, or in ASCII if a lone surrogate does not fit UTF-8."""
     try:
         return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:

@@ -3,7 +3,7 @@
     plan -> calibration samples -> the tensors outside the blocks -> the loop over the blocks (`block_loop.py`) -> the
     configuration and the tokenizer -> verification and report (`finish.py`) -> OUT, by one rename
 
-Every finished step is on disk. The same command continues a run that was killed.
+Every finished part is on disk. The same command continues a run that was killed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def quantize(
 
     on_calibration: called with the summary of the calibration text before any work is done on the model.
     command: the command line, for the report.
-    Raises UserError for every problem that the user can solve. The same call then continues the run.
+    Raises UserError for every problem that the user can solve. Once it is solved, the same call continues the run.
     """
     ranks = Ranks.join()
     with ranks.session():
@@ -117,7 +117,7 @@ def _calibration_tokens(run: Run, on_calibration: OnCalibration | None) -> Calib
 
 
 def _run_other_rank(run: Run) -> Report:
-    """The work of all ranks except rank 0: run the samples through the blocks, if there is something to calibrate."""
+    """Run the samples through the blocks on a rank other than 0, if rank 0 runs them too, and return the report."""
     work: _RemainingWork = run.ranks.receive()
     if work.grids is not None:
         run = replace(run, plan=with_grids(run.plan, work.grids))
@@ -128,7 +128,7 @@ def _run_other_rank(run: Run) -> Report:
 
 
 def _run_main_rank(run: Run, out: Path) -> Report:
-    """The work of rank 0: everything that is done once, and the blocks together with the other ranks."""
+    """Do everything that only rank 0 does, run the blocks together with the other ranks, and return the report."""
     plan, log = run.plan, run.log
     run.report_progress(Phase.HASHING, 0)
     with log.timed("hashing"):
@@ -169,7 +169,7 @@ def _note_checkpoint(run: Run, out: Path) -> None:
 
 def _write_parts(run: Run) -> None:
     """Write the missing parts of the unfinished checkpoint: first the tensors outside the blocks, then each block."""
-    for part in run.on_disk.damaged_parts:
+    for part in run.checkpoint.damaged_parts:
         run.log.fallback(part, "damaged since it was written: made again")
     with _discarded_if_damaged(run), torch.no_grad():
         write_outside(run)
@@ -189,20 +189,20 @@ def _discarded_if_damaged(run: Run) -> Iterator[None]:
     try:
         yield
     except DamagedWeights:
-        run.on_disk.discard()
+        run.checkpoint.discard()
         raise
 
 
 def _send_remaining_work(run: Run, *, runs_blocks: bool) -> None:
     grids = None
     if run.plan.recipe.has_budget:
-        grids = grids_of_allocation(run.on_disk.part_note(ALLOCATION)["allocation"])
+        grids = grids_of_allocation(run.checkpoint.part_note(ALLOCATION)["allocation"])
     run.ranks.send(_RemainingWork(runs_blocks, grids))
 
 
 def _choose_grids(run: Run) -> Plan:
-    """The plan with the grids chosen for the budget, if there is one. A continued run does not choose again."""
-    plan, partial = run.plan, run.on_disk
+    """Return the plan with the grids chosen for the budget, if any. A continued run does not choose again."""
+    plan, partial = run.plan, run.checkpoint
     if not plan.recipe.has_budget:
         return plan
     assert run.tokens is not None
@@ -220,12 +220,12 @@ def _choose_grids(run: Run) -> Plan:
 
 
 def _measure_output_hessians(run: Run) -> None:
-    """Measure the output Hessians of all linears by the loss of the predictions, if the recipe needs them.
+    """Measure the output Hessians of all linears from gradients of the model's loss, if the recipe needs them.
 
     A continued run does not measure again. The factors of each block are stored in a part of their own, which is
     removed when the block is finished.
     """
-    plan, partial = run.plan, run.on_disk
+    plan, partial = run.plan, run.checkpoint
     needed = {index for index, part in enumerate(part_names(plan)) if not partial.has_part(part)}
     is_done = all(partial.has_part(cross_row_part(index)) for index in needed)
     if not plan.recipe.runs_backward or is_done or partial.is_finishing:
@@ -245,7 +245,7 @@ def _measure_output_hessians(run: Run) -> None:
 
 
 def checked_plan(model: str | Path, out: Path, recipe: Recipe, options: Options) -> Plan:
-    """The plan of a run, after every check that needs no weight. Raises UserError if one fails."""
+    """Return the plan of a run, after every check that needs no weight. Raises UserError if a check fails."""
     has_preset = options.calibration in (AUTO_SOURCE, *preset_names())
     reads = existing_paths(model) if has_preset else existing_paths(model, options.calibration)
     check_out_folder(out, overwrite=options.overwrite, restart=options.restart, inputs=reads)
@@ -262,10 +262,10 @@ def checked_plan(model: str | Path, out: Path, recipe: Recipe, options: Options)
 
 
 def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, options: Options | None = None) -> Plan:
-    """The plan of `quantize`, with a preview of the calibration text. Raises the same UserErrors as `quantize`.
+    """Return the plan of `quantize`, with a preview of the calibration text. Raises UserErrors as `quantize` does.
 
-    A dry run writes nothing, reads no weight, and fetches only the first row of a text on the hub. The weights are
-    hashed only if OUT.partial holds an unfinished run, whose journal has their hashes.
+    A dry run writes nothing, and fetches only the first row of a text on the hub. It reads the weights only if
+    OUT.partial holds an unfinished run, to compare their hashes with those in its journal.
     """
     out = parse_path(out)
     plan = checked_plan(model, out, recipe or Recipe(), options or Options())
@@ -290,6 +290,6 @@ def draw_tokens(plan: Plan) -> CalibrationTokens:
 
 
 def _calibration_options(plan: Plan) -> tuple[str, int, int, int]:
-    """The source, the number of samples, the tokens of a sample, and the seed."""
+    """Return the source, the number of samples, the tokens of a sample, and the seed."""
     options = plan.options
     return options.calibration, options.num_samples, options.seq_len, options.seed

@@ -21,7 +21,7 @@ from llmquant.version import __version__
 
 
 def describe_request(plan: Plan, summary: dict[str, Any] | None, tokens_SL: Tensor | None) -> dict[str, Any]:
-    """The request as plain values, which the journal and the manifest of OUT hold.
+    """Return the request as plain values, which the journal and the manifest of OUT hold.
 
     summary: the summary of the calibration text (`CalibrationTokens.summary`). tokens_SL: the calibration samples,
     int64 [S, L], if they are known.
@@ -42,19 +42,19 @@ def describe_request(plan: Plan, summary: dict[str, Any] | None, tokens_SL: Tens
     }
     if summary is not None and tokens_SL is not None:
         digest = hashlib.sha256(tokens_SL.contiguous().numpy().tobytes()).hexdigest()
-        # The text of a network error differs every time.
+        # Fallbacks may quote a network error, whose text differs every time.
         counts = {name: value for name, value in summary.items() if name not in ("fallbacks", "notes")}
         request["calibration"] = counts | {"sha256": digest}
     return request
 
 
 def _code_hashes(plan: Plan) -> dict[str, str]:
-    """SHA-256 of the checkpoint's Python files by name, if they are trusted. Other code makes another model."""
+    """Return the SHA-256 of the checkpoint's Python files by name, if they may run; they change the model."""
     names = sorted(code_files(plan.path)) if plan.options.trust_remote_code else []
     return {name: file_sha256(plan.path / name) for name in names}
 
 
 def requested_calibration(options: Options) -> dict[str, Any]:
-    """The entries of a request's calibration that are known before the text is read."""
+    """Return the entries of a request's calibration that are known before the text is read."""
     counts = {"num_samples": options.num_samples, "seq_len": options.seq_len, "seed": options.seed}
     return counts if options.calibration == AUTO_SOURCE else counts | {"source": options.calibration}

@@ -44,7 +44,7 @@ class Run:
         return 0 if self.tokens is None else len(self.tokens.tokens_SL)
 
     @property
-    def on_disk(self) -> PartialCheckpoint:
+    def checkpoint(self) -> PartialCheckpoint:
         """The unfinished checkpoint, on rank 0."""
         assert self.partial is not None, "only rank 0 reads and writes the unfinished checkpoint"
         return self.partial
@@ -54,18 +54,22 @@ class Run:
         self.on_progress(Progress(phase, done, self.num_blocks, detail, error))
 
     def stored_part(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and the note of a part that an earlier run has finished; None if there is none."""
-        return (self.on_disk.read_part(part), self.on_disk.part_note(part)) if self.on_disk.has_part(part) else None
+        """Return the tensors and the note of a part that an earlier run has finished; None if there is none."""
+        return (
+            (self.checkpoint.read_part(part), self.checkpoint.part_note(part))
+            if self.checkpoint.has_part(part)
+            else None
+        )
 
     def record_linear(
         self, linear: LinearPlan, result: LinearResult, statistics: InputStatistics | None = None
     ) -> None:
-        """Record the result of one linear in the log. statistics: those of its input, if there are any."""
+        """Record the result of one linear in the log. statistics: the statistics of its input, if any."""
         ratio, unscaled_ratio = (None, None) if statistics is None else _outlier_ratios(statistics)
         report = LinearReport(
             name=linear.name,
             kind=linear.kind,
-            grid=linear.grid.describe(),
+            grid=linear.quant_spec.describe(),
             weights=linear.out_features * linear.in_features,
             rows=linear.out_features,
             error=result.error,
@@ -81,7 +85,7 @@ class Run:
 
 
 def _outlier_ratios(statistics: InputStatistics) -> tuple[float, float | None]:
-    """The values of `LinearReport.outlier_ratio` and `unscaled_outlier_ratio` for an input group."""
+    """Return `LinearReport.outlier_ratio` and `unscaled_outlier_ratio` for an input group."""
     rms_K = statistics.hessian_KK.diagonal().clamp(min=0).sqrt()
     scale_K = statistics.scale_K
     return _outlier_ratio(rms_K), None if scale_K is None else _outlier_ratio(rms_K * scale_K)

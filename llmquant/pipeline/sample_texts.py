@@ -2,8 +2,8 @@
 
 A model with a chat template answers QUESTIONS; a model without one continues PROMPTS. Both models are loaded as
 `llmquant generate` loads them, so this also tests whether the result runs on this machine. A model is loaded only if it
-fits into the estimated peak memory of the run or into SMALL_BYTES, so that sample texts do not raise the peak of a
-large model. An answer is cut off after MAX_SECONDS.
+fits into `--max-memory` or, without that limit, into the estimated peak memory of the run or SMALL_BYTES, so that the
+peak of a large run does not rise. The answers of a model are cut off after MAX_GENERATION_SECONDS.
 
 Repetition is the fraction of sequences of REPEATED_TOKENS tokens that occur earlier in the same answer. It is near 0 in
 prose and approaches 1 in a loop.
@@ -26,7 +26,7 @@ from llmquant.hub import load_tokenizer
 from llmquant.memory import trim_heap
 from llmquant.models.skeleton import context_length
 from llmquant.planning.plan import Plan
-from llmquant.report.schema import MAX_NEW_TOKENS, MAX_SECONDS, REPEATED_TOKENS, SampleText, SampleTexts
+from llmquant.report.schema import MAX_GENERATION_SECONDS, MAX_NEW_TOKENS, REPEATED_TOKENS, SampleText, SampleTexts
 
 PROMPTS = ("The capital of France is", "def is_prime(n):", "Once upon a time, in a village by the sea,")
 MIN_NEW_TOKENS = 8
@@ -37,7 +37,7 @@ QUESTIONS = (
     "Explain in two sentences why the sky is blue.",
 )
 SMALL_BYTES = 2**30
-"""Memory that loading a model may take in any run."""
+"""Memory that the process may take for sample texts in any run without `--max-memory`."""
 LOADED_SIZE_FACTOR = 1.5
 """Memory of a generating model relative to its checkpoint: weights, copies during loading, activations."""
 
@@ -84,7 +84,7 @@ def generate_sample_texts(folder: Path, plan: Plan) -> SampleTexts:
 
 
 def _answers_questions(tokenizer: Any) -> tuple[bool, str]:
-    """Whether the chat template accepts the questions, and the reason if a template exists but refuses them."""
+    """Return whether the chat template accepts the questions, and the reason if a template refuses them."""
     if not getattr(tokenizer, "chat_template", None):
         return False, ""
     try:
@@ -101,11 +101,11 @@ class Answers:
 
     texts: tuple[str, ...]
     was_cut: bool
-    """Whether the texts were cut off after MAX_SECONDS."""
+    """Whether the texts were cut off after MAX_GENERATION_SECONDS."""
 
 
 def _sample(tokenizer: Any, prompt: str, ours: str, theirs: str | None, *, is_chat: bool, was_cut: bool) -> SampleText:
-    """A pair of texts. If they were cut off after MAX_SECONDS, repetition is measured over the shorter length."""
+    """Return a pair of texts. If their time ran out, repetition is measured over the shorter length."""
     quantized, original = (tokenizer(text or "", add_special_tokens=False)["input_ids"] for text in (ours, theirs))
     length = min(len(quantized), len(original)) if was_cut and theirs is not None else None
     return SampleText(
@@ -119,7 +119,7 @@ def _sample(tokenizer: Any, prompt: str, ours: str, theirs: str | None, *, is_ch
 
 
 def repeated_fraction(tokens: Sequence[int]) -> float:
-    """The fraction of the sequences of REPEATED_TOKENS tokens that repeat an earlier one, 0 to 1."""
+    """Return the fraction of the sequences of REPEATED_TOKENS tokens that repeat an earlier one, 0 to 1."""
     found = [tuple(tokens[start : start + REPEATED_TOKENS]) for start in range(len(tokens) - REPEATED_TOKENS + 1)]
     return 1 - len(set(found)) / len(found) if found else 0.0
 
@@ -127,7 +127,7 @@ def repeated_fraction(tokens: Sequence[int]) -> float:
 def _attempt(
     path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_chat: bool, most_new: int
 ) -> tuple[Answers | None, str]:
-    """The answers of a model, or the reason for their absence."""
+    """Return the answers of a model, or None and the reason."""
     try:
         return _answers(path, plan, tokenizer, prompts, is_chat, most_new), ""
     # The checkpoint is finished and measured, so no failure in the model, its tokenizer or a kernel may end the run.
@@ -136,7 +136,7 @@ def _attempt(
 
 
 def _most_tokens(tokenizer: Any, prompts: Sequence[str], is_chat: bool) -> int:
-    """The number of tokens of the longest prompt."""
+    """Return the number of tokens of the longest prompt."""
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts] if is_chat else []
     texts = [chat_text(tokenizer, chat, add_generation_prompt=True) for chat in asked] or prompts
     return max(len(tokenizer(text, add_special_tokens=not is_chat)["input_ids"]) for text in texts)
@@ -147,8 +147,8 @@ def _answers(path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_
     from llmquant.runtime.load import load
 
     model: Any = load(path, device=str(plan.skeleton.device), trust_remote_code=plan.options.trust_remote_code)
-    sampling = SamplingParams(max_new_tokens=most_new, greedy=True, max_seconds=MAX_SECONDS)
+    sampling = SamplingParams(max_new_tokens=most_new, greedy=True, max_seconds=MAX_GENERATION_SECONDS)
     made = generate(model, tokenizer, prompts, sampling, chat=is_chat)
     del model
     trim_heap()
-    return Answers(made.texts, was_cut=made.prefill_seconds + made.decode_seconds >= MAX_SECONDS)
+    return Answers(made.texts, was_cut=made.prefill_seconds + made.decode_seconds >= MAX_GENERATION_SECONDS)

@@ -5,7 +5,7 @@ same held-out texts side by side (`held_out.py`), with one block of each in memo
 
     held-out windows -> block 0 of both, block 1 of both, … -> the head, window by window -> KL, losses, top-1 tokens
 
-`verdict.py` judges the measurements.
+`verdict.py` derives the verdict from the measurements.
 
 Letters: W windows, L tokens of a window, T predicted positions (L - 1), C positions of a chunk, V vocabulary.
 """
@@ -50,7 +50,7 @@ class WindowComparison:
     kl_T: Tensor
     """KL(original || quantized), float32, nats."""
     changed_T: Tensor
-    """bool: the most likely token differs from the original's."""
+    """Whether the most likely token differs from the original's, bool."""
     loss_T: Tensor
     """Negative log likelihood under the quantized model, float32, nats."""
     original_loss_T: Tensor
@@ -67,7 +67,7 @@ def verify_codes(folder: Path, plan: Plan, digests: dict[str, str]) -> None:
 
 @torch.no_grad()
 def within_time_limit(plan: Plan, texts: Sequence[HeldOutText], run_seconds: float) -> tuple[HeldOutText, ...]:
-    """The texts, with fewer windows if all would take too long (RUN_FRACTION, ALWAYS_SECONDS).
+    """Return the texts, with fewer windows if all would take too long (RUN_FRACTION, ALWAYS_SECONDS).
 
     run_seconds: time of the run so far. At least MIN_WINDOWS windows of each text remain.
     """
@@ -86,7 +86,7 @@ def within_time_limit(plan: Plan, texts: Sequence[HeldOutText], run_seconds: flo
 
 
 def _seconds_per_token(plan: Plan, tokens_L: Tensor) -> float:
-    """Seconds per token of both models together, estimated from the second of two runs of the first block."""
+    """Return the seconds per token of both models together, estimated from the second of two runs of block 0."""
     skeleton, device = _original(plan), plan.skeleton.device
     block = skeleton.model.get_submodule(plan.block_names[0])
     with BlockwiseForward(skeleton, [tokens_L], with_original=False) as forward:
@@ -104,7 +104,7 @@ def _seconds_per_token(plan: Plan, tokens_L: Tensor) -> float:
 
 
 def _seconds(device: torch.device) -> float:
-    """The time in seconds: wall time on a GPU, or CPU time per thread, which other processes do not affect."""
+    """Return the wall time on a GPU, or the CPU time per thread, which other processes do not affect."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return perf_counter()
@@ -146,7 +146,7 @@ def _unmeasured(text: HeldOutText) -> Measurement:
 
 
 def _measured(text: HeldOutText, windows: Sequence[WindowComparison]) -> Measurement:
-    """The measurement of a text from its windows, all of them finite."""
+    """Return the measurement of a text from its windows, all of them finite."""
     kl_T, changed_T, loss_T, original_loss_T = (
         torch.cat([getattr(window, name) for window in windows]).double()
         for name in ("kl_T", "changed_T", "loss_T", "original_loss_T")
@@ -172,7 +172,7 @@ def _measured(text: HeldOutText, windows: Sequence[WindowComparison]) -> Measure
 
 
 def _original(plan: Plan) -> Skeleton:
-    """The original model in the dtype of the comparison."""
+    """Return the original model in the dtype of the comparison."""
     skeleton, trust = plan.skeleton, plan.options.trust_remote_code
     dtype = comparison_dtype(skeleton.dtype, skeleton.device)
     if dtype == skeleton.dtype:
@@ -181,7 +181,7 @@ def _original(plan: Plan) -> Skeleton:
 
 
 def reopen(folder: Path, plan: Plan) -> Skeleton:
-    """A finished folder as a `Skeleton`, whose weights are read and dequantized only while they are needed."""
+    """Return a finished folder as a `Skeleton`, whose weights are read and dequantized only when needed."""
     reader = CheckpointReader(folder)
     config = read_config(folder, plan.options.trust_remote_code)
     device = plan.skeleton.device
@@ -191,7 +191,9 @@ def reopen(folder: Path, plan: Plan) -> Skeleton:
     for linear in plan.quantized:
         module = skeleton.model.get_submodule(linear.name)
         name = f"{linear.name}.weight"
-        skeleton.computed[name] = partial(_dense, reader, packed[linear.checkpoint_name], module, skeleton.dtypes[name])
+        skeleton.computed_parameters[name] = partial(
+            _dense, reader, packed[linear.checkpoint_name], module, skeleton.dtypes[name]
+        )
     return skeleton
 
 
@@ -208,8 +210,8 @@ def _packed(reader: CheckpointReader) -> dict[str, QuantizedModule]:
 def _drift(original: BlockwiseForward, quantized: BlockwiseForward, num_blocks: int) -> Iterator[float]:
     """Run both models through their blocks; yield the relative squared distance of the hidden states after each block.
 
-    The mean is over the relative distances of the tokens, because the first token's state is often a hundred times as
-    long as the others.
+    Each token's distance is divided by the length of its own state before the mean is taken, because the first token's
+    state is often a hundred times as long as the others.
     """
     for index in range(num_blocks):
         original.advance_past(index)
@@ -226,7 +228,7 @@ def _drift(original: BlockwiseForward, quantized: BlockwiseForward, num_blocks: 
 def _compare(
     original: BlockwiseForward, quantized: BlockwiseForward, number: int, tokens_L: Tensor
 ) -> WindowComparison:
-    """Compare the predictions of both models for one window. Its logits are freed on return."""
+    """Compare the predictions of both models for one window. The logits are freed on return."""
     logits_TV, original_TV = quantized.run_head(number).logits[0, :-1], original.run_head(number).logits[0, :-1]
     targets_T = tokens_L[1:].to(logits_TV.device)
     chunks = zip(*(values.split(COMPARED_POSITIONS) for values in (logits_TV, original_TV, targets_T)), strict=True)

@@ -3,8 +3,7 @@
 All parameters with two or more dimensions inside the decoder blocks count: linears, experts that are stored as one
 stack of matrices, routers, convolutions, and anything else. A parameter stays in 16 bit as intended if `--skip` or an
 override excludes it, or if no engine loads it quantized. No engine loads quantized routers and gates, convolution
-kernels, and parameters that are less than 32 wide, such as Mamba's A_log, because they hold no group of the smallest
-size.
+kernels, or parameters less than 32 wide; the last (such as Mamba's A_log) hold no group of the smallest size.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from llmquant.module_names import kind_of
 from llmquant.planning.plan import Plan
 
 MIN_WIDTH = 32
-"""Smallest width (number of elements / longest side) of a parameter that counts as one that can be quantized."""
+"""Smallest width (number of elements / longest side) of a quantizable parameter."""
 MAX_UNINTENDED_SHARE = 0.01
 """Share of the blocks' weights that may stay in 16 bit unintentionally without a fallback."""
 

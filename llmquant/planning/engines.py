@@ -186,7 +186,7 @@ def _refusals(plan: Plan, engine: Engine) -> Iterator[tuple[str, str]]:
 
 
 def _outputs(plan: Plan, engine: Engine) -> dict[str, int]:
-    """Return the N of each quantized linear in an engine. If the engine fuses linears, it is the N of the fused set."""
+    """Return the N of each quantized linear in an engine: the N of its fused set if the engine fuses linears."""
     outputs = {linear.name: linear.out_features for linear in plan.quantized}
     for members in fused_sets(outputs).values() if engine.fuses_linears else ():
         outputs |= dict.fromkeys(members, sum(outputs[member] for member in members))
@@ -195,10 +195,10 @@ def _outputs(plan: Plan, engine: Engine) -> dict[str, int]:
 
 def _linear_refusal(rules: FormatRules, linear: LinearPlan, format: str, outputs: int) -> tuple[str, str] | None:
     """Return the rule that a linear breaks in a format, and the remedy. outputs: N of the linear or its fused set."""
-    spec, skip = linear.grid, f"--skip '*{linear.kind}'"
-    is_head = not linear.block_name
-    if is_head and not rules.loads_quantized_head:
-        return f"loads no quantized head in {format}", f"--skip '{linear.name}'"
+    spec, skip = linear.quant_spec, f"--skip '*{linear.kind}'"
+    is_outside_blocks = not linear.block_name
+    if is_outside_blocks and not rules.loads_quantized_head:
+        return f"cannot load a quantized head in {format}", f"--skip '{linear.name}'"
     if (spec.bits, spec.symmetric) not in rules.grids:
         known = ", ".join(f"{bits}-bit {'sym' if symmetric else 'asym'}" for bits, symmetric in rules.grids)
         return f"loads {format} with {known}, and this linear is {spec.describe()}", f"--bits 4 --sym, or {skip}"
@@ -220,19 +220,19 @@ def _linear_refusal(rules: FormatRules, linear: LinearPlan, format: str, outputs
 
 
 def _second_grid_refusals(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield a refusal for each linear of the decoder blocks whose grid is not the most frequent one."""
-    ((default, _),) = Counter(linear.grid for linear in plan.quantized).most_common(1)
+    """Yield a refusal for each linear of the decoder blocks that is not on the most frequent grid."""
+    ((default, _),) = Counter(linear.quant_spec for linear in plan.quantized).most_common(1)
     for linear in plan.linears:
         if linear.block_name and linear.spec != default:
             yield (
                 linear.name,
-                f"reads no exceptions in {plan.format.name}, and this linear is {_describe(linear.spec)} beside "
-                f"{default.describe()}; use --format compressed-tensors, or give all linears one grid",
+                f"loads one grid for all linears in {plan.format.name}, and this linear is {_describe(linear.spec)} "
+                f"while most are {default.describe()}; use --format compressed-tensors, or give all linears one grid",
             )
 
 
 def _fused_set_refusals(plan: Plan) -> Iterator[tuple[str, str]]:
-    """Yield a refusal for each linear whose grid differs from the first linear of its fused set."""
+    """Yield a refusal for each linear whose grid differs from that of the first linear of its fused set."""
     specs = {linear.name: linear.spec for linear in plan.linears}
     for fused, (first, *others) in fused_sets(specs).items():
         for other in others:
@@ -252,7 +252,9 @@ def _split_group_refusals(plan: Plan) -> Iterator[tuple[str, str]]:
     for linear in plan.quantized:
         if not _is_row_parallel(plan, linear):
             continue
-        group_size = linear.grid.effective_group_size(linear.in_features) if linear.grid.group_size != -1 else 1
+        group_size = (
+            linear.quant_spec.effective_group_size(linear.in_features) if linear.quant_spec.group_size != -1 else 1
+        )
         if linear.in_features % ranks or linear.in_features // ranks % group_size:
             yield (
                 linear.name,

@@ -28,15 +28,15 @@ from llmquant.planning.plan import Plan, check_tokens
 
 FIXED_TEXT = "verification_text.txt"
 """File of the fixed text in this package."""
-FIXED_SOURCE = "the fixed text"
+FIXED_SOURCE = "llmquant's held-out text"
 """Name of the fixed text in reports."""
 MIN_TOKENS = 4096
 """Smallest number of predicted tokens of the fixed text."""
 WINDOW_TOKENS = 512
 """Length of a window of the fixed text, unless the context of the model is shorter."""
 SPARE_POSITIONS = 8
-"""Positions of the context that windows leave free: some models number positions from after the padding token, and
-ProphetNet predicts two tokens at a time."""
+"""Positions of the context that windows leave free: in some models the first position comes after the id of the
+padding token, and ProphetNet predicts two tokens at a time."""
 WINDOW_MULTIPLE = 64
 """Windows of at least this length are rounded down to a multiple of it, because block-sparse attention, as in BigBird,
 pads other lengths."""
@@ -104,7 +104,7 @@ def fixed_text(plan: Plan) -> HeldOutText:
     unknown = (windows == tokenizer.unk_token_id).double().mean().item() if tokenizer.unk_token_id is not None else 0.0
     if unknown > MAX_UNKNOWN_FRACTION:
         raise UserError(
-            f"{plan.path}: its tokenizer does not know {format_percentage(unknown)} of the fixed text, so it "
+            f"{plan.path}: its tokenizer has no tokens for {format_percentage(unknown)} of the held-out text, so it "
             "cannot measure the model; check that the tokenizer belongs to it"
         )
     decoded = (tokenizer.decode(window[:OPENING_TOKENS], skip_special_tokens=True) for window in windows)
@@ -140,7 +140,7 @@ def window_length(config: Any) -> int:
 
 
 def num_windows(seq_len: int) -> int:
-    """Return the number of windows of a length in which MIN_TOKENS tokens are predicted."""
+    """Return the number of windows of seq_len tokens in which at least MIN_TOKENS tokens are predicted."""
     return -(-MIN_TOKENS // (seq_len - 1))
 
 

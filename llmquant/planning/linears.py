@@ -48,7 +48,7 @@ class LinearPlan:
         return self.name.removeprefix(f"{self.block_name}.") if self.block_name else self.name
 
     @property
-    def grid(self) -> QuantSpec:
+    def quant_spec(self) -> QuantSpec:
         """The grid of a linear that is quantized."""
         assert self.spec is not None
         return self.spec
@@ -168,14 +168,14 @@ class _LinearPlanner:
         if plan.name in self.routers:
             return self.routers[plan.name]
         if not is_linear(linear):
-            return f"its class {type(linear).__name__} does not compute just x @ W.T + b"
+            return f"its class {type(linear).__name__} computes something other than x @ W.T + b"
         if has_hooks(linear):
             return "forward hooks may change its output, and no loader has them"
         if self.num_names[id(linear)] > 1:
-            return "is registered under several names, of which a loader replaces one"
+            return "is registered under several names, and a loader replaces only one of them"
         weight = f"{plan.checkpoint_name}.weight"
         if self.num_users[weight] > 1:
-            return f"shares its weight '{weight}' with another module, which needs it in 16 bit"
+            return f"shares its weight '{weight}' with another module, which uses it in 16 bit"
         return ""
 
 
@@ -217,11 +217,11 @@ def _with_one_group_size(
         if linear.spec is not None and (spec := recipe.spec_of(linear.name)) and spec.group_size == requested
     }
     members = [linear for linear in linears if linear.name in sharing]
-    sizes = {linear.grid.group_size for linear in members}
+    sizes = {linear.quant_spec.group_size for linear in members}
     if requested == -1 or sizes <= {requested}:
         return linears
     for group_size in (size for size in STANDARD_GROUPS if size <= min(sizes)):
-        specs = {linear.name: replace(linear.grid, group_size=group_size) for linear in members}
+        specs = {linear.name: replace(linear.quant_spec, group_size=group_size) for linear in members}
         if all(
             linear.in_features % group_size == 0
             and format.refuses(specs[linear.name], linear.out_features, linear.in_features, scale_dtype) is None

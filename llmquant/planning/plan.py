@@ -104,7 +104,7 @@ class Plan:
     def tensors_outside(self) -> dict[str, TensorInfo]:
         """Return the tensors of the checkpoint that belong to no block, sorted by name.
 
-        They are copied unchanged, unless an override quantizes one.
+        They are copied, unless an override quantizes one.
         """
         inside = {name for index in range(len(self.block_names)) for name in self.tensors_of_block(index)}
         return {name: info for name, info in sorted(self.reader.tensors.items()) if name not in inside}
@@ -139,7 +139,7 @@ class Plan:
 
     def packed_bytes(self, linear: LinearPlan) -> int:
         """Return the bytes of a quantized linear in the format."""
-        shapes = self.format.tensor_shapes(linear.grid, linear.out_features, linear.in_features, self.scale_dtype)
+        shapes = self.format.tensor_shapes(linear.quant_spec, linear.out_features, linear.in_features, self.scale_dtype)
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -223,8 +223,8 @@ def _choose_format(recipe: Recipe, options: Options) -> Format:
 def _check_unused_tensors(plan: Plan) -> None:
     """Check the tensors of the checkpoint that are not part of the model.
 
-    Raises UserError if a name says that weights are stored in another way, or if the format writes a tensor of that
-    name.
+    Raises UserError if a name says that weights are stored in another way, or if the format writes a tensor of the
+    same name.
     """
     unused = plan.reader.tensors.keys() - plan.skeleton.used_tensors
     for name in sorted(unused):

@@ -134,7 +134,7 @@ def _short(value: float) -> str:
 
 
 def _svg(figure: Any) -> str:
-    """The figure as an inline SVG element."""
+    """Return the figure as an inline SVG element."""
     from matplotlib import rc_context
 
     out = StringIO()

@@ -31,7 +31,7 @@ class Histogram:
 
 
 def histograms(folder: Path, plan: Plan, names: Sequence[str]) -> tuple[Histogram, ...]:
-    """The histograms of linears of a finished folder. names: module names in the model."""
+    """Return the histograms of linears of a finished folder. names: module names in the model."""
     reader = CheckpointReader(folder)
     parsed = parsed_quantization(reader)
     assert parsed is not None
@@ -42,7 +42,7 @@ def histograms(folder: Path, plan: Plan, names: Sequence[str]) -> tuple[Histogra
         weight = plan.reader.read(f"{linears[name].checkpoint_name}.weight").float()
         largest = max(weight.abs().max().item(), 1e-30)
         codes_NK = read_quantized(reader, packed[linears[name].checkpoint_name]).codes_NK
-        counts = torch.bincount(codes_NK.flatten(), minlength=2 ** linears[name].grid.bits)
+        counts = torch.bincount(codes_NK.flatten(), minlength=2 ** linears[name].quant_spec.bits)
         drawn.append(
             Histogram(
                 name=name,

@@ -23,7 +23,15 @@ from llmquant.grouping import grouped, grouped_within
 from llmquant.module_names import block_of, kind_of
 from llmquant.paths import check_output_file
 from llmquant.report.figures import bars, over_depth, trade_off
-from llmquant.report.schema import MAX_NEW_TOKENS, MAX_SECONDS, REPETITIVE, LinearReport, Message, Report, SampleText
+from llmquant.report.schema import (
+    MAX_GENERATION_SECONDS,
+    MAX_NEW_TOKENS,
+    REPETITIVE,
+    LinearReport,
+    Message,
+    Report,
+    SampleText,
+)
 from llmquant.report.verdict import BANDS, BROKEN, GOOD, SLIGHT, Measurement, Verification, band_of, format_ratio
 from llmquant.spec import QuantSpec
 
@@ -79,7 +87,7 @@ class Panel:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """The scale of the verdicts, all equally wide, with the result marked. Places are percentages of the width."""
+    """The scale of the verdicts, which are equally wide, and the place of the result. Places are in percent."""
 
     limits: tuple[tuple[float, str], ...]
     """Places and labels of the limits between the verdicts."""
@@ -143,7 +151,7 @@ def check_page_path(file: Path) -> None:
 
 
 def page(report: Report) -> str:
-    """The HTML of a report."""
+    """Return the HTML of a report."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -167,7 +175,7 @@ def page(report: Report) -> str:
         scale=scale(report.verification),
         rows=measurements(report.verification),
         most_tokens=MAX_NEW_TOKENS,
-        most_seconds=f"{MAX_SECONDS:g}",
+        most_seconds=f"{MAX_GENERATION_SECONDS:g}",
         is_chat=any(sample.is_chat for sample in report.sample_texts),
         breakable=breakable,
         command=nonbreaking_words(report.command),
@@ -203,7 +211,7 @@ LIMITS = (1.0, GOOD, SLIGHT, BROKEN, BROKEN**2)
 
 
 def scale(verification: Verification) -> Scale | None:
-    """The scale of a verdict; None if nothing was measured, or if an older version used other limits."""
+    """Return the scale of a verdict; None if nothing was measured, or if an older version used other limits."""
     text = verification.measured
     if text is None or text.factor is None or band_of(text.factor) != verification.verdict:
         return None
@@ -215,7 +223,7 @@ def scale(verification: Verification) -> Scale | None:
 
 
 def position_on_scale(value: float) -> float:
-    """The place of a factor on the scale, 0 to 100: logarithmic within each verdict."""
+    """Return the place of a factor on the scale, 0 to 100. The scale is logarithmic within each verdict."""
     value = min(max(value, LIMITS[0]), LIMITS[-1])
     band = next(index for index in range(len(BANDS)) if value <= LIMITS[index + 1])
     low, high = LIMITS[band : band + 2]
@@ -223,7 +231,7 @@ def position_on_scale(value: float) -> float:
 
 
 def measurements(verification: Verification) -> list[tuple[Measurement, str]]:
-    """Every measured text with its verdict."""
+    """Return every measured text with its verdict."""
     found = []
     for index, text in enumerate(verification.texts):
         if text.factor is not None:
@@ -233,7 +241,7 @@ def measurements(verification: Verification) -> list[tuple[Measurement, str]]:
 
 
 def percent(fraction: float, digits: int = 1) -> str:
-    """A fraction as a percentage. A value that would round to zero keeps its first digit."""
+    """Format a fraction as a percentage. A value that would round to zero keeps its first digit."""
     vanishes = 0 < 100 * fraction < 0.5 * 10**-digits
     if vanishes and 100 * fraction < 0.0001:
         return "<\u202f0.0001\u202f%"
@@ -241,17 +249,17 @@ def percent(fraction: float, digits: int = 1) -> str:
 
 
 def breakable(name: str) -> Markup:
-    """A module's name with line break opportunities after its dots."""
+    """Return a module's name with line break opportunities after its dots."""
     return Markup(".<wbr>").join(name.split("."))
 
 
 def nonbreaking_words(command: str) -> Markup:
-    """A command line with line breaks only between words, not after the hyphens of an option."""
+    """Return a command line that breaks only between words, not after the hyphens of an option."""
     return Markup(" ").join(Markup("<span>{}</span>").format(word) if word else "" for word in command.split(" "))
 
 
 def kinds(linears: Sequence[LinearReport]) -> list[Kind]:
-    """The linears grouped by kind and grid, in the order of each kind's first linear."""
+    """Group the linears by kind and grid, in the order of each kind's first linear."""
     found = []
     by_grid = grouped_within(linears, lambda linear: linear.kind, lambda linear: linear.grid)
     for (name, grid), same in by_grid.items():
@@ -278,7 +286,7 @@ def kinds(linears: Sequence[LinearReport]) -> list[Kind]:
 
 
 def depths(linears: Sequence[LinearReport]) -> list[ErrorsOverDepth]:
-    """The errors of the linears by kind, averaged if a block has several of a kind. All drawings have one scale."""
+    """Return the errors by kind, averaged if a block has several linears of a kind. All drawings have one scale."""
     inside = [linear for linear in linears if block_of(linear.name) is not None]
     errors = {
         kind: {
@@ -305,7 +313,7 @@ def depths(linears: Sequence[LinearReport]) -> list[ErrorsOverDepth]:
 
 
 def budget_curve(report: Report) -> str:
-    """A drawing of the estimated loss over bits, if grids were chosen for a budget; else empty.
+    """Draw the estimated loss over bits if grids were chosen for a budget; else return "".
 
     The curve ends MORE_BITS after the choice: losses beyond are so small that the scale would hide the relevant range.
     """
@@ -318,7 +326,7 @@ def budget_curve(report: Report) -> str:
 
 
 def uniform(report: Report) -> list[tuple[str, float, float]]:
-    """The result of each grid that all linears could share: (grid, bits per weight, estimated loss)."""
+    """Return (grid, bits per weight, estimated loss) for each grid that all linears could share."""
     others = (report.allocation or {}).get("uniform", [])
     names = [field.name for field in fields(QuantSpec)]
     return [(QuantSpec(**{name: each[name] for name in names}).describe(), *_point(each)) for each in others]
@@ -329,7 +337,7 @@ def _point(values: dict[str, float]) -> tuple[float, float]:
 
 
 def drift_figure(report: Report) -> str:
-    """A drawing of the hidden states' distance from the original after each block; empty if it was not measured."""
+    """Draw the hidden states' distance from the original after each block; return "" if it was not measured."""
     values = [math.nan if value is None else value for value in report.verification.drift]
     if not values or not any(values):
         return ""
@@ -337,7 +345,7 @@ def drift_figure(report: Report) -> str:
 
 
 def outlier_panels(linears: Sequence[LinearReport]) -> list[Panel]:
-    """Drawings of the outlier ratio over depth, before and after AWQ. Linears with the same input share a panel."""
+    """Draw the outlier ratio over depth, before and after AWQ. Kinds of linear with equal ratios share a panel."""
     series: dict[tuple[tuple[int, float, float], ...], list[str]] = {}
     for kind, same in grouped(linears, lambda linear: linear.kind).items():
         points: dict[int, tuple[float, float]] = {}
@@ -368,7 +376,7 @@ def _joined_kinds(names: Sequence[str]) -> str:
 
 
 def worst_linears(report: Report) -> list[tuple[LinearReport, Panel, Panel]]:
-    """The linears with the largest errors, with drawings of their weights and codes."""
+    """Return the linears with the largest errors, with drawings of their weights and codes."""
     by_name = {linear.name: linear for linear in report.linears}
     drawn = []
     for histogram in report.histograms:
@@ -401,7 +409,7 @@ def _counts(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """The ends of a logarithmic axis that shows all positive values and spans at least a factor of four."""
+    """Return the ends of a logarithmic axis that shows all positive values and spans at least a factor of four."""
     positive = [value for value in values if value > 0] or [1.0]
     low, high = min(positive) / 1.25, max(positive) * 1.25
     widen = max(4 / (high / low), 1.0) ** 0.5

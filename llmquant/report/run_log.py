@@ -121,7 +121,7 @@ class RunLog:
             self.fallback(linear.name, what)
 
     def record_of(self, linears: Iterable[LinearPlan]) -> dict[str, Any]:
-        """The recorded results and messages of finished linears, for a continued run."""
+        """Return the recorded results and messages of finished linears, for a continued run."""
         names = {linear.name for linear in linears}
         return {
             "linears": [asdict(linear) for linear in self.linears if linear.name in names],
@@ -138,8 +138,8 @@ class RunLog:
             known = set(noted)
             noted += [new for entry in note.get(entries, []) if (new := Message(**entry)) not in known]
 
-    def finish(self, folder: Path, out: Path) -> Report:
-        """The report of a finished run. folder: the finished folder, which becomes OUT."""
+    def to_report(self, folder: Path, out: Path) -> Report:
+        """Return the report of a finished run. folder: the finished folder, which becomes OUT."""
         device = self.plan.skeleton.device
         worst = sorted(self.linears, key=lambda linear: -linear.error)[:NUM_LINEARS]
         manifest = read_manifest(folder)
@@ -180,7 +180,7 @@ class RunLog:
 
 
 def processor_name() -> str:
-    """The name of the processor and the number of threads that PyTorch uses."""
+    """Return the name of the processor and the number of threads that PyTorch uses."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     name = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()

@@ -44,11 +44,11 @@ Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is Non
 SCHEMA = 4
 READABLE = (2, 3, SCHEMA)
 """Schemas that `read_report` accepts."""
-MAX_NEW_TOKENS, MAX_SECONDS = 48, 20.0
-"""Largest number of tokens, and of seconds, of one sample text."""
+MAX_NEW_TOKENS, MAX_GENERATION_SECONDS = 48, 20.0
+"""Largest number of tokens of one sample text, and of seconds for all sample texts of one model."""
 REPEATED_TOKENS, REPETITIVE = 4, 0.3
-"""Length of the counted token sequences, and the fraction of repeated ones from which a text is repetitive: a phrase of
-eight tokens that occurs three times in MAX_NEW_TOKENS gives a third."""
+"""Length of the counted token sequences, and the fraction of repeated ones from which a text is repetitive: eight
+tokens that occur four times in MAX_NEW_TOKENS, apart from each other, give a third."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class LinearReport:
     """Number of output features, each a row of the weight."""
     error: Number
     """Squared error of the output relative to the squared output, over the calibration inputs. If the recipe corrects
-    earlier errors, it is measured against the corrected weight."""
+    earlier errors, it is measured against the corrected weight. Without data, it is the same ratio of the weight."""
     rtn_error: Number
     """The same error if the original weight is rounded to nearest on the same grid, without AWQ's scales."""
     digest: str
@@ -121,8 +121,8 @@ class LinearReport:
     """Shrinkage factor, 0 to 1, of the correction of earlier errors: an estimate of the best factor on other text. None
     if there was nothing to correct."""
     cross_row_cost_ratio: float | None = None
-    """Cost of the rounding errors after cross-row compensation, relative to the cost before, on other text. The cost is
-    to the block, or to the predictions if the recipe's `output_hessian` is network. None without compensation."""
+    """Cost of the rounding errors after cross-row compensation, relative to the cost before, on other text. It is the
+    cost for the block, or for the predictions if `Recipe.output_hessian` is network. None without compensation."""
     outlier_ratio: float | None = None
     """Root mean square of the largest input channel, relative to the median channel, in the quantized model."""
     unscaled_outlier_ratio: float | None = None
@@ -205,7 +205,7 @@ class Report:
     """Parameters with two or more dimensions inside the decoder blocks that are not quantized, by kind."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: the content of `quantize_report.json`."""
+        """Return the content of `quantize_report.json` as plain values."""
         return {"schema": SCHEMA} | _plain(asdict(self) | {"out": str(self.out)})
 
     def write(self, folder: Path) -> None:
@@ -245,7 +245,7 @@ def read_report(folder: Path) -> Report:
 
 
 def _parse(kind: type[T], content: Any) -> T:
-    """A dataclass from JSON values of exactly the declared types. Unknown fields are ignored."""
+    """Return a dataclass from JSON values of exactly the declared types. Unknown fields are ignored."""
     return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
 
 
@@ -276,7 +276,7 @@ RENAMED_OF_RECIPE = {
 
 
 def _with_names_of_schema_4(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a report of schema 2 or 3 under the names of schema 4."""
+    """Return the content of a report of schema 2 or 3 under the names of schema 4."""
     renamed = {RENAMED.get(name, name): value for name, value in content.items()}
     renamed["linears"] = [
         {RENAMED_OF_LINEARS.get(name, name): value for name, value in linear.items()} for linear in content["linears"]

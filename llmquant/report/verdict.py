@@ -8,10 +8,9 @@ of 32, and 9.1 at 3 bits with groups of 64; GPTQ at 4 bits with 16 samples gives
 sentences, at 9.1 it repeats one word. At BROKEN, the model is as uncertain about every token as if it had four times as
 many tokens to choose from.
 
-The fixed text (`held_out.py`) decides the verdict. It is the same for all recipes, and it is long enough. The
-calibration text can only make the verdict worse, and only if its whole confidence interval lies in a worse band. So a
-few windows cannot change a verdict by chance, and a model that is certainly bad on its calibration text is not called
-good.
+The fixed text (`held_out.py`) decides the verdict. It is the same for all recipes. The calibration text can only make
+the verdict worse, and only if its whole confidence interval lies in a worse band. So a few windows cannot change a
+verdict by chance, and a model that is certainly bad on its calibration text is not called good.
 """
 
 from __future__ import annotations
@@ -111,7 +110,7 @@ class Verification:
 
     @property
     def perplexity(self) -> float | None:
-        """Perplexity of the quantized model on that text; None, like the values below, if nothing was measured."""
+        """Perplexity of the quantized model on the deciding text; None, like those below, if nothing was measured."""
         return self.measured.perplexity if self.measured else None
 
     @property
@@ -121,17 +120,17 @@ class Verification:
 
     @property
     def kl_mean(self) -> float | None:
-        """Mean of KL(original || quantized) on that text, nats per token."""
+        """Mean of KL(original || quantized) on the deciding text, nats per token."""
         return self.measured.kl_mean if self.measured else None
 
 
 def band_of(factor: float) -> str:
-    """The verdict for a ratio."""
+    """Return the verdict for a ratio."""
     return BANDS[0 if factor <= GOOD else 1 if factor <= SLIGHT else 2 if factor < BROKEN else 3]
 
 
 def judge(texts: Sequence[Measurement], drift: tuple[float, ...] = ()) -> Verification:
-    """The verdict on finite measurements. The first measurement is that of the fixed text."""
+    """Return the verdict on finite measurements. The first measurement is of the fixed text."""
     decided_by = max(range(len(texts)), key=lambda index: (BANDS.index(_certain_band(texts, index)), -index))
     text = texts[decided_by]
     assert text.factor is not None
@@ -148,7 +147,7 @@ def judge(texts: Sequence[Measurement], drift: tuple[float, ...] = ()) -> Verifi
 
 
 def _certain_band(texts: Sequence[Measurement], index: int) -> str:
-    """The verdict for the first text; for another text, the best verdict that its interval reaches."""
+    """Return the verdict for the first text; for another text, the best verdict that its interval reaches."""
     text = texts[index]
     assert text.factor is not None
     if index == 0:
@@ -157,7 +156,7 @@ def _certain_band(texts: Sequence[Measurement], index: int) -> str:
 
 
 def describe(text: Measurement) -> str:
-    """The measurements on a text as one sentence without a full stop."""
+    """Return the measurements on a text as one sentence without a full stop."""
     assert text.ratio is not None and text.kl_mean is not None and text.changed_share is not None
     interval = ""
     if text.ratio_interval:
@@ -180,5 +179,5 @@ def format_ratio(value: float) -> str:
 
 
 def bounded_exp(nats: float) -> float:
-    """exp(nats), bounded so that it does not overflow."""
+    """Return exp(nats), bounded so that it does not overflow."""
     return math.exp(min(nats, 700.0))

@@ -55,9 +55,9 @@ def can_use_attention(model: Any, device: torch.device | None = None) -> bool:
 
 
 def attention_bytes(model: Any, device: torch.device) -> int:
-    """Load LLVM, and return the bytes of memory that `use_attention` will take beside it.
+    """Load LLVM, and return the bytes of memory that `use_attention` will take in addition.
 
-    They are 0 if it changes nothing, or if it has compiled a kernel before.
+    The result is 0 if `use_attention` would not change the model, or if a kernel was compiled before.
     """
     return 0 if llvm_attention.is_compiled() or not can_use_attention(model, device) else PROGRAM_BYTES
 
@@ -74,7 +74,7 @@ def register_attention() -> None:
 def depends_on_attention_name(model: Any) -> bool:
     """Return whether the model's source branches on `_attn_implementation`, or is unavailable.
 
-    Another name of the attention function would then change the model's behaviour.
+    If it branches, another name of the attention function would change the model's behaviour.
     """
     for name in {type(module).__module__ for module in model.modules()}:
         if name.split(".")[0] in ("torch", "llmquant"):

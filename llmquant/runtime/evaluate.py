@@ -282,8 +282,8 @@ def _windows(folders: Sequence[Path], text: TextRows | ConversationRows, options
             text_tokens(load_tokenizer(folder, trust_remote_code), sample), text_tokens(tokenizer, sample)
         ):
             raise UserError(
-                f"{folder}: its tokenizer makes other tokens of the text than the tokenizer of {folders[0]}, so losses "
-                f"per token cannot be compared; evaluate each model with a command of its own"
+                f"{folder}: its tokenizer splits the text into other tokens than the tokenizer of {folders[0]}, so "
+                f"losses per token cannot be compared; evaluate each model with a command of its own"
             )
     tokens_T = text_tokens(tokenizer, segments, add_special=not is_chat)
     length = seq_len or int(min(DEFAULT_SEQ_LEN, context))

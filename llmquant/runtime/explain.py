@@ -45,12 +45,14 @@ def planned_linears(
     reader = CheckpointReader(resolve_model(str(model), trust_remote_code))
     parsed = parsed_quantization(reader)
     if parsed is None:
-        raise UserError(f"{reader.path}: is not quantized, so PyTorch runs its linears; give a quantized checkpoint")
+        raise UserError(
+            f"{reader.path}: is not quantized, and backends run quantized linears only; give a quantized checkpoint"
+        )
     shapes = {}
     for name, module in find_quantized_modules(reader, parsed).items():
         grid = parsed.grid_of(name)
         act_order_groups = grid is not None and grid.act_order_groups
-        shapes[name] = LinearShape.planned(module.out_features, module.in_features, module.spec, act_order_groups)
+        shapes[name] = LinearShape.of_sizes(module.out_features, module.in_features, module.spec, act_order_groups)
     if dtype == "auto":
         model_dtype = stored_dtype(read_config(reader.path, trust_remote_code), reader)
     else:

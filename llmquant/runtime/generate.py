@@ -29,7 +29,7 @@ from llmquant.runtime.generation_settings import GENERATION_CONFIG_FILE, merge_s
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Settings of sampling and of the end of a text. None uses the value in the checkpoint's generation_config.json."""
+    """Settings of sampling and of the end of a text. None selects the value in generation_config.json."""
 
     max_new_tokens: int = 128
     """Maximum number of tokens in a generated text."""

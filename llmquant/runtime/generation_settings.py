@@ -2,7 +2,7 @@
 
 The file may hold any setting of transformers' GenerationConfig. Its values may be invalid, because people edit it by
 hand. A call uses the settings that change which token comes next or where a text ends (SUPPORTED_SETTINGS). Settings
-that select another decoding method (UNSUPPORTED_SEARCHES) raise a UserError, unless the options of the call decide how
+that select another decoding method (UNSUPPORTED_DECODING) raise a UserError, unless the options of the call decide how
 to sample. The remaining settings (layout of the cache, additional outputs, speculative decoding) do not change the
 text. They are ignored, and transformers' defaults apply.
 """
@@ -142,7 +142,7 @@ SUPPORTED_SETTINGS: dict[str, SettingRule] = SAMPLING_SETTINGS | {
     "use_cache": SWITCH,
     "watermarking_config": SettingRule(_is_watermark, "a watermarking configuration that transformers accepts"),
 }
-UNSUPPORTED_SEARCHES: dict[str, tuple[Callable[[Any], bool], str]] = {
+UNSUPPORTED_DECODING: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_beams": (lambda value: value != 1, "beam search"),
     "num_return_sequences": (lambda value: value != 1, "several texts per prompt"),
     "penalty_alpha": (lambda value: value != 0, "contrastive search"),
@@ -231,7 +231,7 @@ def _known_tokens(end_tokens: Any, vocabulary_size: int) -> list[int] | None:
 
 def _refuse_searches(model_settings: Any, file: str | Path) -> None:
     """Raise UserError if a setting of the model selects a decoding method that is not supported."""
-    for key, (selects, method) in UNSUPPORTED_SEARCHES.items():
+    for key, (selects, method) in UNSUPPORTED_DECODING.items():
         value = getattr(model_settings, key, None)
         # Contrastive search does not sample: transformers ignores its penalty if tokens are sampled.
         if value is not None and selects(value) and not (key == "penalty_alpha" and model_settings.do_sample):

@@ -1,7 +1,8 @@
 """`QuantizedLinear`, which replaces a quantized `nn.Linear`, and `PackedDenseLinear`, which replaces a 16-bit head.
 
 Both hold their weight in the layout of one kernel backend, computed at load. The layout depends on the processor, so
-its buffers are not persistent. The buffers hold packed bits instead of numbers, so `.to(dtype)` never casts them.
+its buffers are not persistent. The buffers hold packed bits instead of numbers, so a cast to another dtype raises
+UserError.
 
 A state dict holds the tensors of the checkpoint instead, which are computed on demand: packed codes (integer levels),
 scales and zero-points in the format that the linear was read from, or the 16-bit weight. `load_state_dict` accepts the
@@ -189,7 +190,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> DenseWeight:
-        """The dense weight, computed when its values are first needed. Its shape, dtype and device cost nothing."""
+        """The dense weight, computed at each use of its values. Its shape, dtype and device cost nothing."""
         return DenseWeight(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -214,8 +215,8 @@ class QuantizedLinear(nn.Module):
             return True
         if not torch.compiler.is_compiling():
             return not is_plain(x)
-        inline_rows = BACKENDS[self.backend_name].inline_rows
-        return torch.compiler.is_exporting() or x.numel() >= inline_rows * self.in_features
+        traced_below_rows = BACKENDS[self.backend_name].traced_below_rows
+        return torch.compiler.is_exporting() or x.numel() >= traced_below_rows * self.in_features
 
     def _needs_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
@@ -299,7 +300,7 @@ class PackedDenseLinear(nn.Module):
 
     @property
     def weight(self) -> DenseWeight:
-        """The dense weight, computed when its values are first needed."""
+        """The dense weight, computed at each use of its values."""
         return DenseWeight(self)
 
     def dequantize(self) -> Tensor:
@@ -346,7 +347,7 @@ class PackedDenseLinear(nn.Module):
         return DENSE_KERNELS[self.kernel_name].multiply(x, self.packed, self.bias, self.out_features)
 
     def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Raise UserError if a function given to `_apply` casts to another dtype, or moves tensors from the CPU."""
+        """Raise UserError if a function given to `_apply` casts to another dtype, or moves tensors off the CPU."""
         moved = fn(torch.empty(0, dtype=self.dtype, device="cpu"))
         if moved.dtype != self.dtype or moved.device.type != "cpu":
             raise UserError(

@@ -62,7 +62,7 @@ def load(
         replace_linears(skeleton, quantization, backend)
     elif backend != "auto":
         raise UserError(
-            f"backend '{backend}': {path} is not quantized, so PyTorch runs its linears; use --backend auto"
+            f"backend '{backend}': {path} is not quantized, and backends run quantized linears only; use --backend auto"
         )
     load_other_tensors(skeleton)
     model = skeleton.model
@@ -123,7 +123,7 @@ def find_linear(
     if linear_shape(linear) != (packed.out_features, packed.in_features):
         raise UserError(
             f"{reader.path}: '{packed.name}' is packed as {[packed.out_features, packed.in_features]}, but config.json "
-            f"makes it {list(linear_shape(linear))}; copy config.json from where the checkpoint was made"
+            f"gives the shape {list(linear_shape(linear))}; copy config.json from where the checkpoint was made"
         )
     return name, linear
 
@@ -159,7 +159,7 @@ def load_other_tensors(skeleton: Skeleton) -> None:
 
 
 def pack_head(model: Any) -> None:
-    """Replace the head by a `PackedDenseLinear` if it is a bfloat16 linear on a CPU that multiplies bfloat16.
+    """Replace the head by a `PackedDenseLinear` if it is a bfloat16 linear on a CPU for which there is a kernel.
 
     In a small model, half of the bytes that are read per token belong to the head. If the head is tied to the
     embedding, the replacement holds a second copy of the weight.

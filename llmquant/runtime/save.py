@@ -1,9 +1,9 @@
 """Save a loaded quantized model in the format that it was read from, with the same codes (integer levels).
 
 transformers writes the contents of `model.state_dict()`, which are the packed tensors (`linear.py`), and the model's
-config, which keeps the `quantization_config`. `save_quantized` adds safety: it lets transformers write into a temporary
-folder, checks the result, and then moves the files into place. A folder therefore holds either a checkpoint that can be
-loaded or its previous contents.
+config, which keeps the `quantization_config`. `save_quantized` makes this safe: transformers writes into a temporary
+folder, the result is checked, and then the files are moved into place. A folder therefore holds either a checkpoint
+that can be loaded or its previous contents.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ def _update_config(staging: Path, model: Any) -> None:
     """Make the saved `quantization_config` describe every saved linear, and copy it into the format's own config file,
     which some readers look for first.
 
-    The config of the checkpoint stays as it is, unless it names linears without the prefix of the base model.
+    The config of the checkpoint is kept if it gives every quantized linear its grid. It does not if, for example, it
+    names linears without the prefix of the base model.
     """
     file = staging / "config.json"
     content = parse_json(file.read_bytes(), str(file))

@@ -1,6 +1,6 @@
 """AWQ scaling of a decoder block: scale its channels before it is quantized, if that lowers the output error.
 
-At the input of a block, with the checkpoint's weights loaded:
+For a block that all sequences have reached, with the checkpoint's weights loaded:
 
     folds that the block allows (`models/scale_folding.py`: found once per kind of block, verified in every block)
     -> one forward pass of a few sequences: second moments of every input group's input, and the block's output
@@ -9,8 +9,9 @@ At the input of a block, with the checkpoint's weights loaded:
     -> the scales are folded into the block's parameters
 
 All scales of a block are chosen before any of its linears is rounded, since they change the producers too. Folded
-values are computed in float32 from the checkpoint's values and rounded once. A norm's weight is stored in 16 bits, and
-rounding it would change the model. So its scale is computed from the rounded weight, which makes the fold exact.
+values are computed in float32 from the checkpoint's values and rounded once. If a norm's weight is stored in 16 bits,
+rounding the folded weight would change the model. So the scale is computed from the rounded weight, which makes
+the fold exact.
 
 Letters: N out_features, K in_features, R rows of a producer.
 """
@@ -40,9 +41,9 @@ from llmquant.report.run_log import RunLog
 SEARCH_SEQUENCES = 8
 """Number of sequences on whose activations the scales are searched."""
 RANGE_STEPS = 0
-"""Number of shrink factors of each group's range while scales are compared; 0 takes the extremes of the group."""
+"""Number of shrink factors tried for each range while scales are compared; 0 takes the extremes of the group."""
 CHECK_STEPS = 8
-"""Number of shrink factors of each group's range when the block is compared with and without its scales."""
+"""Number of shrink factors tried for each range when the block is compared with and without its scales."""
 
 ScaleChoice = tuple[Fold, Tensor]
 """A fold and its scale_R."""
@@ -55,7 +56,7 @@ class FoldedBlock:
     """The folded parameters and scales of a block; empty if nothing is folded."""
 
     parameters: dict[str, Tensor] = field(default_factory=dict)
-    """Folded values by parameter name within the block: weights to quantize in float32, the rest as it is stored."""
+    """Folded values by parameter name within the block: float32 for weights to quantize, else the stored dtype."""
     checkpoint_parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     """The checkpoint's parameters that the folded values replaced, by the same names."""
     scales: dict[int, Tensor] = field(default_factory=dict)
@@ -85,7 +86,7 @@ class AwqScaler:
         uses = Counter(plan.skeleton.names.values())
         self._tied = {name for name, source in plan.skeleton.names.items() if uses[source] > 1}
 
-    def choose(
+    def choose_scales(
         self, forward: BlockwiseForward, index: int, structure: BlockStructure, linears: Mapping[str, LinearPlan]
     ) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
         """Choose the scales of the block that all sequences have reached; the block itself does not change.
@@ -112,7 +113,7 @@ class AwqScaler:
         if not choices:
             return {}, {}
         if not all(torch.isfinite(value).all() for value in folded.values()):
-            self.log.note(prefix, "scales undone: a folded parameter does not fit the dtype it is stored in")
+            self.log.note(prefix, "scales not used: a folded parameter does not fit the dtype it is stored in")
             return {}, {}
         with self.log.timed("scale check"):
             importances = {number: moments.hessian_KK.diagonal() for number, moments in statistics.items()}
@@ -123,7 +124,7 @@ class AwqScaler:
                 block, calls, outputs, unscaled
             )
         if not helps:
-            self.log.note(prefix, "scales undone: the block's output error is not lower with them")
+            self.log.note(prefix, "scales not used: the block's output error is not lower with them")
             return {}, {}
         # The result is sent to other ranks, which have other devices.
         return {name: value.cpu() for name, value in folded.items()}, {
@@ -131,7 +132,7 @@ class AwqScaler:
         }
 
     def find_block_folds(self, forward: BlockwiseForward, index: int) -> None:
-        """Find the folds of the block that all sequences have reached, unless its kind has them.
+        """Find the folds of the block that all sequences have reached, unless those of its kind are known.
 
         A continued run calls this for the finished blocks, so that it finds the folds of each kind in the same block as
         the interrupted run did.
@@ -151,14 +152,15 @@ class AwqScaler:
         candidates = self._folds_of_kind[kind]
         verified = verify_folds(probe, [fold for fold in candidates if not self._changes_tied_parameter(block, fold)])
         reasons = {
-            consumer.input_group: f"folding into '{fold.producer.name}' changes the block's output or a shared tensor"
+            consumer.input_group: f"a scale cannot be folded into '{fold.producer.name}' without changing the block's "
+            "output or a tied tensor"
             for fold in candidates
             for consumer in fold.consumers
         }
         scaled = {consumer.input_group for fold in verified for consumer in fold.consumers}
         for number, input_group in enumerate(block.structure.input_groups):
             if number not in scaled and any(name in block.linears for name in input_group.linears):
-                reason = reasons.get(number, "no norm or linear makes its channels one by one")
+                reason = reasons.get(number, "no norm or linear was found whose rows produce its channels")
                 self.log.note(f"{block.prefix}.{input_group.linears[0]}", f"input not scaled: {reason}")
         return verified
 
@@ -178,7 +180,7 @@ class AwqScaler:
     def _choose_scale(
         self, block: _Block, fold: Fold, statistics: Mapping[int, InputStatistics], values: Mapping[str, Tensor]
     ) -> ScaleChoice | None:
-        """Return a fold with its scale, or None if no scale is predicted to help."""
+        """Return a fold with its scale, or None if no scale is predicted to lower the error."""
         consumers = _consumer_linears(block, fold, statistics, values)
         if not consumers:
             return None
@@ -217,7 +219,7 @@ class AwqScaler:
             for name in input_group.linears:
                 key = f"{name}.weight"
                 if name in block.linears and key in rounded:
-                    linear, spec = block.module.get_submodule(name), block.linears[name].grid
+                    linear, spec = block.module.get_submodule(name), block.linears[name].quant_spec
                     weight_KN = weight_as_NK(linear, rounded[key]).T.contiguous()
                     grid = find_grid(weight_KN, importances[number], spec, scale_dtype, min_zero, CHECK_STEPS)
                     rounded_KN = values_on_grid(round_to_grid(weight_KN, grid, spec), grid, spec)
@@ -227,7 +229,7 @@ class AwqScaler:
     def _output_error(
         self, block: _Block, calls: Sequence[BlockCall], outputs: Sequence[Tensor], parameters: Mapping[str, Tensor]
     ) -> float:
-        """Return the squared difference from the block's outputs if the block runs with other parameters."""
+        """Return the squared difference between the given outputs and those of the block with other parameters."""
         dtypes = {name: parameter.dtype for name, parameter in block.module.named_parameters()}
         replaced = {name: value.to(dtypes[name]) for name, value in parameters.items()}
         total = 0.0
@@ -252,7 +254,7 @@ def install_folded(plan: Plan, index: int, parameters: dict[str, Tensor], scales
 
 
 def exact_scale(weight_R: Tensor, scale_R: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
-    """Return the scale closest to scale_R whose division of a norm's weight is exact in dtype; 1 if there is none.
+    """Return a scale close to scale_R by which a norm's weight can be divided exactly in dtype; 1 where there is none.
 
     weight_R: the factor by which the norm multiplies, float32: its weight plus the offset.
     """
@@ -271,16 +273,16 @@ def _kind_of(block: nn.Module, structure: BlockStructure) -> object:
 def _consumer_linears(
     block: _Block, fold: Fold, statistics: Mapping[int, InputStatistics], values: Mapping[str, Tensor]
 ) -> list[ConsumerLinears]:
-    """Return the linears to quantize that read a fold's producer, by input group and grid."""
+    """Return the linears to quantize that read a fold's producer, one entry per input group and grid."""
     consumer_linears = []
     for consumer in fold.consumers:
         moments = statistics[consumer.input_group]
         names = [name for name in block.structure.input_groups[consumer.input_group].linears if name in block.linears]
-        for spec in dict.fromkeys(block.linears[name].grid for name in names):
+        for spec in dict.fromkeys(block.linears[name].quant_spec for name in names):
             weights = [
                 weight_as_NK(block.module.get_submodule(name), values[f"{name}.weight"])
                 for name in names
-                if block.linears[name].grid == spec
+                if block.linears[name].quant_spec == spec
             ]
             consumer_linears.append(
                 ConsumerLinears(torch.cat(weights), spec, moments.hessian_KK, moments.mean_abs_K, consumer.row_K)

@@ -46,7 +46,7 @@ class BlockwiseBackprop(ABC):
         """Whether the current pass only finds the body of the model (`BodyAndHead`), and is not measured."""
 
     def run_block(self, name: str, block: nn.Module, call: Callable[[], Tensor]) -> Tensor:
-        """Run a block in the forward pass by `call`; return what `call` returns."""
+        """Run a block in the forward pass with `call`, and return its output."""
         return call()
 
     @abstractmethod
@@ -79,8 +79,8 @@ class BlockwiseBackprop(ABC):
                     raise
                 except RuntimeError as error:
                     raise UserError(
-                        f"{self.plan.path}: cannot be run backward ({one_line(error)}); use --effort default, "
-                        "without --target-bpw and --target-size"
+                        f"{self.plan.path}: backpropagation through the model fails ({one_line(error)}); use --effort "
+                        "default, without --target-bpw and --target-size"
                     ) from error
 
     @contextmanager

@@ -1,20 +1,20 @@
 """Measure the output-side Hessians of a model's linears, for cross-row error compensation (`algorithms/cross_row.py`).
 
-A linear's output Hessian is the sum of g g^T over gradients g at its outputs. There are two ways to measure it, named
+The output Hessian G of a linear is the sum of g g^T over gradients g at its outputs. It is measured in two ways, named
 as in `Recipe.output_hessian`:
 
 block (`block_cross_row_factors`): a few sequences run forward and backward through one block with the checkpoint's
 weights. All channels of the block's output count equally: the gradient at this output is drawn at random, so that
 g g^T at a linear's outputs averages to J^T J, with J the Jacobian of the block's output with respect to the linear's
 outputs. The rest of the model is left out. Therefore one split of the sequences has gradients at the even channels of
-the block's output and the other split at the odd ones, and compensation is used only if the splits confirm each other.
-They do if the errors interact inside the block: queries and keys are only used with each other. (On SmolLM2-135M,
-compensation leaves a third of the cost of queries and keys, and the factors of no other linear are confirmed.)
+the block's output, and the other split at the odd ones. Compensation is used only if the splits confirm each other.
+They do if errors interact inside the block, as those of queries and keys do. (On SmolLM2-135M, compensation leaves a
+third of the cost of queries and keys, and the factors of no other linear are confirmed.)
 
 network (`network_cross_row_factors`): before any block is quantized, all calibration text runs through the whole model
-forward and backward (`gradients.py`), and g is the gradient of the loss, whose mean square is the cost of an error for
-the predictions. This is the cost that counts, so compensation is used wherever it lowers the cost on text it was not
-measured on. The sums of all linears do not fit in memory, so the sums of a block are in a file while other blocks and
+forward and backward (`gradients.py`). The gradient g is that of the loss, so G gives the cost of an error for the
+predictions. This is the cost that counts, so compensation is used if it lowers the cost on text that G was not
+measured on. The sums of all linears do not fit in memory, so a file holds the sums of a block while other blocks and
 sequences run.
 
 Letters: S sequences, L tokens of a sequence, T tokens, N out_features, K in_features.
@@ -47,12 +47,12 @@ from llmquant.solver.reduction import NUM_CHUNKS, chunk_of
 GRADIENT_TOKENS = 2048
 """Number of calibration tokens that run forward and backward through a block."""
 MAX_COST_RATIO = 0.7
-"""Upper limit of `CrossRowFactors.cost_ratio` for compensation that is measured on the block. If it lowers the cost for
-the block by less, it may not lower the cost for the predictions."""
+"""Upper limit of `CrossRowFactors.cost_ratio` for factors that are measured on the block. Compensation that lowers the
+cost for the block by less may not lower the cost for the predictions."""
 
 
 def too_few_samples(plan: Plan, num_samples: int) -> str:
-    """Return why there are too few samples for cross-row compensation; "" if there are enough or it is not used."""
+    """Return why the samples are too few for cross-row compensation; "" if they suffice or the recipe uses none."""
     needed = 2 if plan.recipe.runs_backward else NUM_CHUNKS + 1
     if not plan.recipe.compensates_across_rows or num_samples >= needed:
         return ""
@@ -65,7 +65,7 @@ def too_few_samples(plan: Plan, num_samples: int) -> str:
 def block_cross_row_factors(
     plan: Plan, forward: BlockwiseForward, index: int, linears: Mapping[str, LinearPlan], num_samples: int, log: RunLog
 ) -> dict[str, CrossRowFactors]:
-    """Measure a block that all sequences have reached; return the confirmed factors by name within the block.
+    """Measure a block that all sequences have reached; return the confirmed factors by linear name within the block.
 
     num_samples: samples of all ranks. Only sequences of the first chunk (`reduction.py`) are used: rank 0 has them with
     any number of ranks.

@@ -33,7 +33,7 @@ from llmquant.algorithms.gptq import (
     gptq_round,
 )
 from llmquant.algorithms.grid import (
-    Grid,
+    QuantParams,
     count_unfit_groups,
     find_grid,
     round_to_grid,
@@ -63,7 +63,7 @@ class LinearResult:
     rtn_error: float
     """The same error for plain RTN of the weight as it was before AWQ scaled its input channels."""
     rtn_rows: int | None = None
-    """Rows that were rounded with plain RTN because the search did not beat it; None if there was no search."""
+    """Rows that were rounded with plain RTN because it beat the search; None if there was no search."""
     correction_shrinkage: float | None = None
     """Fraction of the error correction that was added, 0 … 1 (`error_correction.py`); 1 if there is only one sample,
     None if there was nothing to correct."""
@@ -115,7 +115,7 @@ class RoundedWeight:
 
     q_KN: Tensor
     """Integer levels, float32."""
-    grid: Grid
+    grid: QuantParams
     """Scales and zero-points."""
     spec: QuantSpec
     """Bits, group size and symmetry of the grid."""
@@ -126,7 +126,7 @@ class RoundedWeight:
 
     def with_rows_of(self, other: RoundedWeight, is_other_N: Tensor) -> RoundedWeight:
         """Return this weight with some of its rows, bool [N], taken from another one."""
-        grid = Grid(
+        grid = QuantParams(
             torch.where(is_other_N, other.grid.scale_GN, self.grid.scale_GN),
             torch.where(is_other_N, other.grid.zero_GN, self.grid.zero_GN),
         )
@@ -172,7 +172,7 @@ def round_without_data(weight_NK: Tensor, spec: QuantSpec, limits: StorageLimits
 
 
 def scale_range_fallbacks(weight_NK: Tensor, spec: QuantSpec, scale_dtype: torch.dtype) -> tuple[str, ...]:
-    """Return a sentence if groups of a weight are too small for scales of scale_dtype, and one if any are too large."""
+    """Return one sentence if groups of a weight are too small for scale_dtype, and one if groups are too large."""
     counts = [0, 0]
     for some_NK in weight_NK.split(ROWS_AT_ONCE):
         for end, count in enumerate(count_unfit_groups(some_NK.float().T, spec, scale_dtype)):
@@ -289,11 +289,11 @@ def quantize_linear(
     fallbacks: tuple[str, ...] = ()
     if cross_row is None:
         searched = search_codes(target_KN, spec, problem)
-        rtn = round_plainly(weight_KN, spec, problem.limits)
+        rtn = round_with_plain_rtn(weight_KN, spec, problem.limits)
         choice = choose_rows(searched, rtn, target_KN, target_KN, problem)
     else:
         searched, rounding_target_KN = search_compensated_codes(target_KN, spec, problem, cross_row)
-        rtn = round_plainly(weight_KN, spec, problem.limits)
+        rtn = round_with_plain_rtn(weight_KN, spec, problem.limits)
         choice = choose_rows(searched, rtn, target_KN, rounding_target_KN, problem)
         if choice.error > choice.rtn_error:
             cross_row = None
@@ -340,7 +340,7 @@ def search_compensated_codes(
     Also returns the values that were rounded, [K, N]: the target, compensated for the errors of earlier rows.
     """
 
-    def search(target_KP: Tensor) -> tuple[Tensor, Grid]:
+    def search(target_KP: Tensor) -> tuple[Tensor, QuantParams]:
         rounded = search_codes(target_KP, spec, problem)
         return rounded.q_KN, rounded.grid
 
@@ -348,7 +348,7 @@ def search_compensated_codes(
     return RoundedWeight(q_KN, grid, spec), rounding_target_KN
 
 
-def round_plainly(weight_KN: Tensor, spec: QuantSpec, limits: StorageLimits) -> RoundedWeight:
+def round_with_plain_rtn(weight_KN: Tensor, spec: QuantSpec, limits: StorageLimits) -> RoundedWeight:
     """Round to nearest on the extremes of each group (plain RTN)."""
     grid = find_grid(weight_KN, None, spec, limits.scale_dtype, limits.min_zero)
     return RoundedWeight(round_to_grid(weight_KN, grid, spec), grid, spec)
@@ -374,12 +374,12 @@ def choose_rows(
 def unscaled_rtn_error(weight_KN: Tensor, target_KN: Tensor, spec: QuantSpec, problem: GroupProblem) -> Tensor:
     """Return the squared output error of plain RTN of the weight as it was before AWQ scaled it, a scalar.
 
-    The unscaled rounding is scaled like the weight, since the target and the Hessian belong to the scaled inputs. Rows
+    The rounded values are multiplied by the scale, since the target and the Hessian belong to the scaled inputs. Rows
     that AWQ divided, because they make the channels of another linear, stay divided: this changes rounding to nearest
     only in the last bit of the stored scale.
     """
     assert problem.statistics.scale_K is not None
     scale_K1 = problem.statistics.scale_K.to(weight_KN.dtype)[:, None]
-    rtn = round_plainly(weight_KN / scale_K1, spec, problem.limits)
+    rtn = round_with_plain_rtn(weight_KN / scale_K1, spec, problem.limits)
     values_KN = values_on_grid(rtn.q_KN, rtn.grid, spec) * scale_K1
     return output_errors(values_KN - target_KN, problem.hessian_KK).sum()

@@ -14,5 +14,5 @@ def chunk_of(sample: int, num_samples: int) -> int:
 
 
 def split_of(sample: int, num_samples: int) -> int:
-    """Return the split of the text, 0 or 1, to which a sample belongs; non-empty chunks alternate between them."""
+    """Return the split of the text, 0 or 1, to which a sample belongs; non-empty chunks alternate between splits."""
     return (chunk_of(sample, num_samples) if num_samples >= NUM_CHUNKS else sample) % 2

@@ -9,8 +9,8 @@ predictions (the Fisher information). For a rounding error E of the weight whose
 These losses can be compared between layers. Relative errors of layers cannot: an allocation by them is worse than one
 grid for all. F is the mean of the product, not the product of the means: a token with massive inputs hardly matters to
 the predictions, and the product of the means would overestimate it (eval/EXPERIMENTS.md). E is the error of rounding to
-nearest on searched ranges. If GPTQ is used, only the part of a column's squared error counts that later columns cannot
-compensate for: 1 / U_kk^2, with U the factor of `gptq.py`, divided by the damped H_kk.
+nearest on searched ranges. If GPTQ is used, a column's squared error is multiplied by the part that later columns
+cannot compensate for, 1 / (U_kk^2 H_kk), with U the factor of `gptq.py` and H damped.
 
 A few calibration sequences run forward and backward, side by side (`gradients.py`).
 
@@ -44,11 +44,11 @@ TOKENS_AT_ONCE = 2048
 """Number of tokens whose second moments are added at one time."""
 
 CandidateGrids = Callable[[Sequence[str]], Sequence[QuantSpec]]
-"""Function from the full names of linears with one input to the grids to try; if there are none, they are left out."""
+"""Function from the full names of linears that share an input to the grids to try; without grids, they are skipped."""
 
 
 @dataclass(frozen=True)
-class SharedInput:
+class InputGroupLosses:
     """Linears that read one tensor, and their total loss for each candidate grid."""
 
     names: tuple[str, ...]
@@ -62,7 +62,7 @@ def measure_sensitivities(
     tokens_SL: Tensor,
     candidate_grids: CandidateGrids,
     on_block_read: Callable[[], None] = lambda: None,
-) -> list[SharedInput]:
+) -> list[InputGroupLosses]:
     """Measure the losses of all linears of the blocks, by input, in the order in which the model runs them.
 
     tokens_SL: calibration tokens; the first `MEASURED_TOKENS` are used. Linears that the tokens do not reach are left
@@ -71,7 +71,7 @@ def measure_sensitivities(
     tokens_SL = tokens_SL[: max(1, MEASURED_TOKENS // tokens_SL.shape[1])]
     sensitivities = _Sensitivities(plan, candidate_grids, on_block_read, tokens_SL.numel())
     sensitivities.run(tokens_SL)
-    shared_inputs = []
+    losses_of_groups = []
     for names in sensitivities.input_groups:
         if not all(sensitivities.losses[name] for name in names):
             continue
@@ -82,12 +82,12 @@ def measure_sensitivities(
                 f"{names[0]}: its sensitivity is {next(iter(losses.values()))}: the model's activations or gradients "
                 f"overflow; use --dtype float32, or leave out --target-bpw and --target-size"
             )
-        shared_inputs.append(SharedInput(names, losses))
-    return shared_inputs
+        losses_of_groups.append(InputGroupLosses(names, losses))
+    return losses_of_groups
 
 
 @dataclass(frozen=True)
-class _InputColumns:
+class _ColumnWeights:
     """The grids to try and the column weights of one input, which are computed before there are gradients."""
 
     specs: Sequence[QuantSpec]
@@ -95,7 +95,7 @@ class _InputColumns:
     importance_K: Tensor
     """Weight of each column's squared error in the range search, float32."""
     uncompensated_K: Tensor
-    """Part of each column's squared error that the later columns cannot compensate, float32."""
+    """Part of each column's squared error that the later columns cannot compensate for, float32."""
 
 
 class _Sensitivities(BlockwiseBackprop):
@@ -109,7 +109,7 @@ class _Sensitivities(BlockwiseBackprop):
         self.candidate_grids, self.num_tokens = candidate_grids, num_tokens
         self.input_groups: list[tuple[str, ...]] = []
         """Full names of the measured linears of each input."""
-        self.columns: dict[str, _InputColumns] = {}
+        self.columns: dict[str, _ColumnWeights] = {}
         """Column weights by full name of a linear."""
         self.losses: dict[str, dict[QuantSpec, float]] = {}
         """Nats per token by full name and grid; empty until a gradient has reached the linear."""
@@ -119,7 +119,7 @@ class _Sensitivities(BlockwiseBackprop):
         return full_name in self.columns
 
     def run_block(self, name: str, block: nn.Module, call: Callable[[], Tensor]) -> Tensor:
-        """Run a block; find which linears share an input, and the column weights of each input."""
+        """Run a block; find the linears that share an input, and compute the column weights of each input."""
         inputs: dict[str, Tensor] = {}
 
         def record_input_of(key: str) -> Callable:
@@ -146,7 +146,7 @@ class _Sensitivities(BlockwiseBackprop):
                 self.columns[full_name], self.losses[full_name] = columns, {}
         return output[0]
 
-    def _input_columns(self, specs: Sequence[QuantSpec], x_TK: Tensor) -> _InputColumns:
+    def _input_columns(self, specs: Sequence[QuantSpec], x_TK: Tensor) -> _ColumnWeights:
         """Return the column weights of an input; a column that is always 0 costs nothing."""
         recipe = self.plan.recipe
         statistics = InputStatistics(x_TK.shape[1], x_TK.device)
@@ -161,7 +161,7 @@ class _Sensitivities(BlockwiseBackprop):
             factor = factor_inverse(hessian_KK, order_K, dampings_to_try(recipe))
             if factor is not None:
                 importance_K[factor.order_K] = factor.upper_KK.diagonal().square().reciprocal()
-        return _InputColumns(specs, importance_K.masked_fill(diagonal_K == 0, 0.0), importance_K / damped_K)
+        return _ColumnWeights(specs, importance_K.masked_fill(diagonal_K == 0, 0.0), importance_K / damped_K)
 
     def on_gradient(self, full_name: str, linear: nn.Module, x_TK: Tensor, gradient_TN: Tensor) -> None:
         """Add the loss of each grid of a linear, from its inputs and the gradients at its outputs."""

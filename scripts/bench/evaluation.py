@@ -4,7 +4,7 @@
     .venv/bin/python scripts/bench/evaluation.py MODEL --text TEXT [--windows 4] [--seq-len 2048] [--dtype bfloat16]
         [--device cpu] [--repeats 3]
 
-Both run the same model on the same windows and must give the same perplexity. The plain loop calls
+Both run the same model on the same windows and should give the same perplexity. The plain loop calls
 `model(input_ids=window, labels=window).loss`, which keeps the logits of a whole window in memory. The two run
 alternately, and the best round of each counts. The script prints a table and, last, one JSON line.
 """

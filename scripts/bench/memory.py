@@ -4,9 +4,9 @@
     .venv/bin/python scripts/bench/memory.py [--sizes 0.3 1 3 8] [--methods rtn gptq] [--plot rss.svg] [--folder FOLDER]
         [-- OPTIONS OF llmquant quantize]
 
-The models are llamas with random weights and blocks of one size; only the number of blocks differs. Each is written
-shard by shard, quantized in a process of its own, and removed. The table compares the peak memory that the system
-counted for that process (ru_maxrss) with the prediction of `--dry-run`. The last line is JSON.
+The models are Llama models with random weights and blocks of one size; only the number of blocks differs. Each is
+written shard by shard, quantized in a process of its own, and removed. The table compares the peak memory that the
+system counted for that process (ru_maxrss) with the prediction of `--dry-run`. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def make_model(folder: Path, num_bytes: float) -> None:
-    """Write a llama of about that size block by block, with a tokenizer that has one token for each ASCII character."""
+    """Write a Llama model of about that size block by block, with a tokenizer of one token per ASCII character."""
     embedding = VOCABULARY * HIDDEN
     layers = max(round((num_bytes / BYTES_PER_WEIGHT - 2 * embedding) / BLOCK_WEIGHTS), 1)
     config = LlamaConfig(

@@ -114,7 +114,7 @@ def draw(rows: list[dict[str, Any]], scheme: Scheme, path: Path) -> None:
 
 
 def label(axes: Any, series: dict[str, list[dict[str, Any]]], scheme: Scheme) -> None:
-    """Write each name and its KL beside the axes, level with its last point or just below the label above it."""
+    """Write each name and its KL beside the axes, as near to the level of its last point as the other labels allow."""
     to_axes = axes.transAxes.inverted()
     ends = []
     for name, results in series.items():

@@ -4,9 +4,9 @@
     .venv/bin/python scripts/dev/artifact_hashes.py MODEL OUT_FOLDER [--code CHECKOUT]
 
 The script quantizes MODEL with each recipe in RECIPES through the command line, with one thread, and writes each
-checkpoint into a folder of OUT_FOLDER. For each checkpoint, it prints one SHA-256 of its *.safetensors files, in the
-order of their names, followed by config.json. The hashes of two versions can be compared if both ran on the same
-machine with the same packages. --code runs the llmquant of another checkout. The script exits with 1 if a recipe fails;
+checkpoint into a folder of OUT_FOLDER. For each checkpoint, it prints one SHA-256 over its *.safetensors files, in the
+order of their names, and its config.json. The hashes of two versions can be compared if both ran on the same machine
+with the same packages. --code runs the llmquant of another checkout. The script exits with 1 if a recipe fails;
 OUT_FOLDER/<recipe>.log is its log.
 """
 

@@ -103,7 +103,7 @@ def resolve(version: str, platform: str) -> dict[str, object]:
     from pip._vendor.packaging import markers
     from pip._vendor.packaging.requirements import Requirement
 
-    # With these options pip selects wheels for another Python and platform, but it evaluates markers such as
+    # With the options below, pip selects wheels for another Python and platform, but it evaluates markers such as
     # `; python_version < "3.11"` for the Python that runs it.
     environment = marker_environment(version, platform)
     setattr(markers, "default_environment", lambda: dict(environment))  # noqa: B010

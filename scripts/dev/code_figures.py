@@ -178,7 +178,7 @@ def repeated_names(modules: Mapping[str, ast.Module]) -> list[str]:
 
 
 def defined_names(node: ast.stmt) -> list[str]:
-    """Return the names that a statement defines: of a function, a class or an assignment."""
+    """Return the names that a statement defines, if it is a function, a class or an assignment."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []

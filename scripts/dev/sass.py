@@ -33,8 +33,8 @@ SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 2
 HOPPER_BUDGET = {(True, 128): 2.8, (True, 64): 3.9, (False, 128): 4.1, (False, 64): 4.9}
 """Limit of machine instructions per weight in the loop on sm_90, by (post, features). Tiles of 128 rows may have one
 more, because they load more of x. An H100 can issue 5.2 instructions per weight while it reads weights at 3.0 TB/s,
-which matters up to about fifty rows. Each limit is slightly above the present kernel, so that a regression is
-noticed."""
+which matters up to about fifty rows. Each limit is slightly above the count of the present kernel, so that a
+regression is noticed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ def compile_kernel(
     """Compile `kernel` for a GPU of this compute capability (10 * major + minor).
 
     `pointers` gives the type of each pointer argument (`*bf16`). All other arguments that are not constants are `i32`.
-    They are assumed to be multiples of 16, as sizes are, unless the kernel does not specialize on them. Triton's
+    They are assumed to be multiples of 16, as most sizes are, unless the kernel does not specialize on them. Triton's
     exceptions pass through if the GPU cannot run the program.
     """
     names = kernel.arg_names

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compile every configuration that the Triton backend can choose, for every GPU generation, and check the machine code.
+"""Compile the configurations that the Triton backends choose by rule, for every GPU generation; check the machine code.
 
 The script needs no GPU. It prints a line per configuration and, last, one JSON line. It exits with 1 if a configuration
 spills registers, does not use the matrix units, needs too much shared memory, or on Hopper exceeds its instruction
@@ -28,7 +28,7 @@ SHAPES = [(576, 640), (1536, 640), (4096, 4096), (14336, 4096), (4096, 14336), (
 
 
 def configurations(capability: int) -> list[tuple[Tiles, int, str, bool, int]]:
-    """Return what `rule_of_thumb` chooses: tiles, scales per tile, dtype, whether K is ragged, and number of planes."""
+    """Return what the rules choose: tiles, scales per tile, dtype, whether K is ragged, and number of planes."""
     gpu = Gpu("", PROCESSORS[capability], capability)
     chosen: dict[tuple[Tiles, int, str, bool, int], None] = {}
     for (features, slots), blocks, dtype in itertools.product(SHAPES, (1, 2, 4), ("bfloat16", "float16")):

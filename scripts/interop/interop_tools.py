@@ -6,9 +6,10 @@ The script imports torch, safetensors and the tool, but never llmquant. Each req
 TASKS), the `folder` of a checkpoint and a `prompt` (token ids). `…_write` tasks also have `out` (the folder to write),
 `format`, `grid` (bits, group_size, symmetric, …) and `texts` (token ids to calibrate with).
 
-The answer is `FOLDER/<name>.safetensors`. It holds `dense.<linear>`, the weight [N, K] as the tool's own kernel applies
-it; `logits` [L, V] of the prompt in float32; and `greedy` [T], the tokens that the tool generates after the prompt. A
-request that fails leaves `FOLDER/<name>.error` instead, with the first line of the tool's error message.
+The answer is `FOLDER/<name>.safetensors`. It holds those of these tensors that the task returns: `dense.<linear>`, the
+weight [N, K] as the tool's own code applies or dequantizes it; `logits` [L, V] of the prompt in float32; `greedy` [T],
+the tokens that the tool generates after the prompt; and `top1`, see `vllm_read`. A request that fails leaves
+`FOLDER/<name>.error` instead, with the first line of the tool's error message.
 """
 
 from __future__ import annotations

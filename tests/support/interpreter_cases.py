@@ -146,14 +146,14 @@ def test_wrong_dtype_is_refused() -> None:
 
 
 def test_gpu_check_finds_no_problem_in_the_kernels(gpu_check: ModuleType) -> None:
-    shape = LinearShape.planned(72, 200, QuantSpec(group_size=64, symmetric=False))
+    shape = LinearShape.of_sizes(72, 200, QuantSpec(group_size=64, symmetric=False))
     assert gpu_check.check_case(shape, torch.float16, CPU, (1, 18)) == []
 
 
 def test_gpu_check_finds_a_wrong_kernel(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu.launch
     monkeypatch.setattr(gpu, "launch", lambda *arguments: right(*arguments) * 1.01)
-    shape = LinearShape.planned(64, 128, QuantSpec(group_size=64))
+    shape = LinearShape.of_sizes(64, 128, QuantSpec(group_size=64))
     assert any("error" in line for line in gpu_check.check_case(shape, torch.float16, CPU, (3,)))
 
 
@@ -171,7 +171,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, gpu_check: ModuleType) -> None:
 
 
 def test_gpu_check_times_a_linear_on_a_fake_gpu(gpu_check: ModuleType, fake_gpu: None, tmp_path: Path) -> None:
-    shape = LinearShape.planned(64, 128, QuantSpec(group_size=128, symmetric=False))
+    shape = LinearShape.of_sizes(64, 128, QuantSpec(group_size=128, symmetric=False))
     records = gpu_check.time_linear(shape, (1, 20, 400), CPU, bandwidth=3e12, flops=8e14, gemlite=True)
     assert [(r["rows"], r["us"], r["speed_up"]) for r in records] == [(1, 1, 1), (20, 20, 1), (400, 400, 1)]
     gpu_check.print_table(records, 3e12)
@@ -180,7 +180,7 @@ def test_gpu_check_times_a_linear_on_a_fake_gpu(gpu_check: ModuleType, fake_gpu:
 
 def test_tuning_on_a_fake_gpu_writes_a_table(fake_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "DENSE_ROWS", (20, 40))
-    shape = LinearShape.planned(64, 128, QuantSpec(group_size=128, symmetric=False))
+    shape = LinearShape.of_sizes(64, 128, QuantSpec(group_size=128, symmetric=False))
     lines: list[str] = []
     path = tune.tune_tiles(
         [shape], torch.float16, CPU, buckets=(1, 16), path=tmp_path / "gpu.json", report=lines.append
