@@ -72,7 +72,7 @@ def test_report_holds_what_was_measured(reports):
     measured = report.verification.texts[report.verification.decided_by]
     assert report.verification.kl_mean == measured.kl_mean > 0
     assert report.verification.perplexity == measured.perplexity != report.verification.original_perplexity
-    assert {"forward", "solving", "verifying", "samples"} <= report.seconds.keys() == report.memory.keys()
+    assert {"forward", "solving", "verifying", "sample texts"} <= report.seconds.keys() == report.memory.keys()
     assert 2**20 < min(report.memory.values()) <= max(report.memory.values()) <= report.peak_bytes
     assert all(linear.outlier_ratio >= 1 for linear in report.linears)
     scaled = [linear for linear in report.linears if linear.unscaled_outlier_ratio is not None]
@@ -227,7 +227,7 @@ def test_cost_after_cross_row_compensation_is_shown_if_there_is_any(reports):
     )
     assert [(kind.num_cross_row, kind.cross_row_cost_ratio) for kind in kinds(fed)] == [(2, 0.375), (1, 0.61)]
     facts = dict(rounding_facts(fed))
-    assert facts["cross-row"].startswith("mean cost after")
+    assert facts["cross-row"].startswith("mean cost with")
     assert facts["cross-row"].endswith(": mlp up_proj 38% (2 of 3), down_proj 61%")
     text = " ".join(Page(page(replace(reports["awq"], linears=fed, histograms=()))).text.split())
     assert "Cross-row: rows compensate the errors" in text and "38 % in 2" in text and "61 %" in text
@@ -334,7 +334,7 @@ def test_model_that_is_too_large_says_nothing(reports, tiny_model, tmp_path, mon
     assert sizes[0] < sizes[1]
     monkeypatch.setattr(samples_module, "LOADED_SIZE_FACTOR", 10 * 2**30 / sizes[1])
     found = generate_sample_texts(out, plan)
-    assert found.texts == () and found.note.startswith("no samples") and not found.failure
+    assert found.texts == () and found.note.startswith("no sample texts") and not found.failure
 
 
 def test_samples_that_fail_do_not_take_the_checkpoint_with_them(reports, tiny_model, tmp_path, monkeypatch):
@@ -352,7 +352,7 @@ def test_samples_that_fail_do_not_take_the_checkpoint_with_them(reports, tiny_mo
     monkeypatch.setattr(samples_module, "_answers", failing(out))
     found = generate_sample_texts(out, plan)
     assert (found.texts, found.failure, found.original_failure) == ((), "prompt: is empty", "")
-    assert found.note == "no samples: the quantized model does not run here: prompt: is empty"
+    assert found.note == "no sample texts: the quantized model does not run here: prompt: is empty"
     monkeypatch.setattr(samples_module, "_answers", failing(plan.path))
     found = generate_sample_texts(out, plan)
     assert (found.failure, found.original_failure) == ("", "prompt: is empty")
@@ -384,7 +384,7 @@ def test_model_without_a_chat_template_continues_prompts_and_one_without_a_token
 
     monkeypatch.setattr(samples_module, "load_tokenizer", no_tokenizer)
     assert generate_sample_texts(reports["awq"].out, plan) == SampleTexts(
-        note="no samples: its tokenizer cannot be loaded"
+        note="no sample texts: its tokenizer cannot be loaded"
     )
 
 

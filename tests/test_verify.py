@@ -477,7 +477,7 @@ def test_model_that_does_not_run_is_a_fallback_and_stands_in_the_verdict(tiny_mo
     assert command(monkeypatch, *arguments, "--quiet") == 0
     text = capsys.readouterr().out
     assert text.splitlines()[-1].startswith("good, but the quantized model does not run here: no kernel: perplexity ")
-    assert " fallbacks    samples: the quantized model does not run here: no kernel" in text
+    assert " fallbacks    sample texts: the quantized model does not run here: no kernel" in text
     assert command(monkeypatch, *arguments[:2], tmp_path / "strict", *arguments[3:], "--quiet", "--strict") == 1
 
 

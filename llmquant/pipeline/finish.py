@@ -64,14 +64,14 @@ def _compare_with_original(run: Run, folder: Path) -> Verification:
 
 def _generate_sample_texts(run: Run, folder: Path) -> None:
     log = run.log
-    with log.timed("samples"):
+    with log.timed("sample texts"):
         log.sample_texts = generate_sample_texts(folder, run.plan)
     if log.sample_texts.failure:
-        log.fallback("samples", f"the quantized model does not run here: {log.sample_texts.failure}")
+        log.fallback("sample texts", f"the quantized model does not run here: {log.sample_texts.failure}")
     if log.sample_texts.template_failure:
-        log.note("samples", f"texts instead of questions: {log.sample_texts.template_failure}")
+        log.note("sample texts", f"texts instead of questions: {log.sample_texts.template_failure}")
     if log.sample_texts.original_failure:
-        log.note("samples", f"the original does not run here: {log.sample_texts.original_failure}")
+        log.note("sample texts", f"the original does not run here: {log.sample_texts.original_failure}")
 
 
 def _with_conclusions(run: Run, verification: Verification) -> Verification:

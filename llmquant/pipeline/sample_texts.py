@@ -49,13 +49,13 @@ def generate_sample_texts(folder: Path, plan: Plan) -> SampleTexts:
     free_bytes = limit_bytes - psutil.Process().memory_info().rss
     if LOADED_SIZE_FACTOR * CheckpointReader(folder).total_bytes > free_bytes:
         return SampleTexts(
-            note="no samples: loading the whole quantized model would take more memory than quantizing it"
+            note="no sample texts: loading the whole quantized model would take more memory than quantizing it"
         )
     try:
         # The tokenizer of the finished folder is used, because it must load from there.
         tokenizer = load_tokenizer(folder, plan.options.trust_remote_code)
     except UserError as error:
-        return SampleTexts(note=f"no samples: {one_line(error)}")
+        return SampleTexts(note=f"no sample texts: {one_line(error)}")
     is_chat, template_failure = _answers_questions(tokenizer)
     prompts = QUESTIONS if is_chat else PROMPTS
     try:
@@ -63,7 +63,9 @@ def generate_sample_texts(folder: Path, plan: Plan) -> SampleTexts:
     except Exception:  # the tokenizer fails on the prompts; the attempt below reports it
         room = MAX_NEW_TOKENS
     if room < MIN_NEW_TOKENS:
-        return SampleTexts(note=f"no samples: a context of {context_length(plan.config)} tokens has no room for them")
+        return SampleTexts(
+            note=f"no sample texts: a context of {context_length(plan.config)} tokens has no room for them"
+        )
     most_new = int(min(room, MAX_NEW_TOKENS))
     ours, failure = _attempt(folder, plan, tokenizer, prompts, is_chat, most_new)
     theirs, original_failure = None, ""
@@ -73,7 +75,7 @@ def generate_sample_texts(folder: Path, plan: Plan) -> SampleTexts:
         note = f"without the original, which does not run here: {original_failure}" if original_failure else ""
     if ours is None:
         failure += "; nor does the original" if original_failure else ""
-        note = f"no samples: the quantized model does not run here: {failure}"
+        note = f"no sample texts: the quantized model does not run here: {failure}"
         return SampleTexts(note=note, failure=failure, original_failure=original_failure)
     made = zip(prompts, ours.texts, theirs.texts if theirs else [None] * len(prompts), strict=True)
     was_cut = ours.was_cut or (theirs is not None and theirs.was_cut)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("torch", "transformers", "safetensors")
 """Libraries whose versions a report lists, beside Python and llmquant."""
 NOT_VERIFIED = Verification(verdict=NOT_MEASURED, reason="verification was switched off")
-NO_SAMPLE_TEXTS = SampleTexts(note="no samples: verification was switched off")
+NO_SAMPLE_TEXTS = SampleTexts(note="no sample texts: verification was switched off")
 
 
 @dataclass
