@@ -39,7 +39,7 @@ class LinearShape:
     def of_sizes(
         cls, out_features: int, in_features: int, spec: QuantSpec, act_order_groups: bool = False
     ) -> LinearShape:
-        """Return the shape of a weight that is not loaded, as `llmquant inspect --backends` needs it."""
+        """Return the shape of a weight of these sizes, which need not be loaded."""
         group_size = spec.effective_group_size(in_features)
         return cls(out_features, in_features, spec.bits, group_size, spec.symmetric, act_order_groups)
 

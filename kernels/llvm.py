@@ -220,12 +220,8 @@ def _narrowest_exact(scale: Tensor) -> Tensor:
 
 def _to_tiles(value_NB: Tensor) -> Tensor:
     """[N, B] -> [T, B, 64], padded with zeros."""
-    return (
-        F.pad(value_NB, (0, 0, 0, -value_NB.shape[0] % TILE_FEATURES))
-        .unflatten(0, (-1, TILE_FEATURES))
-        .transpose(1, 2)
-        .contiguous()
-    )
+    padded_NB = F.pad(value_NB, (0, 0, 0, -value_NB.shape[0] % TILE_FEATURES))
+    return padded_NB.unflatten(0, (-1, TILE_FEATURES)).transpose(1, 2).contiguous()
 
 
 def _from_tiles(value_TB: Tensor) -> Tensor:

@@ -157,9 +157,8 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     v_words = v.unflatten(2, (-1, 2)).transpose(3, 4).contiguous()
     y = torch.empty(num_sequences, length, num_heads, head_dim, dtype=q.dtype, device="cpu")
     tasks = num_sequences * num_heads * -(-length // QUERY_ROWS)
-    threads = min(
-        torch.get_num_threads(), 1 + num_sequences * num_heads * length * length * head_dim // PRODUCTS_PER_THREAD
-    )
+    products = num_sequences * num_heads * length * length * head_dim
+    threads = min(torch.get_num_threads(), 1 + products // PRODUCTS_PER_THREAD)
     # A further vector of padding makes the rows of scores start at different offsets in a page.
     padded = num_tiles * KEY_TOKENS + LANES
     scores = torch.empty(threads, QUERY_ROWS, padded, dtype=torch.float32, device="cpu")

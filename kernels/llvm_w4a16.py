@@ -497,7 +497,6 @@ def _dense(program: Program) -> Function:
     first, stop = f.task_range(_num_tiles(f))
     with f.loop(first, stop) as tile, f.loop(0, num_rows, program.panel_rows) as row:
         rows = f.minimum(f(f"sub nsw i64 {num_rows}, {row}"), program.panel_rows)
-        f.call_for_rows(
-            rows, "dense", program.panel_rows, f"ptr %arguments, i64 {row}, i64 {f.mul(tile, TILE_FEATURES)}"
-        )
+        feature = f.mul(tile, TILE_FEATURES)
+        f.call_for_rows(rows, "dense", program.panel_rows, f"ptr %arguments, i64 {row}, i64 {feature}")
     return f

@@ -217,7 +217,7 @@ class _CheckedLinears:
     specs: dict[str, QuantSpec]
     """The grids as they will be stored, by name in the checkpoint."""
     digests: dict[str, str]
-    """SHA-256 of the codes, scales and zero-points, or of the dense weight."""
+    """SHA-256 of the codes, scales, zero-points and groups, or of the dense weight."""
     has_act_order_groups: bool
     """Whether the groups of at least one linear follow the column order of GPTQ's act-order."""
     notes: list[str]

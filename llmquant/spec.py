@@ -197,8 +197,8 @@ class Recipe:
     target_bytes: int | None = None
     """Upper limit of the bytes of all written tensors. It works like `target_bpw`; only one of the two can be set."""
     range_search: str = "hessian"
-    """How the range of a group is chosen: the extremes of its weights (minmax), or a smaller range that minimises their
-    squared rounding error, unweighted (mse) or weighted by the diagonal of the Hessian (hessian)."""
+    """How the range of a group is chosen: the extremes of its weights (minmax), or the multiple of that range that
+    minimises their squared rounding error, unweighted (mse) or weighted by the diagonal of the Hessian (hessian)."""
     activation_order: bool = True
     """Whether GPTQ rounds the columns with the largest inputs first (with static groups), not in their stored order."""
     damping: float = 0.2

@@ -1,4 +1,4 @@
-"""AWQ: the search equals its slow form; folded parameters are written; scales that do not help are undone."""
+"""AWQ: the search equals its slow form; folded parameters are written; scales that do not help are not used."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_every_architecture_keeps_its_function_when_scales_are_folded(
         few(text),
     )
     assert not report.fallbacks
-    assert not any("undone" in note.what for note in report.notes)
+    assert not any("scales not used" in note.what for note in report.notes)
     before, after = (load_file(path / "model.safetensors") for path in (original, tmp_path / "out"))
     norms_differ = any(not torch.equal(before[name], after[name]) for name in before.keys() & after.keys())
     assert norms_differ == (architecture != "olmo2"), "which has no norm in front of a linear"
@@ -260,7 +260,7 @@ def test_awq_leaves_less_error_than_rtn_and_writes_the_folded_norms(tiny_model, 
 
 
 @pytest.mark.slow
-def test_scales_that_make_the_block_worse_are_undone(tiny_model, text, tmp_path, monkeypatch):
+def test_scales_that_make_the_block_worse_are_not_used(tiny_model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(
         awq_scaling,
         "search_scale",
@@ -269,7 +269,7 @@ def test_scales_that_make_the_block_worse_are_undone(tiny_model, text, tmp_path,
     original = tiny_model("llama")
     recipe = Recipe(method="awq", spec=QuantSpec(group_size=32))
     report = quantize(original, tmp_path / "out", recipe, few(text))
-    assert [note.where for note in report.notes if "undone" in note.what] == [
+    assert [note.where for note in report.notes if "scales not used" in note.what] == [
         "model.layers.0",
         "model.layers.1",
     ]

@@ -149,8 +149,8 @@ def test_one_blockwise_pass_equals_two_plain_passes_per_input_group(tiny_model, 
             for sample in range(SAMPLES):  # each sample is a chunk of its own
                 rows = slice(sample * LENGTH, (sample + 1) * LENGTH)
                 chunk = InputStatistics(ours[0].shape[1], torch.device("cpu"), writer_NK=writer_NK)
-                gap_TR = (originals[1] - ours[1])[rows] if source is not None else None
-                chunk.add(ours[0][rows], originals[0][rows], gap_TR, split=split_of(sample, SAMPLES))
+                drift_TR = (originals[1] - ours[1])[rows] if source is not None else None
+                chunk.add(ours[0][rows], originals[0][rows], drift_TR, split=split_of(sample, SAMPLES))
                 if statistics is None:
                     statistics = chunk
                 else:

@@ -65,7 +65,7 @@ def cpu_seconds(*command: str | Path) -> float:
 
 def test_help_takes_less_than_twice_the_import_of_the_library_that_draws_it():
     # Both are measured in turn, because the speed of one machine changes by a factor of two with its load. The import
-    # takes 0.22 seconds on an idle machine, so that the help takes less than 0.44.
+    # takes 0.22 seconds on an idle machine, so the limit there is 0.44.
     ours, library = [], []
     for _ in range(3):
         library.append(cpu_seconds(sys.executable, "-c", "import typer.rich_utils"))

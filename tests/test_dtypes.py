@@ -199,7 +199,7 @@ def test_a_run_whose_copies_are_damaged_does_not_finish(mixed, tmp_path, monkeyp
         change_byte(folder / WEIGHTS, name)
 
     monkeypatch.setattr(finish, "verify_codes", damaged)
-    with pytest.raises(UserError, match=f"tensor '{name}' does not come back"):
+    with pytest.raises(UserError, match=f"tensor '{name}' read back from the disk differs"):
         quantize(mixed, tmp_path / "out", recipe(method), FEW)
     assert not (tmp_path / "out").exists()
 
@@ -234,7 +234,7 @@ def test_conversion_verifies_copies_too(mixed, tmp_path, monkeypatch):
         change_byte(folder / WEIGHTS, "model.norm.weight")
 
     monkeypatch.setattr(module, "check_digests", damaged)
-    with pytest.raises(UserError, match=r"tensor 'model\.norm\.weight' does not come back"):
+    with pytest.raises(UserError, match=r"tensor 'model\.norm\.weight' read back from the disk differs"):
         convert(tmp_path / "out", tmp_path / "again", "gptq_v2")
 
 

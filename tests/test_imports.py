@@ -44,7 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"checkpoints", "console", "conversion", "data", "errors", "estimates", "hub", "paths", "pipeline"}
     | {"planning", "progress", "remote_code", "report", "runtime", "spec", "version"},
 }
-"""The only packages and modules that these may import. The others may import everything on lower floors."""
+"""The only packages and modules that these may import. The others may import everything on lower floors except what
+NOT_ALLOWED names."""
 NOT_ALLOWED: dict[str, set[str]] = {
     # Only the runtime calls the kernels.
     **{name: {"kernels"} for name in ("planning", "report", "solver", "estimates", "pipeline", "conversion")},

@@ -461,7 +461,7 @@ def test_no_more_samples_are_suggested_than_the_text_has(tiny_model, tmp_path):
 @pytest.mark.slow
 def test_model_that_does_not_run_is_a_fallback_and_stands_in_the_verdict(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        finish, "generate_sample_texts", lambda folder, plan: SampleTexts(failure="no kernel", note="no samples")
+        finish, "generate_sample_texts", lambda folder, plan: SampleTexts(failure="no kernel", note="no sample texts")
     )
     arguments = [
         "quantize",

@@ -86,6 +86,5 @@ def refit_scales(
     normal_NGG.diagonal(dim1=1, dim2=2).mul_(1 + RIDGE).add_(torch.finfo(target_KN.dtype).tiny)
     change_GN = torch.linalg.solve(normal_NGG.double(), right_NG.double()).to(target_KN.dtype).T
     limit_GN = MAX_SCALE_CHANGE * grid.scale_GN
-    return QuantParams(
-        as_stored(grid.scale_GN + change_GN.clamp(min=-limit_GN, max=limit_GN), scale_dtype), grid.zero_GN
-    )
+    scale_GN = as_stored(grid.scale_GN + change_GN.clamp(min=-limit_GN, max=limit_GN), scale_dtype)
+    return QuantParams(scale_GN, grid.zero_GN)

@@ -29,7 +29,8 @@ SMALLEST_SHRINK = 0.4
 """The smallest shrink factor."""
 # A symmetric grid has one code less on the positive side, so a slightly larger scale is sometimes better.
 LARGEST_SYMMETRIC_SHRINK = 1.08
-# The reciprocal of a number below float32's normal range can overflow. Only float16 limits scales further.
+# The reciprocal of a number below float32's normal range can overflow. Of the scale dtypes, only float16 has a much
+# narrower range.
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 # A scale of this many smallest subnormals has 8 significant bits, like bfloat16. A smaller scale has fewer.
 MIN_SUBNORMALS_PER_SCALE = 2**7

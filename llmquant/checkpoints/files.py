@@ -106,8 +106,8 @@ def _no_weights_message(folder: Path, names: list[str]) -> str:
     ggufs = [name for name in names if name.endswith(".gguf")]
     if ggufs:
         return (
-            f"{folder}: no {SINGLE_FILE}, only {ggufs[0]}, a GGUF file; give the "
-            "model's own checkpoint of safetensors files"
+            f"{folder}: no {SINGLE_FILE}, only {ggufs[0]}, a GGUF file; "
+            "give the model's own checkpoint of safetensors files"
         )
     return f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}; download the model's weights"
 

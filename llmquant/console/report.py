@@ -110,7 +110,7 @@ def rounding_facts(linears: Sequence[LinearReport]) -> list[tuple[str, str]]:
     if num_rtn_rows := sum(linear.rtn_rows or 0 for linear in linears):
         rows = sum(linear.rows for linear in linears if linear.rtn_rows is not None)
         facts.append(
-            ("RTN rows", f"{num_rtn_rows} of {rows} rows are rounded to nearest, because their error is smaller")
+            ("RTN rows", f"{num_rtn_rows} of {rows} rows are rounded to nearest, because this gives a smaller error")
         )
     return facts
 

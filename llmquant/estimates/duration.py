@@ -155,8 +155,8 @@ def _time_steps(plan: Plan, shape: _Shape) -> _Seconds:
     writer_NK = dense_NK if shape.adds_to_residual and recipe.needs_original else None
     statistics = InputStatistics(columns, device, writer_NK=writer_NK, exact=recipe.exact_hessian)
     original_TK = x_TK + 0.1 * random(num_tokens, columns).to(dtype) if recipe.needs_original else None
-    gap_TN = random(num_tokens, len(dense_NK)) if writer_NK is not None and recipe.correct_residual_error else None
-    measured = _time(lambda: statistics.add(x_TK, original_TK, gap_TN), device) / num_tokens
+    drift_TN = random(num_tokens, len(dense_NK)) if writer_NK is not None and recipe.correct_residual_error else None
+    measured = _time(lambda: statistics.add(x_TK, original_TK, drift_TN), device) / num_tokens
     seconds.statistics = measured * (shape.in_features / columns) ** 2
     if writer_NK is not None:
         statistics = InputStatistics(columns, device, exact=recipe.exact_hessian)

@@ -136,8 +136,8 @@ def check_scales(scale_NG: Tensor, zero_NG: Tensor, spec: QuantSpec, suffix: str
     for wrong, name in ((~torch.isfinite(scale_NG), "NaN or inf"), (negative | (scale_NG == 0), "zero or negative")):
         if count := int(wrong.sum()):
             raise UserError(
-                f"{suffix}: {count} of {scale_NG.numel()} scales are {name}; scales must be finite, and "
-                f"positive unless the zero-point is {spec.mid_code}"
+                f"{suffix}: {count} of {scale_NG.numel()} scales are {name}; scales must be finite and "
+                f"not zero, and positive unless the zero-point is {spec.mid_code}"
             )
 
 

@@ -344,7 +344,7 @@ class BlockwiseForward:
         # A spill empties the storages of a waiting pass in place, so the caller gets copies.
         copied = (lambda tensor: tensor.clone()) if self._spill is not None else (lambda tensor: tensor)
         x_TK = copied(x.flatten(0, -2))
-        original_x_TK = gap_TR = None
+        original_x_TK = residual_drift_TR = None
         original_x = None if original is None else original.group_input
         if original is not None and original_x is not None and original.input_group == quantized.input_group:
             if original_x.shape == x.shape:
@@ -352,8 +352,8 @@ class BlockwiseForward:
             if source is not None and source in quantized.residual_streams and source in original.residual_streams:
                 h, original_h = quantized.residual_streams[source], original.residual_streams[source]
                 if h.shape == original_h.shape and h.shape[:-1] == x.shape[:-1]:
-                    gap_TR = (original_h - h).flatten(0, -2)
-        return GroupInput(sample, x_TK, original_x_TK, gap_TR)
+                    residual_drift_TR = (original_h - h).flatten(0, -2)
+        return GroupInput(sample, x_TK, original_x_TK, residual_drift_TR)
 
     def _pause_before_group(self, number: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

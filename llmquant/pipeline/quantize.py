@@ -262,7 +262,7 @@ def checked_plan(model: str | Path, out: Path, recipe: Recipe, options: Options)
 
 
 def dry_run(model: str | Path, out: str | Path, recipe: Recipe | None = None, options: Options | None = None) -> Plan:
-    """Return the plan of `quantize`, with a preview of the calibration text. Raises UserErrors as `quantize` does.
+    """Return the plan of `quantize`, with a preview of the calibration text. Raises the UserErrors of these checks.
 
     A dry run writes nothing, and fetches only the first row of a text on the hub. It reads the weights only if
     OUT.partial holds an unfinished run, to compare their hashes with those in its journal.

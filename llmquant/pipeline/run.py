@@ -55,11 +55,8 @@ class Run:
 
     def stored_part(self, part: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return the tensors and the note of a part that an earlier run has finished; None if there is none."""
-        return (
-            (self.checkpoint.read_part(part), self.checkpoint.part_note(part))
-            if self.checkpoint.has_part(part)
-            else None
-        )
+        checkpoint = self.checkpoint
+        return (checkpoint.read_part(part), checkpoint.part_note(part)) if checkpoint.has_part(part) else None
 
     def record_linear(
         self, linear: LinearPlan, result: LinearResult, statistics: InputStatistics | None = None

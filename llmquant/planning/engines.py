@@ -252,9 +252,8 @@ def _split_group_refusals(plan: Plan) -> Iterator[tuple[str, str]]:
     for linear in plan.quantized:
         if not _is_row_parallel(plan, linear):
             continue
-        group_size = (
-            linear.quant_spec.effective_group_size(linear.in_features) if linear.quant_spec.group_size != -1 else 1
-        )
+        spec = linear.quant_spec
+        group_size = spec.effective_group_size(linear.in_features) if spec.group_size != -1 else 1
         if linear.in_features % ranks or linear.in_features // ranks % group_size:
             yield (
                 linear.name,

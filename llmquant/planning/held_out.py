@@ -96,7 +96,7 @@ def fixed_text(plan: Plan) -> HeldOutText:
     if available == 0:
         raise UserError(
             f"{plan.path}: a context of {context_length(plan.config)} tokens, and a tokenizer that gives "
-            f"{len(tokens_T)} tokens for the fixed text, leave no window to measure on"
+            f"{len(tokens_T)} tokens for {FIXED_SOURCE}, leave no window to measure on"
         )
     indices = evenly_spaced(available, num_windows(seq_len))
     windows = tokens_T[: available * room].view(available, room)[indices]
@@ -104,8 +104,8 @@ def fixed_text(plan: Plan) -> HeldOutText:
     unknown = (windows == tokenizer.unk_token_id).double().mean().item() if tokenizer.unk_token_id is not None else 0.0
     if unknown > MAX_UNKNOWN_FRACTION:
         raise UserError(
-            f"{plan.path}: its tokenizer has no tokens for {format_percentage(unknown)} of the held-out text, so it "
-            "cannot measure the model; check that the tokenizer belongs to it"
+            f"{plan.path}: its tokenizer has no tokens for {format_percentage(unknown)} of {FIXED_SOURCE}, "
+            "so it cannot measure the model; check that the tokenizer belongs to it"
         )
     decoded = (tokenizer.decode(window[:OPENING_TOKENS], skip_special_tokens=True) for window in windows)
     return HeldOutText(

@@ -114,9 +114,9 @@ class LinearReport:
     rtn_error: Number
     """The same error if the original weight is rounded to nearest on the same grid, without AWQ's scales."""
     digest: str
-    """SHA-256 of its codes, scales and zero-points, to which the finished checkpoint is compared."""
+    """SHA-256 of its codes, scales, zero-points and groups, to which the finished checkpoint is compared."""
     rtn_rows: int | None = None
-    """Rows that are rounded to nearest because no searched codes measured better; None if nothing was searched."""
+    """Rows that are rounded to nearest because this gives a smaller error than the search; None without a search."""
     correction_shrinkage: float | None = None
     """Shrinkage factor, 0 to 1, of the correction of earlier errors: an estimate of the best factor on other text. None
     if there was nothing to correct."""

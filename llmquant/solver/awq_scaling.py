@@ -240,7 +240,7 @@ class AwqScaler:
 
 
 def install_folded(plan: Plan, index: int, parameters: dict[str, Tensor], scales: dict[int, Tensor]) -> FoldedBlock:
-    """Replace a block's parameters by the folded ones that `AwqScaler.choose` returned."""
+    """Replace a block's parameters by the folded ones that `AwqScaler.choose_scales` returned."""
     prefix, checkpoint_parameters = plan.block_names[index], {}
     for name, value in parameters.items():
         owner, _, leaf = name.rpartition(".")

@@ -1,6 +1,6 @@
 """Measure the output-side Hessians of a model's linears, for cross-row error compensation (`algorithms/cross_row.py`).
 
-The output Hessian G of a linear is the sum of g g^T over gradients g at its outputs. It is measured in two ways, named
+The output Hessian G of a linear is the mean of g g^T over gradients g at its outputs. It is measured in two ways, named
 as in `Recipe.output_hessian`:
 
 block (`block_cross_row_factors`): a few sequences run forward and backward through one block with the checkpoint's
