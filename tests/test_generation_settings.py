@@ -190,11 +190,15 @@ def test_settings_that_do_not_change_the_text_are_ignored(content, with_settings
     assert own.generation_config.to_dict().items() >= content.items(), "the model keeps its own settings"
 
 
-def test_settings_that_change_the_text_are_applied(with_settings):
-    (plain,) = texts_of(with_settings())
-    first = tiny_tokenizer()(plain)["input_ids"][0]
-    assert tiny_tokenizer()(texts_of(with_settings(suppress_tokens=[first]))[0])["input_ids"][0] != first
-    assert tiny_tokenizer()(texts_of(with_settings(begin_suppress_tokens=[first]))[0])["input_ids"][0] != first
+def test_settings_that_change_the_text_are_applied(model, with_settings):
+    tokens = tiny_tokenizer()("x = 1", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        first, second = model(tokens).logits[0, -1].topk(2).indices.tolist()
+    assert tiny_tokenizer().decode([first]) != tiny_tokenizer().decode([second])
+    for key in ("suppress_tokens", "begin_suppress_tokens"):
+        own = with_settings(**{key: [first]})
+        (text,) = generate(own, tiny_tokenizer(), ("x = 1",), SamplingParams(max_new_tokens=1)).texts
+        assert text == tiny_tokenizer().decode([second])
     biased = with_settings(sequence_bias=[[[9], 1e6]])
     assert set(tiny_tokenizer()(texts_of(biased)[0])["input_ids"]) == {9}
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from saved_models import assert_same_tensors, changed_copy, files_of, load, logits
 from torch import nn
+from transformers import GenerationConfig
 
 from llmquant import UserError
 from llmquant.checkpoints.manifest import MANIFEST_FILE, read_manifest
@@ -110,9 +111,11 @@ def test_generation_settings_that_transformers_warns_about_are_saved_unchanged(q
     shutil.copytree(quantized(), folder)
     for settings in ({"do_sample": False, "temperature": 0.5}, {"early_stopping": True}, {"pad_token_id": -1}):
         (folder / "generation_config.json").write_text(json.dumps(settings))
-        load(folder).save_pretrained(tmp_path / "saved")
+        model = load(folder)
+        model.save_pretrained(tmp_path / "saved")
         written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
         assert settings.items() <= written.items()
+        assert type(model.generation_config) is GenerationConfig, "its class is replaced only while it is written"
 
 
 def test_a_refused_cast_changes_nothing(quantized):

@@ -13,14 +13,15 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from llmquant.checkpoints.atomic import sync_folder
 from llmquant.checkpoints.header import parse_json
@@ -94,6 +95,23 @@ class SavesQuantized:
         return (_unpickle, (type(self).__mro__[2],), *state[2:])
 
 
+@contextmanager
+def _without_validation(settings: GenerationConfig | None) -> Iterator[None]:
+    """Let transformers save generation settings that its `validate` refuses.
+
+    Up to version 5.20, transformers refuses to save some settings that it loads.
+    """
+    if settings is None:
+        yield
+        return
+    own_class = type(settings)
+    settings.__class__ = type(own_class.__name__, (own_class,), {"validate": lambda *_, **__: None})
+    try:
+        yield
+    finally:
+        settings.__class__ = own_class
+
+
 @cache
 def _saving_class(model_class: type) -> type:
     """Return a subclass of a transformers model class with the same name and `SavesQuantized` as its first base."""
@@ -143,7 +161,8 @@ def save_quantized(
         with tempfile.TemporaryDirectory(prefix=".llmquant-", dir=folder) as name:
             staging = Path(name)
             write = super(SavesQuantized, model).save_pretrained  # type: ignore[misc]
-            write(staging, state_dict=state_dict, max_shard_size=max_shard_size, **write_options)
+            with _without_validation(getattr(model, "generation_config", None)):
+                write(staging, state_dict=state_dict, max_shard_size=max_shard_size, **write_options)
             _update_config(staging, model)
             _check_written(staging, folder, model)
             _move_into_place(staging, folder)
