@@ -319,7 +319,7 @@ def main() -> int:
     print(f"correctness: {len(cases)} linears, {len(problems)} problems, {time.monotonic() - began:.0f} s")
     if problems:
         print("\n".join(problems))
-        print(json.dumps({"check": "gpu", "gpu": this_gpu.name, "cases": len(cases), "wrong": problems[:50]}))
+        print(json.dumps({"check": "gpu", "gpu": this_gpu.name, "cases": len(cases), "problems": problems[:50]}))
         return 1
 
     bandwidth = copy_bandwidth(device)
@@ -329,7 +329,9 @@ def main() -> int:
     records: list[dict] = []
     for in_features, out_features in BENCH_SHAPES:
         if time.monotonic() - began > options.seconds:
-            print(f"{in_features}x{out_features} and larger shapes are not timed: {options.seconds:.0f} s are over")
+            print(
+                f"{in_features}x{out_features} and the later shapes are not timed: {options.seconds:.0f} s have passed"
+            )
             break
         shape = LinearShape.of_sizes(out_features, in_features, QuantSpec(group_size=128, symmetric=False))
         rows = (1, 16, 64) if options.quick else BENCH_ROWS
@@ -341,7 +343,7 @@ def main() -> int:
         draw(records, options.plot, f"4-bit g128 linear, {this_gpu.name}")
     missed = sum(r["goal"] is not None and r["speed_up"] < r["goal"] for r in records)
     summary = {"check": "gpu", "gpu": this_gpu.name, "torch": torch.__version__, "triton": triton.__version__}
-    summary |= {"cases": len(cases), "wrong": [], "goals_missed": missed, "seconds": round(time.monotonic() - began)}
+    summary |= {"cases": len(cases), "problems": [], "goals_missed": missed, "seconds": round(time.monotonic() - began)}
     summary |= {"copy_bytes_per_second": round(bandwidth), "flops": round(flops), "row_buckets": ROW_BUCKETS}
     print(json.dumps(summary | {"results": records}))
     return 0

@@ -35,7 +35,7 @@ NUM_RATIOS = 20
 """Number of exponents r that are tried."""
 SEARCH_ROWS = 512
 """Maximum number of rows of each weight that the search rounds. They are evenly spaced and represent the others."""
-LARGEST_SCALE = 2.0**10
+MAX_CHANNEL_SCALE = 2.0**10
 """Scales are clamped between this and its reciprocal."""
 SMALLEST_MEAN = 1e-5
 """Means below this fraction of the largest mean are raised to it, since a channel hardly ever used needs no scale."""
@@ -132,7 +132,7 @@ def candidate_scales(consumers: Sequence[ConsumerLinears], num_rows: int) -> Ite
         ratio = step / NUM_RATIOS
         for scale_R in (input_R**ratio, input_R**ratio / weight_R ** (1 - ratio)):
             used = scale_R[used_R]
-            scale_R = (scale_R / (used.max() * used.min()).sqrt()).clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
+            scale_R = (scale_R / (used.max() * used.min()).sqrt()).clamp(1 / MAX_CHANNEL_SCALE, MAX_CHANNEL_SCALE)
             yield torch.where(used_R, scale_R, 1.0)
 
 

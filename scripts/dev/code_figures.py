@@ -96,12 +96,12 @@ def figures_of(root: Path) -> dict[str, Any]:
         "longest files": {str(path.relative_to(root)): num_lines(library[path]) for path in longest},
         "functions": len(functions),
         f"functions with {MANY_PARAMETERS} parameters or more": [p for name, p in with_many if not is_command[name]],
-        "the same in cli/ (typer commands)": [p for name, p in with_many if is_command[name]],
+        "functions with 7 parameters or more, cli/ (typer commands)": [p for name, p in with_many if is_command[name]],
         f"functions over {LONG_FUNCTION_LINES} lines": [
             f"{place} {lines}" for _, place, function in functions if (lines := span(function)) > LONG_FUNCTION_LINES
         ],
         "longest import chain, cli to weight": max(len(chain) - 1, 0),
-        "its modules": " > ".join(name.removeprefix("llmquant.") for name in chain),
+        "modules of the longest import chain": " > ".join(name.removeprefix("llmquant.") for name in chain),
         "public names of several modules": repeated_names(modules),
         "test functions": sum(
             function.name.startswith("test_")
