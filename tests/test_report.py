@@ -89,8 +89,10 @@ def test_report_holds_what_was_measured(reports):
     assert report.hashes["model.safetensors"] != report.original_hashes["model.safetensors"]
     assert {linear.rows for linear in report.linears if linear.kind == "mlp.up_proj"} == {96}
     assert all(0 <= linear.rtn_rows < linear.rows for linear in report.linears)
-    corrected = [linear.kind for linear in report.linears if linear.correction_shrinkage is not None]
     assert all(0 <= linear.correction_shrinkage <= 1 for linear in report.linears if linear.kind == "mlp.down_proj")
+    # Without AWQ, because a folded scale changes the first block's inputs by rounding errors.
+    unscaled = reports["not verified"].linears
+    corrected = [linear.kind for linear in unscaled if linear.correction_shrinkage is not None]
     assert corrected.count("mlp.down_proj") == 2 and corrected.count("self_attn.q_proj") == 1, "nothing is lost before"
     assert all(linear.rtn_rows is linear.correction_shrinkage is None for linear in reports["rtn"].linears)
     assert reports["not verified"].sample_texts == () and reports["not verified"].verification.texts == ()
