@@ -63,14 +63,14 @@ def cpu_seconds(*command: str | Path) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def test_help_takes_less_than_twice_the_import_of_the_library_that_draws_it():
+def test_help_takes_little_more_than_the_import_of_the_library_that_draws_it():
     # Both are measured in turn, because the speed of one machine changes by a factor of two with its load. The import
-    # takes 0.22 seconds on an idle machine, so the limit there is 0.44.
+    # takes 0.22 to 0.28 seconds on an idle machine, so the limit there is below half a second.
     ours, library = [], []
-    for _ in range(3):
+    for _ in range(5):
         library.append(cpu_seconds(sys.executable, "-c", "import typer.rich_utils"))
         ours.append(cpu_seconds(sys.executable, "-m", "llmquant", "--help"))
-    assert min(ours) < 2 * min(library)
+    assert min(ours) < 1.75 * min(library)
 
 
 @pytest.mark.slow
