@@ -221,8 +221,8 @@ def test_a_run_that_is_killed_at_any_disk_operation_is_continued_to_the_same_byt
         assert contents(out) == expected
         assert not out.with_name(out.name + ".partial").exists()
         kills += 1
-    # Python 3.10 makes 43 operations, 3.11 more than 60.
-    assert kills > 40
+    # The library of Python 3.10 makes fewer operations: 43.
+    assert kills > (60 if sys.version_info >= (3, 11) else 40)
 
 
 def test_a_run_that_gets_sigkill_is_continued(tmp_path, expected):

@@ -90,6 +90,9 @@ def test_report_holds_what_was_measured(reports):
     assert {linear.rows for linear in report.linears if linear.kind == "mlp.up_proj"} == {96}
     assert all(0 <= linear.rtn_rows < linear.rows for linear in report.linears)
     assert all(0 <= linear.correction_shrinkage <= 1 for linear in report.linears if linear.kind == "mlp.down_proj")
+    assert [linear.correction_shrinkage is None for linear in report.linears if linear.kind == "mlp.down_proj"] == [
+        False
+    ] * 2
     # Without AWQ, because a folded scale changes the first block's inputs by rounding errors.
     unscaled = reports["not verified"].linears
     corrected = [linear.kind for linear in unscaled if linear.correction_shrinkage is not None]
