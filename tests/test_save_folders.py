@@ -116,6 +116,11 @@ def test_generation_settings_that_transformers_warns_about_are_saved_unchanged(q
         written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
         assert settings.items() <= written.items()
         assert type(model.generation_config) is GenerationConfig, "its class is replaced only while it is written"
+        model.generation_config.temperature = 0.25
+        if not settings.get("do_sample", True):
+            with pytest.raises(ValueError, match="temperature"):
+                model.save_pretrained(tmp_path / "changed")
+            assert not (tmp_path / "changed").exists()
 
 
 def test_a_refused_cast_changes_nothing(quantized):

@@ -97,11 +97,12 @@ class SavesQuantized:
 
 @contextmanager
 def _without_validation(settings: GenerationConfig | None) -> Iterator[None]:
-    """Let transformers save generation settings that its `validate` refuses.
+    """Let transformers save the generation settings of a checkpoint even if its `validate` refuses them.
 
-    Up to version 5.20, transformers refuses to save some settings that it loads.
+    Up to version 5.20, transformers refuses to save some settings that it loads. Settings that were changed since they
+    were loaded are validated, as later versions do.
     """
-    if settings is None:
+    if settings is None or getattr(settings, "_original_object_hash", None) != hash(settings):
         yield
         return
     own_class = type(settings)
