@@ -72,7 +72,9 @@ def refuses_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str | N
         return f"{q.shape[2]} new tokens instead of one"
     if q.dtype not in jit.LLVM_TYPE or not q.dtype == k.dtype == v.dtype:
         return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}"
-    if not q.stride(3) == k.stride(3) == v.stride(3) == 1 or not k.shape[2]:
+    if not k.shape[2]:
+        return "the cache of keys and values is empty"
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         return "not contiguous along the head dimension"
     if mask is not None and (mask.dtype != torch.bool or mask.shape != (q.shape[0], 1, 1, k.shape[2])):
         return f"a mask of {mask.dtype} {tuple(mask.shape)}"

@@ -150,6 +150,7 @@ def test_scores_far_apart_and_far_from_zero_stay_finite():
         (lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8], None), "head dimensions 8"),
         (lambda q, k, v: (q, k, v[..., :16], None), "head dimensions 32 and 16"),
         (lambda q, k, v: (q, k.transpose(2, 3).contiguous().transpose(2, 3), v, None), "contiguous"),
+        (lambda q, k, v: (q, k[:, :, :0], v[:, :, :0], None), "cache of keys and values is empty"),
         (lambda q, k, v: (q[:, :3], k, v, None), "3 heads share 2"),
         (lambda q, k, v: (q, k[:1], v[:1], None), r"and \(1, 2, 16, 32\)"),
         (lambda q, k, v: (q, k, v[:, :, :9], None), r"and \(3, 2, 9, 32\)"),
