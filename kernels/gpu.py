@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -31,14 +33,20 @@ from llmquant.kernels.layout import (
     join_planes,
     ungather_columns,
 )
-from llmquant.kernels.tiles import Gpu, Problem, Tiles, batch_invariant_tiles, choose_tiles, dense_from_rows
+from llmquant.kernels.relaunch import POINTER_ALIGNMENT, Relaunch
+from llmquant.kernels.tiles import (
+    MAX_SPLIT_ROW_TILES,
+    Gpu,
+    Problem,
+    Tiles,
+    batch_invariant_tiles,
+    choose_tiles,
+    dense_from_rows,
+)
 from llmquant.weight import QuantizedWeight
 
 TILE_SLOTS = 128
 """Slots of a tile along K."""
-
-MAX_SPLIT_ROW_TILES = 4
-"""Tiles along M that have counters for split-K. Calls with more rows have enough programs without it."""
 
 _DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes of x that the kernels support."""
@@ -63,7 +71,21 @@ def refuses(shape: LinearShape, device: torch.device, dtype: torch.dtype) -> str
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+        if not _has_c_compiler():
+            return "Triton needs a C compiler at its first run; install gcc, or set CC"
     return None
+
+
+def _has_c_compiler() -> bool:
+    """Whether Triton can compile its launcher, the C program that passes the arguments of a kernel to the driver.
+
+    Triton 3.4 to 3.9 take the compiler that CC names, else clang or gcc, unless `triton.knobs.build.impl` replaces it.
+    """
+    if "CC" in os.environ or shutil.which("gcc") is not None or shutil.which("clang") is not None:
+        return True
+    from triton import knobs
+
+    return getattr(knobs.build, "impl", None) is not None
 
 
 def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -138,21 +160,29 @@ def unpack_meta(meta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def matmul(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape) -> Tensor:
     """x [..., K] in the prepared dtype -> y [..., N]. Raises TypeError for another dtype."""
-    x_MK, problem, this_gpu = _prepare_input(x, prepared, shape)
-    if x_MK.shape[0] >= dense_from_rows(problem, this_gpu):
+    plan = _plan_of(x, prepared, bias_N, shape, False)
+    if plan.relaunch is not None and (y := _relaunch(plan, x, prepared, bias_N, shape)) is not None:
+        return y
+    x_MK = _input_of_kernel(x, prepared, shape)
+    if plan.dense:
         y_MN = matmul_dense(x_MK, prepared, bias_N, shape)
     else:
-        tiles = choose_tiles(problem, x_MK.shape[0], this_gpu)
-        y_MN = launch(x_MK, prepared, bias_N, shape, tiles)
+        y_MN = launch(x_MK, prepared, bias_N, shape, plan.tiles, plan)
     return y_MN.view(*x.shape[:-1], shape.out_features)
 
 
 def matmul_invariant(x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape) -> Tensor:
     """Multiply as `matmul` does, but in the same order of additions for any number of rows; slow for many rows."""
-    x_MK, problem, _ = _prepare_input(x, prepared, shape)
-    tiles = batch_invariant_tiles(problem)
-    pieces = [launch(piece, prepared, bias_N, shape, tiles) for piece in x_MK.split(tiles.rows * MAX_SPLIT_ROW_TILES)]
-    return torch.cat(pieces).view(*x.shape[:-1], shape.out_features)
+    plan = _plan_of(x, prepared, bias_N, shape, True)
+    if plan.relaunch is not None and (y := _relaunch(plan, x, prepared, bias_N, shape)) is not None:
+        return y
+    tiles = plan.tiles
+    pieces = _input_of_kernel(x, prepared, shape).split(tiles.rows * MAX_SPLIT_ROW_TILES)
+    if len(pieces) == 1:
+        y_MN = launch(pieces[0], prepared, bias_N, shape, tiles, plan)
+    else:
+        y_MN = torch.cat([launch(piece, prepared, bias_N, shape, tiles) for piece in pieces])
+    return y_MN.view(*x.shape[:-1], shape.out_features)
 
 
 def dequantize(prepared: tuple[Tensor, ...], shape: LinearShape, dtype: torch.dtype) -> Tensor:
@@ -172,51 +202,142 @@ def matmul_dense(x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | No
 
 
 def launch(
-    x_MK: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape, tiles: Tiles
+    x_MK: Tensor,
+    prepared: tuple[Tensor, ...],
+    bias_N: Tensor | None,
+    shape: LinearShape,
+    tiles: Tiles,
+    plan: Plan | None = None,
 ) -> Tensor:
-    """Run the fused kernel with these tiles: x_MK (columns in their own order or in slot order) -> y_MN."""
+    """Run the fused kernel with these tiles: x_MK (columns in their own order or in slot order) -> y_MN.
+
+    plan: the plan of this call; it keeps the compiled kernel, so that later calls start faster.
+    """
     words, meta, done, _, dtype_holder, _ = prepared
     num_rows, num_columns = x_MK.shape
     num_row_tiles = -(-num_rows // tiles.rows)
     split_k = tiles.split_k if num_row_tiles <= MAX_SPLIT_ROW_TILES else 1
     planes = 2 if shape.bits == 8 else 1
     num_tiles = words.shape[1] // planes
-    y_MN = torch.empty(num_rows, shape.out_features, dtype=dtype_holder.dtype, device=x_MK.device)
+    y_MN = x_MK.new_empty(num_rows, shape.out_features)
     if num_rows == 0:
         return y_MN
     partial = y_MN if split_k == 1 else y_MN.new_empty(split_k, num_rows, shape.out_features, dtype=torch.float32)
     num_features = words.shape[0] * 64
     kernels = _kernels()
+    tensors = (x_MK.contiguous(), words, meta, y_MN if bias_N is None else bias_N, y_MN, partial, done)
+    sizes = (num_rows, shape.out_features, num_features, num_columns, num_tiles)
+    constants = {
+        "RAGGED_K": num_columns != num_tiles * TILE_SLOTS,
+        "P": planes,
+        "B": meta.shape[2],
+        "BM": tiles.rows,
+        "BN": tiles.features,
+        "SPLIT_K": split_k > 1,
+        "POST": tiles.post,
+        "STAGES": tiles.stages,
+        "HAS_BIAS": bias_N is not None,
+        "BF16": dtype_holder.dtype == torch.bfloat16,
+        "INTERPRET": kernels.INTERPRETED,
+    }  # in the order of the kernel's arguments
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+    grid = (num_row_tiles, num_features // tiles.features, split_k)
     with torch.cuda.device_of(x_MK):  # Triton launches on the current GPU
-        kernels.w4a16_kernel[num_row_tiles, num_features // tiles.features, split_k](
-            x_MK.contiguous(),
-            words,
-            meta,
-            y_MN if bias_N is None else bias_N,
-            y_MN,
-            partial,
-            done,
-            num_rows,
-            shape.out_features,
-            num_features,
-            num_columns,
-            num_tiles,
-            RAGGED_K=num_columns != num_tiles * TILE_SLOTS,
-            P=planes,
-            B=meta.shape[2],
-            BM=tiles.rows,
-            BN=tiles.features,
-            SPLIT_K=split_k > 1,
-            POST=tiles.post,
-            STAGES=tiles.stages,
-            HAS_BIAS=bias_N is not None,
-            BF16=dtype_holder.dtype == torch.bfloat16,
-            INTERPRET=kernels.INTERPRETED,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-            enable_fp_fusion=True,
-        )
+        compiled = kernels.w4a16_kernel[grid](*tensors, *sizes, **constants, **options)
+        if plan is not None and all(tensor.data_ptr() % POINTER_ALIGNMENT == 0 for tensor in tensors):
+            plan.split_k = split_k
+            plan.relaunch = Relaunch.of(compiled, grid, (*sizes, *constants.values()), x_MK.get_device())
     return y_MN
+
+
+@dataclass(slots=True)
+class Plan:
+    """How to multiply a number of rows by the weights of one shape, and the compiled kernel that does it."""
+
+    tiles: Tiles
+    """Tiles of the fused kernel."""
+    copies_x: bool
+    """Whether the kernel reads a copy of x, in slot order or padded."""
+    dense: bool
+    """Whether to write the dense weight instead."""
+    split_k: int = 1
+    """Programs that share a tile of y."""
+    relaunch: Relaunch | None = None
+    """The compiled kernel, after the first launch."""
+
+
+@lru_cache(maxsize=8192)
+def _plan(
+    shape: LinearShape,
+    ordered_slots: int,
+    dtype: torch.dtype,
+    device_index: int,
+    num_rows: int,
+    bias_dtype: torch.dtype | None,
+    invariant: bool,
+) -> Plan:
+    """Return the plan for calls with these properties. It is made once, since choosing tiles costs as much as a call.
+
+    ordered_slots: slots of the weight, or 0 if its columns keep their order. device_index: -1 for a CPU tensor, in
+    Triton's interpreter. bias_dtype: None without a bias; not used here, but the compiled kernel depends on it.
+    """
+    del bias_dtype
+    num_slots = ordered_slots or -(-shape.in_features // TILE_SLOTS) * TILE_SLOTS
+    num_features = -(-shape.out_features // 64) * 64
+    planes = 2 if shape.bits == 8 else 1
+    blocks_per_tile = TILE_SLOTS // _columns_per_block(shape)
+    problem = Problem(num_features, planes * num_slots, blocks_per_tile, str(dtype).removeprefix("torch."))
+    this_gpu = gpu_of(torch.device("cpu") if device_index < 0 else torch.device("cuda", device_index))
+    copies_x = ordered_slots > 0 or shape.in_features % 16 > 0
+    if invariant:
+        return Plan(batch_invariant_tiles(problem), copies_x, dense=False)
+    dense = num_rows >= dense_from_rows(problem, this_gpu)
+    return Plan(choose_tiles(problem, num_rows, this_gpu), copies_x, dense)
+
+
+def forget_plans() -> None:
+    """Drop the plans of all calls. `tune.tune_tiles` does so, because a new table may change the tiles."""
+    _plan.cache_clear()
+
+
+def _plan_of(
+    x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape, invariant: bool
+) -> Plan:
+    """Return the plan of a call. Raises TypeError if x has another dtype than the prepared one."""
+    _, _, _, column_S, dtype_holder, _ = prepared
+    dtype = x.dtype
+    if dtype != dtype_holder.dtype:
+        raise TypeError(f"x is {dtype}, but the weight was prepared for {dtype_holder.dtype}")
+    bias_dtype = None if bias_N is None else bias_N.dtype
+    num_rows = x.numel() // shape.in_features
+    return _plan(shape, column_S.numel(), dtype, x.get_device(), num_rows, bias_dtype, invariant)
+
+
+def _relaunch(
+    plan: Plan, x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape
+) -> Tensor | None:
+    """Multiply with the plan's compiled kernel. Return y [..., N], or None if it does not suit these tensors."""
+    words, meta, done = prepared[:3]
+    *outer, in_features = x.shape
+    if in_features != shape.in_features or x.get_device() != words.get_device():
+        return None
+    x_MK = _input_of_kernel(x, prepared, shape) if plan.copies_x else x.contiguous()
+    y = x.new_empty(*outer, shape.out_features)
+    y_address = y.data_ptr()
+    partial = y
+    if plan.split_k > 1:
+        partial = y.new_empty(plan.split_k * y.numel(), dtype=torch.float32)
+    assert plan.relaunch is not None
+    launched = plan.relaunch(
+        x_MK.data_ptr(),
+        words.data_ptr(),
+        meta.data_ptr(),
+        y_address if bias_N is None else bias_N.data_ptr(),
+        y_address,
+        partial.data_ptr(),
+        done.data_ptr(),
+    )
+    return y if launched else None
 
 
 @lru_cache(maxsize=64)
@@ -243,16 +364,14 @@ def problem_of(prepared: tuple[Tensor, ...]) -> Problem:
     return Problem(words.shape[0] * 64, words.shape[1] * TILE_SLOTS, meta.shape[2], dtype)
 
 
-def _prepare_input(x: Tensor, prepared: tuple[Tensor, ...], shape: LinearShape) -> tuple[Tensor, Problem, Gpu]:
-    """Return x as the kernel reads it, and the problem and the GPU for which to choose tiles."""
-    column_S, dtype_holder = prepared[3:5]
-    if x.dtype != dtype_holder.dtype:
-        raise TypeError(f"x is {x.dtype}, but the weight was prepared for {dtype_holder.dtype}")
+def _input_of_kernel(x: Tensor, prepared: tuple[Tensor, ...], shape: LinearShape) -> Tensor:
+    """x [..., K] -> x as the kernel reads it: [M, K], or [M, S] with columns in slot order."""
+    column_S = prepared[3]
     x_MK = x.reshape(-1, shape.in_features)
     # The kernel masks the end of K. Copying x saves time if K is not a multiple of 16: the copy permits wide loads.
     if column_S.numel() or shape.in_features % 16:
         x_MK = gather_columns(x_MK, column_S, -(-shape.in_features // TILE_SLOTS) * TILE_SLOTS)
-    return x_MK, problem_of(prepared), gpu_of(x.device)
+    return x_MK
 
 
 def _dense_weight(prepared: tuple[Tensor, ...], shape: LinearShape, num_columns: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Choose tile configurations of the Triton kernel by GPU, shape and rows of x: from a measured table, else by a rule.
 
-A table is a JSON file for one GPU in the user's cache folder. `tune.tune_tiles` measures the tiles and writes the
-table. Without an entry for this GPU and shape, `rule_of_thumb` applies. Nothing is tuned while a model runs.
+A table is a JSON file for one GPU. `tune.tune_tiles` measures tiles and writes the user's table to the cache folder.
+The folder `configs` has tables that come with llmquant; the user's entries are taken before those. Without an entry for
+this GPU and shape, `rule_of_thumb` applies. Nothing is tuned while a model runs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +24,23 @@ DENSE_FROM_ROWS = 384
 """Rows of x from which the dense path (write the dense weight, then a dense matmul) is used if no table gives a number.
 The number was estimated, not measured: writing the dense weight costs the memory traffic that the codes save,
 but from this number of rows the matrix units are the limit, not the memory."""
+
+MAX_SPLIT_ROW_TILES = 4
+"""Tiles along M that have counters for split-K. Calls with more rows have enough programs without it."""
+
+INSTRUCTIONS = {(True, 64): 3.2, (True, 128): 2.5, (False, 64): 3.7, (False, 128): 3.1}
+"""Machine instructions per weight in the loop on sm_90 with few rows, by (post, features of four warps)."""
+
+SHIPPED_TABLES = Path(__file__).parent / "configs"
+"""Folder of the measured tables that come with llmquant, one file for each GPU."""
+
+WAIT_CYCLES = 300
+"""Cycles for which a program waits in each step along K: for loads, a barrier and its last product. An estimate."""
+
+RESIDENT_PROGRAMS = {
+    (16, 64): 6, (16, 128): 3, (32, 64): 4, (32, 128): 2, (64, 64): 3, (64, 128): 2, (128, 64): 2, (128, 128): 2,
+}  # fmt: skip
+"""Programs of four warps that the registers of a processor can hold, by (rows, features) of the tiles, on sm_90."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,34 +118,65 @@ def dense_from_rows(problem: Problem, gpu: Gpu) -> int:
     return _table(gpu.name).get("dense_from_rows", {}).get(problem.key, DENSE_FROM_ROWS)
 
 
+def buckets_of(rows: Iterable[int]) -> tuple[int, ...]:
+    """Return the buckets of ROW_BUCKETS for these numbers of rows, in ascending order."""
+    return tuple(sorted({row_bucket(number) for number in rows}))
+
+
 def rule_of_thumb(problem: Problem, rows: int, gpu: Gpu) -> Tiles:
-    """Choose tiles that keep the memory pipeline of every processor full and need few instructions per weight.
+    """Return the tiles with the lowest `estimated_time` of those that suit this number of rows.
 
     Scaling the products needs one scale per tile and costs time in proportion to the rows, so it is used up to 32 rows.
-    Tiles of 128 features need up to a quarter fewer instructions per weight than tiles of 64. With few rows, only large
-    linears have enough tiles of 128 features to fill the GPU.
+    Tiles of 128 features need up to a quarter fewer instructions per weight than tiles of 64. A linear with few
+    out_features has too few of them to fill the GPU.
     """
     post = problem.blocks_per_tile == 1 and rows <= 32
     divisible = problem.features % 128 == 0
+    wide = 128 if divisible else 64
+    large_products = gpu.capability // 10 in (9, 10)
     if rows <= 16:
-        wide = divisible and problem.features >= 96 * gpu.processors
-        tiles = Tiles(rows=16, features=128 if wide else 64, split_k=1, warps=4, stages=4, post=post)
+        options = [Tiles(rows=16, features=n, split_k=1, warps=4, stages=4, post=post) for n in {64, wide}]
     elif rows <= 32:
-        tiles = Tiles(rows=32, features=64, split_k=1, warps=4, stages=4, post=post)
-    elif rows <= 64 or gpu.capability // 10 not in (9, 10):
+        widths = {64, wide} if gpu.capability // 10 == 9 else {64}
+        options = [Tiles(rows=32, features=n, split_k=1, warps=4, stages=4, post=post) for n in widths]
+    elif rows <= 64 or not large_products:
         # Without wgmma or tcgen05 (sm_80, 86, 89, 120), larger tiles exceed the registers or the shared memory.
-        tiles = Tiles(rows=64, features=128 if divisible else 64, split_k=1, warps=4, stages=3, post=False)
+        options = [Tiles(rows=64, features=wide, split_k=1, warps=4, stages=3, post=False)]
     else:
-        tiles = Tiles(
-            rows=128, features=128 if divisible else 64, split_k=1, warps=8 if divisible else 4, stages=3, post=False
-        )
-    if gpu.capability // 10 == 10 and tiles.features == 128:
-        tiles = replace(tiles, warps=8)  # Triton 3.9 fails to compile 128 features in four warps for tcgen05
-    programs = problem.features // tiles.features * -(-rows // tiles.rows)
-    programs_needed = gpu.processors * (4 if tiles.rows <= 32 else 2)
-    # Limit the split: each program should fill its pipeline a few times, and its float32 sums cost memory traffic.
-    max_split = min(8 if tiles.rows <= 32 else 4, max(1, problem.slots // 128 // (2 * tiles.stages)))
-    return replace(tiles, split_k=max(1, min(max_split, round(programs_needed / programs))))
+        options = [Tiles(rows=128, features=wide, split_k=1, warps=8 if divisible else 4, stages=3, post=False)]
+    if gpu.capability // 10 == 10:  # Triton 3.9 fails to compile 128 features in four warps for tcgen05
+        options = [replace(tiles, warps=8) if tiles.features == 128 else tiles for tiles in options]
+    options = [tiles for option in options for tiles in with_splits(option, problem, rows)]
+    return min(options, key=lambda tiles: (estimated_time(tiles, problem, rows, gpu), tiles.split_k, tiles.features))
+
+
+def with_splits(tiles: Tiles, problem: Problem, rows: int) -> list[Tiles]:
+    """Return these tiles with every sensible split of K.
+
+    A program fills its pipeline at least once, except that K may have only one split. With many rows, there are enough
+    programs without a split, and the float32 sums would cost memory traffic.
+    """
+    num_row_tiles = -(-rows // tiles.rows)
+    most = 1 if num_row_tiles > MAX_SPLIT_ROW_TILES else 8 if tiles.rows <= 32 else 4
+    most = max(1, min(most, problem.slots // 128 // tiles.stages))
+    return [replace(tiles, split_k=split_k) for split_k in range(1, most + 1)]
+
+
+def estimated_time(tiles: Tiles, problem: Problem, rows: int, gpu: Gpu) -> float:
+    """Return the clock cycles of a call on the busiest processor, estimated for Hopper; for comparing tiles only.
+
+    A program takes one step per 128 slots, one more to fill its pipeline, and with split-K some to store and add its
+    sums. In a step it issues its instructions and then waits. Other resident programs issue theirs during the wait.
+    """
+    programs = problem.features // tiles.features * -(-rows // tiles.rows) * tiles.split_k
+    busiest = -(-programs // gpu.processors)
+    resident = min(busiest, max(1, RESIDENT_PROGRAMS[tiles.rows, tiles.features] * 4 // tiles.warps))
+    steps = 1.0 - (-(problem.slots // 128) // tiles.split_k)
+    if tiles.split_k > 1:
+        steps += 1 + min(rows, tiles.rows) / 18  # a sum has 4 bytes for each row, a step 72 bytes for each feature
+    features_of_group = max(64, tiles.features * 4 // tiles.warps)  # of four warps, which share the matrix operand
+    issue_cycles = INSTRUCTIONS[tiles.post, features_of_group] * tiles.features  # four schedulers, 32 lanes each
+    return steps * busiest * (issue_cycles + WAIT_CYCLES / resident)
 
 
 def batch_invariant_tiles(problem: Problem) -> Tiles:
@@ -152,20 +202,31 @@ def is_table(content: bytes) -> bool:
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
     """Write a table to a file, merged over its previous entries, and drop the choices cached from the old table."""
-    old = json.loads(path.read_text() or "{}") if path.exists() else {}
-    for section in ("entries", "dense_from_rows"):
-        table[section] = {**old.get(section, {}), **table.get(section, {})}
+    merged: dict[str, Any] = {"entries": {}, "dense_from_rows": {}}
+    if path.exists():
+        _merge(merged, json.loads(path.read_text() or "{}"))
+    _merge(merged, table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(table | merged, indent=1, sort_keys=True) + "\n")
     _table.cache_clear()
     choose_tiles.cache_clear()
 
 
 @lru_cache(maxsize=16)
 def _table(gpu_name: str) -> dict[str, Any]:
-    """Return the user's table for a GPU; {} if there is none."""
-    path = user_table_path(gpu_name)
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Return the table for a GPU: the shipped entries, replaced by the user's where both have one."""
+    table: dict[str, Any] = {"entries": {}, "dense_from_rows": {}}
+    for path in (SHIPPED_TABLES / f"{_file_name(gpu_name)}.json", user_table_path(gpu_name)):
+        if path.exists():
+            _merge(table, json.loads(path.read_text() or "{}"))
+    return table
+
+
+def _merge(table: dict[str, Any], newer: dict[str, Any]) -> None:
+    """Put the entries of a newer table into a table, bucket by bucket."""
+    for key, entry in newer.get("entries", {}).items():
+        table["entries"][key] = {**table["entries"].get(key, {}), **entry}
+    table["dense_from_rows"].update(newer.get("dense_from_rows", {}))
 
 
 def _file_name(gpu_name: str) -> str:

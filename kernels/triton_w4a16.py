@@ -93,6 +93,22 @@ def _duplicate_low_half(word):
 
 
 @triton.jit
+def _add(sums, product, INTERPRET: tl.constexpr):
+    """Return sums + product in float32, by an instruction that Triton does not fold into the product.
+
+    A product that starts from the sums makes ptxas wait for every `wgmma` before it starts the next one (warning
+    C7515). A product that starts from zero has all of its `wgmma` in flight at once. With more rows, the addition costs
+    more than the waits, during which other programs use the matrix unit.
+    """
+    if INTERPRET:
+        return sums + product
+    else:
+        return tl.inline_asm_elementwise(
+            "add.f32 $0, $1, $2;", "=f,f,f", [sums, product], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def _per_word(block, BN: tl.constexpr, B: tl.constexpr):
     """[BN, B] -> [BN, 16]: repeat each block's value for its words (word 4l + i lies in columns 32i … 32i + 31)."""
     if B == 1:
@@ -197,6 +213,8 @@ def w4a16_kernel(
             x = x.to(tl.float32)
         if POST:
             sums += tl.dot(weight, x) * _low_half_as_float(meta, BF16).to(tl.float32)
+        elif BM <= 32:
+            sums = _add(sums, tl.dot(weight, x), INTERPRET)
         else:
             sums = tl.dot(weight, x, sums)
     valid = valid_m[None, :] & (rows_n < N)[:, None]

@@ -8,8 +8,11 @@ random, because zeros draw less power and let the clock rise. The result is the 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,17 @@ from torch import Tensor
 
 from llmquant.kernels import gpu
 from llmquant.kernels.layout import LinearShape
-from llmquant.kernels.tiles import ROW_BUCKETS, Gpu, Problem, Tiles, rule_of_thumb, user_table_path, write_table
+from llmquant.kernels.tiles import (
+    ROW_BUCKETS,
+    Gpu,
+    Problem,
+    Tiles,
+    estimated_time,
+    rule_of_thumb,
+    user_table_path,
+    with_splits,
+    write_table,
+)
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight
 
@@ -28,6 +41,12 @@ CACHE_FILLS = 4
 
 DENSE_ROWS = (128, 192, 256, 384, 512, 768, 1024)
 """Numbers of rows of x for which tuning compares the fused and the dense path."""
+
+MAX_CANDIDATES = 24
+"""Tiles to time for each shape and number of rows."""
+
+CANDIDATE_ROWS = {16: (16,), 32: (32,), 64: (32, 64), 128: (64, 128)}
+"""Largest number of rows of x -> rows of the tiles to time; (64, 128) above the last one."""
 
 
 def copies_needed(weight_bytes: int, cache_bytes: int) -> int:
@@ -101,23 +120,23 @@ def prepared_copies(
     return [first, *others]
 
 
-def candidate_tiles(problem: Problem, rows: int, this_gpu: Gpu) -> Iterator[Tiles]:
-    """Yield the tiles to time for this number of rows: first those of `rule_of_thumb`, then similar ones."""
+def candidate_tiles(problem: Problem, rows: int, this_gpu: Gpu) -> list[Tiles]:
+    """Return the tiles to time for this number of rows, at most `MAX_CANDIDATES`.
+
+    The first are those of `rule_of_thumb`; the others follow by `estimated_time`, the fastest first.
+    """
     first = rule_of_thumb(problem, rows, this_gpu)
-    yield first
-    tile_rows = [size for size in (16, 32, 64, 128) if size == 16 or size < 2 * rows]
-    tile_features = [size for size in (64, 128) if problem.features % size == 0]
-    max_split = problem.slots // 128 // 2
-    for size_m, size_n, post in itertools.product(tile_rows[-2:], tile_features, (True, False)):
-        if post and (problem.blocks_per_tile > 1 or size_m > 32):
-            continue
-        warps = 8 if size_n == 128 and (size_m == 128 or this_gpu.capability // 10 == 10) else 4
-        for split_k, stages in itertools.product((1, 2, 3, 4, 6, 8), (3, 4, 6)):
-            tiles = Tiles(rows=size_m, features=size_n, split_k=split_k, warps=warps, stages=stages, post=post)
-            programs = problem.features // size_n * -(-rows // size_m) * split_k
-            too_few, too_many = programs < this_gpu.processors // 2, programs > 12 * this_gpu.processors
-            if tiles != first and (split_k == 1 or not (too_few or too_many or split_k > max_split)):
-                yield tiles
+    tile_rows = next((sizes for limit, sizes in CANDIDATE_ROWS.items() if rows <= limit), (64, 128))
+    others: dict[Tiles, float] = {}
+    for size_m, (features, warps), stages in itertools.product(tile_rows, ((64, 4), (128, 4), (128, 8)), (3, 4, 6)):
+        if problem.features % features or (size_m == 128 and (stages == 6 or (features, warps) == (128, 4))):
+            continue  # the last two need too many registers or too much shared memory
+        post = problem.blocks_per_tile == 1 and size_m <= 32
+        tiles = Tiles(rows=size_m, features=features, split_k=1, warps=warps, stages=stages, post=post)
+        splits = {split: estimated_time(split, problem, rows, this_gpu) for split in with_splits(tiles, problem, rows)}
+        others |= {tiles: splits[tiles] for tiles in sorted(splits, key=splits.__getitem__)[:2]}
+    others.pop(first, None)
+    return [first, *sorted(others, key=others.__getitem__)][:MAX_CANDIDATES]
 
 
 def tune_tiles(
@@ -126,60 +145,111 @@ def tune_tiles(
     device: torch.device,
     *,
     buckets: Sequence[int] = ROW_BUCKETS,
+    max_seconds: float | None = None,
     path: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Measure tiles for these linears, write the fastest to a table, and return its path.
 
-    path: the table; the default is the user's table for this GPU. report: called with a line of text for each result.
-    Raises RuntimeError if any tiles give another result than those of `rule_of_thumb`. The first linear takes some
-    minutes, mostly for compiling; linears of the same grid reuse the compiled kernels.
+    buckets: numbers of rows to measure, of `ROW_BUCKETS`. The number of rows from which the dense path is faster is
+    measured if one of them is 128 or more. max_seconds: start no measurement after this time; every shape and bucket
+    gets an equal share of it, and those without a measurement get no entry. None for no limit. path: the table; the
+    default is the user's table for this GPU. report: called with a line of text for each result.
+
+    Raises RuntimeError if any tiles give another result than those of `rule_of_thumb`. The first linear takes longer
+    than others of the same grid, which reuse its compiled kernels.
     """
     this_gpu = gpu.gpu_of(device)
     table: dict[str, Any] = {"gpu": this_gpu.name, "torch": torch.__version__, "entries": {}, "dense_from_rows": {}}
-    for shape in shapes:
+    end = math.inf if max_seconds is None else time.monotonic() + max_seconds
+    for number, shape in enumerate(shapes):
+        if time.monotonic() >= end:
+            report(f"{shape.describe()} and {len(shapes) - number - 1} more shapes are not timed: time is up")
+            break
         copies = prepared_copies(shape, dtype, device)
         problem = gpu.problem_of(copies[0])
         best: dict[int, Tiles] = {}
-        for bucket in buckets:
-            best[bucket], microseconds = _fastest_tiles(shape, copies, dtype, device, bucket, this_gpu)
-            report(f"{shape.describe()} {problem.dtype} up to {bucket} rows: {microseconds:.1f} us, {best[bucket]}")
+        for position, bucket in enumerate(buckets):
+            pairs_left = (len(shapes) - number) * len(buckets) - position
+            now = time.monotonic()
+            timed = _time_tiles(shape, copies, dtype, device, bucket, this_gpu, now + (end - now) / pairs_left)
+            name = f"{shape.describe()} {problem.dtype} up to {bucket} rows"
+            if timed.fastest is None:
+                report(f"{name}: not timed, time is up")
+                continue
+            best[bucket] = timed.fastest
+            report(f"{name}: {timed.describe()}")
         table["entries"][problem.key] = {str(bucket): tiles.as_json() for bucket, tiles in best.items()}
-        table["dense_from_rows"][problem.key] = _dense_threshold(shape, copies, dtype, device, best)
-        report(f"{shape.describe()} {problem.dtype}: dense from {table['dense_from_rows'][problem.key]} rows")
+        if best and max(best) >= DENSE_ROWS[0] and time.monotonic() < end:
+            table["dense_from_rows"][problem.key] = _dense_threshold(shape, copies, dtype, device, best)
+            report(f"{shape.describe()} {problem.dtype}: dense from {table['dense_from_rows'][problem.key]} rows")
     path = path or user_table_path(this_gpu.name)
     write_table(path, table)
+    gpu.forget_plans()
     return path
 
 
-def _fastest_tiles(
+@dataclass(frozen=True, kw_only=True)
+class _Timings:
+    """What the timing of the candidates for one shape and one number of rows found."""
+
+    fastest: Tiles | None
+    """The fastest tiles; None if there was no time for any."""
+    microseconds: float
+    """Time of a call with the fastest tiles."""
+    rule_microseconds: float
+    """Time of a call with the tiles of `rule_of_thumb`; NaN if the GPU does not support them."""
+    num_timed: int
+    """Candidates that were timed or that the GPU does not support."""
+    num_candidates: int
+    """All candidates."""
+
+    def describe(self) -> str:
+        """Return a line for the report."""
+        stopped = "" if self.num_timed == self.num_candidates else f"; {self.num_timed} of {self.num_candidates} timed"
+        return f"{self.microseconds:.1f} us (rule {self.rule_microseconds:.1f}), {self.fastest}{stopped}"
+
+
+def _time_tiles(
     shape: LinearShape,
     copies: list[tuple[Tensor, ...]],
     dtype: torch.dtype,
     device: torch.device,
     rows: int,
     this_gpu: Gpu,
-) -> tuple[Tiles, float]:
-    """Return the fastest tiles for this number of rows, and their microseconds per call."""
+    deadline: float,
+) -> _Timings:
+    """Time the candidates for this number of rows; start none after the deadline, a time of `time.monotonic`."""
     x_MK = torch.randn(rows, shape.in_features, device=device).to(dtype)
     problem = gpu.problem_of(copies[0])
-    expected = gpu.launch(x_MK, copies[0], None, shape, rule_of_thumb(problem, rows, this_gpu)).float()
-    timed = []
-    for tiles in candidate_tiles(problem, rows, this_gpu):
+    candidates = candidate_tiles(problem, rows, this_gpu)
+    expected = None
+    times: dict[Tiles, float] = {}
+    num_timed = 0
+    for tiles in candidates:
+        if time.monotonic() >= deadline:
+            break
+        num_timed += 1
         try:
             y_MN = gpu.launch(x_MK, copies[0], None, shape, tiles).float()
         except Exception as error:  # too little shared memory, or the compiler cannot compile these tiles
             if not _is_unsupported(error):
                 raise
             continue
+        expected = y_MN if expected is None else expected
         if (y_MN - expected).norm() > 4e-3 * expected.norm():
             raise RuntimeError(
                 f"{shape.describe()}, {rows} rows: {tiles} gives another result than the tiles of the rule"
             )
-        calls = [partial(gpu.launch, x_MK, copy, None, shape, tiles) for copy in copies]
-        timed.append((graph_microseconds(calls), tiles))
-    microseconds, tiles = min(timed, key=lambda pair: pair[0])
-    return tiles, microseconds
+        times[tiles] = graph_microseconds([partial(gpu.launch, x_MK, copy, None, shape, tiles) for copy in copies])
+    fastest = min(times, key=times.__getitem__, default=None)
+    return _Timings(
+        fastest=fastest,
+        microseconds=math.nan if fastest is None else times[fastest],
+        rule_microseconds=times.get(candidates[0], math.nan),
+        num_timed=num_timed,
+        num_candidates=len(candidates),
+    )
 
 
 def _dense_threshold(

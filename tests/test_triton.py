@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,7 @@ from paths import ROOT
 from script_modules import load_script
 
 from llmquant.kernels import gpu
+from llmquant.kernels import tiles as tiles_module
 from llmquant.kernels.layout import LinearShape
 from llmquant.kernels.tiles import (
     ROW_BUCKETS,
@@ -26,7 +29,7 @@ from llmquant.kernels.tiles import (
     user_table_path,
     write_table,
 )
-from llmquant.kernels.tune import candidate_tiles, copies_needed
+from llmquant.kernels.tune import MAX_CANDIDATES, candidate_tiles, copies_needed
 from llmquant.spec import SUPPORTED_BITS, QuantSpec
 
 pytest.importorskip("triton")
@@ -125,6 +128,40 @@ def test_a_written_table_is_read_first(tmp_path, monkeypatch):
     assert choose_tiles(problem, 40, H100) == rule_of_thumb(problem, 40, H100)
 
 
+def test_the_users_table_replaces_entries_of_the_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tiles_module, "SHIPPED_TABLES", tmp_path / "configs")
+    problem = Problem(4096, 4096, 1, "bfloat16")
+    shipped = Tiles(rows=16, features=64, split_k=3, warps=8, stages=2, post=True)
+    measured = replace(shipped, split_k=5)
+    sections = {"entries": {problem.key: {"1": shipped.as_json(), "16": shipped.as_json()}}}
+    write_table(tmp_path / "configs" / "nvidia-h100-80gb-hbm3.json", sections | {"dense_from_rows": {problem.key: 200}})
+    assert [choose_tiles(problem, rows, H100) for rows in (1, 16)] == [shipped, shipped]
+    write_table(user_table_path(H100.name), {"entries": {problem.key: {"16": measured.as_json()}}})
+    assert [choose_tiles(problem, rows, H100) for rows in (1, 16)] == [shipped, measured]
+    assert tiles_module.dense_from_rows(problem, H100) == 200
+
+
+def test_shipped_tables_can_be_read():
+    for path in tiles_module.SHIPPED_TABLES.glob("*.json"):
+        assert tiles_module.is_table(path.read_bytes()), path
+        table = json.loads(path.read_text())
+        assert path.stem == user_table_path(table["gpu"]).stem
+        assert all(Tiles.from_json(tiles) for entry in table["entries"].values() for tiles in entry.values())
+
+
+@pytest.mark.parametrize(("features", "slots"), [(1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336)])
+def test_the_rule_gives_every_processor_work(features, slots):
+    for blocks_per_tile, rows in itertools.product((1, 2, 4), (1, 16)):
+        tiles = rule_of_thumb(Problem(features, slots, blocks_per_tile, "bfloat16"), rows, H100)
+        assert features // tiles.features * tiles.split_k >= 0.9 * H100.processors
+
+
+def test_large_linears_take_wide_tiles():
+    for blocks_per_tile in (1, 2, 4):
+        assert rule_of_thumb(Problem(14336, 4096, blocks_per_tile, "bfloat16"), 1, H100).features == 128
+
+
 def test_a_table_with_the_old_name_of_split_k_is_read(tmp_path, monkeypatch):
     """Tables once called it `parts`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -150,6 +187,20 @@ def test_imports_do_not_query_the_gpu():
 def test_refuses_without_a_gpu():
     assert "NVIDIA" in (gpu.refuses(SHAPE, torch.device("cpu"), torch.bfloat16) or "")
     assert "float32" in (gpu.refuses(SHAPE, torch.device("cuda"), torch.float32) or "")
+
+
+def test_refuses_without_a_c_compiler(tmp_path, monkeypatch):
+    """Triton compiles a launcher in C at the first run of a kernel."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "C compiler" in (gpu.refuses(SHAPE, torch.device("cuda"), torch.bfloat16) or "")
+    monkeypatch.setenv("CC", "any-compiler")
+    assert gpu.refuses(SHAPE, torch.device("cuda"), torch.bfloat16) is None
+    monkeypatch.delenv("CC")
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert gpu.refuses(SHAPE, torch.device("cuda"), torch.bfloat16) is None
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +244,9 @@ def test_gpu_check_covers_every_width_dtype_and_order(gpu_check):
 def test_tuning_times_the_tiles_of_the_rule_and_others_that_fit():
     problem = Problem(4096, 4096, 1, "bfloat16")
     for rows in ROW_BUCKETS:
-        tried = list(candidate_tiles(problem, rows, H100))
-        assert tried[0] == rule_of_thumb(problem, rows, H100) and 5 <= len(set(tried)) == len(tried) <= 150
+        tried = candidate_tiles(problem, rows, H100)
+        assert tried[0] == rule_of_thumb(problem, rows, H100) and 10 <= len(set(tried)) == len(tried) <= MAX_CANDIDATES
+        assert len({(tiles.rows, tiles.features, tiles.warps, tiles.stages) for tiles in tried}) >= 5
     assert not any(tiles.post for tiles in candidate_tiles(Problem(4096, 4096, 2, "bfloat16"), 1, H100))
 
 

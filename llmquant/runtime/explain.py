@@ -5,7 +5,7 @@ Only the headers of the checkpoint are read, not the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from llmquant.errors import UserError
 from llmquant.hub import resolve_model
 from llmquant.kernels.dispatch import BACKENDS, BackendChoice, explain_choice
 from llmquant.kernels.layout import LinearShape
-from llmquant.kernels.tiles import is_table
+from llmquant.kernels.tiles import ROW_BUCKETS, buckets_of, is_table
 from llmquant.kernels.tune import tune_tiles
 from llmquant.models.blocks import parse_device
 from llmquant.models.skeleton import MODEL_DTYPES, read_config, stored_dtype
@@ -68,11 +68,23 @@ def explain_backends(
     return {name: explain_choice(shape, planned.device, planned.dtype) for name, shape in planned.shapes.items()}
 
 
+def parse_rows(text: str | None) -> tuple[int, ...]:
+    """Return the numbers of rows of a list such as `1,16,64`; all buckets for None. Raises UserError for other text."""
+    if text is None:
+        return ROW_BUCKETS
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() and int(number) > 0 for number in numbers):
+        raise UserError(f"--rows {text}: must be numbers from 1 up, separated by commas; use --rows 1,16,64")
+    return tuple(map(int, numbers))
+
+
 def tune_model(
     model: str | Path,
     *,
     device: str = "auto",
     dtype: str = "auto",
+    rows: Sequence[int] = ROW_BUCKETS,
+    max_seconds: float | None = None,
     path: Path | None = None,
     trust_remote_code: bool = False,
     report: Callable[[str], None] = lambda line: None,
@@ -81,9 +93,12 @@ def tune_model(
 
     The tiles are written to a table, whose path is returned.
 
-    path: file to write; the default is the user's table for this GPU, which later runs read. report: called
-    with each line of output. Raises UserError if the kernel cannot run here.
+    rows: numbers of rows of x to tune for. max_seconds: start no measurement after this time; None for no limit. path:
+    file to write; the default is the user's table for this GPU, which later runs read. report: called with each line of
+    output. Raises UserError if the kernel cannot run here.
     """
+    if max_seconds is not None and not max_seconds > 0:
+        raise UserError(f"seconds {max_seconds}: must be above 0; use --seconds 60, or leave it out for no limit")
     if path is not None:
         path = parse_path(path)
         check_output_file(path, "--out", is_table)
@@ -92,5 +107,11 @@ def tune_model(
         if (refusal := BACKENDS["triton"].refuses(shape, planned.device, planned.dtype)) is not None:
             raise UserError(f"tune: the Triton kernel cannot run {name} here ({refusal}); a CPU needs no tuning")
     return tune_tiles(
-        list(dict.fromkeys(planned.shapes.values())), planned.dtype, planned.device, path=path, report=report
+        list(dict.fromkeys(planned.shapes.values())),
+        planned.dtype,
+        planned.device,
+        buckets=buckets_of(rows),
+        max_seconds=max_seconds,
+        path=path,
+        report=report,
     )

@@ -23,7 +23,7 @@ from llmquant.kernels.tiles import ROW_BUCKETS, Gpu, Problem, Tiles, batch_invar
 PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 120: 170}
 """Streaming multiprocessors of the largest GPU of each generation, by compute capability."""
 
-SHAPES = [(576, 640), (1536, 640), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
+SHAPES = [(576, 640), (1536, 640), (1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
 """(out_features, slots along K) of a small model, whose K is padded, and of models of 8 and 70 billion parameters."""
 
 

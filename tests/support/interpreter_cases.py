@@ -5,6 +5,7 @@ It runs in a process of its own, because TRITON_INTERPRET=1 must be set before t
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -183,11 +184,28 @@ def test_tuning_on_a_fake_gpu_writes_a_table(fake_gpu: None, tmp_path: Path, mon
     shape = LinearShape.of_sizes(64, 128, QuantSpec(group_size=128, symmetric=False))
     lines: list[str] = []
     path = tune.tune_tiles(
-        [shape], torch.float16, CPU, buckets=(1, 16), path=tmp_path / "gpu.json", report=lines.append
+        [shape], torch.float16, CPU, buckets=(1, 32), path=tmp_path / "gpu.json", report=lines.append
     )
     table = json.loads(path.read_text())
     assert table["gpu"] == "interpreter" and len(lines) == 3
-    assert set(table["entries"]["64x128 b128 float16"]) == {"1", "16"}
-    assert Tiles(**table["entries"]["64x128 b128 float16"]["16"]).features == 64
+    assert set(table["entries"]["64x128 b128 float16"]) == {"1", "32"}
+    assert Tiles(**table["entries"]["64x128 b128 float16"]["32"]).features == 64
     # Both paths take one microsecond per row, so the dense one is never slower.
     assert table["dense_from_rows"]["64x128 b128 float16"] == tune.DENSE_ROWS[0]
+
+
+def test_tuning_stops_when_its_time_is_up(fake_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading of the clock takes a second: 10 seconds are up in the second of three shapes."""
+    clock = itertools.count()
+    monkeypatch.setattr(tune.time, "monotonic", lambda: float(next(clock)))
+    grid = QuantSpec(group_size=128, symmetric=False)
+    shapes = [LinearShape.of_sizes(64 * n, 128, grid) for n in (1, 2, 3)]
+    lines: list[str] = []
+    path = tune.tune_tiles(
+        shapes, torch.float16, CPU, buckets=(1, 16), max_seconds=10, path=tmp_path / "gpu.json", report=lines.append
+    )
+    timed = [line for line in lines if " timed" in line and "not timed" not in line]
+    assert timed and all(" of " in line for line in timed)
+    assert lines[-1].endswith("time is up")
+    entries = json.loads(path.read_text())["entries"]
+    assert "64x128 b128 float16" in entries and "192x128 b128 float16" not in entries
