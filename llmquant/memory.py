@@ -12,6 +12,10 @@ import functools
 import resource
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @functools.cache
@@ -34,6 +38,13 @@ def resident_bytes() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+def used_bytes(device: torch.device) -> int:
+    """Return the memory in bytes that this process uses now: PyTorch's memory on a GPU, else the resident memory."""
+    import torch
+
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def peak_resident_bytes() -> int:

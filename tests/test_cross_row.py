@@ -217,7 +217,7 @@ def test_output_hessians_equal_a_plain_backward_pass_through_the_model(architect
     plan = make_plan(tiny_model(architecture), Recipe(output_hessian="network"), Options(seq_len=24))
     tokens_SL = torch.randint(2, 500, (4, 24), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("llmquant.solver.gradients.CHUNK_TOKENS", 72)
-    monkeypatch.setattr("llmquant.solver.output_hessian.MEASURED_TOKENS", 24)
+    monkeypatch.setattr("llmquant.solver.gradients.MEASURED_TOKENS", 24)
     measured: list[dict[str, OutputHessian]] = []
     monkeypatch.setattr(
         "llmquant.solver.output_hessian._validated_factors",

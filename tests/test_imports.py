@@ -14,7 +14,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("version", "errors"),
     ("spec", "paths", "humanize", "memory", "module_names", "remote_code", "hooks", "progress", "grouping"),
     ("weight",),
-    ("algorithms", "kernels", "formats", "data"),
+    ("kernels", "formats", "data"),
+    ("algorithms",),
     ("checkpoints",),
     ("hub", "eval"),
     ("models",),
@@ -30,8 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """The packages and top-level modules of llmquant, lowest first. Each may import those on lower floors."""
 ALLOWED: dict[str, set[str]] = {
-    # Algorithms, formats and kernels meet in `weight.py` alone.
-    "algorithms": {"errors", "spec", "weight"},
+    # Formats meet the algorithms and the kernels in `weight.py` alone. The algorithms run the kernels of the solver.
+    "algorithms": {"errors", "kernels", "spec", "weight"},
     "kernels": {"errors", "spec", "weight"},
     "formats": {"errors", "humanize", "spec", "version", "weight"},
     "checkpoints": {"errors", "formats", "grouping", "humanize", "module_names", "paths", "spec", "weight"},

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from llmquant.algorithms.grid import QuantParams, values_on_grid
+from llmquant.algorithms.statistics import add_product, sums_in_float32
 from llmquant.spec import QuantSpec
 
 MAX_SLICE_ROWS = 1024
@@ -119,8 +120,12 @@ class OutputHessian:
     def add(self, gradient_TN: Tensor, split: int) -> None:
         """Add the gradients at the outputs, floating point [T, N], to the sums of split 0 or 1."""
         for rows, sum_NN in zip(self._slices, self._splits[split], strict=True):
-            some_TN = gradient_TN[:, rows].float()
-            sum_NN.addmm_(some_TN.T, some_TN)
+            some_TN = gradient_TN[:, rows]
+            if sums_in_float32(some_TN):
+                add_product(sum_NN, some_TN, some_TN)
+            else:
+                some_TN = some_TN.float()
+                sum_NN.addmm_(some_TN.T, some_TN)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums by name, in the form that is saved to a file."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llmquant.algorithms.grid import QuantParams
+from llmquant.kernels import solver
 from llmquant.spec import QuantSpec
 from llmquant.weight import group_of_column
 
@@ -123,9 +124,7 @@ def half_solve(factor: InverseFactor, rhs_KN: Tensor) -> Tensor:
 
 def finish_solve(factor: InverseFactor, half_KN: Tensor) -> Tensor:
     """Return (H + damping)^-1 rhs = U^T (U rhs) from its `half_solve`, [K, N] in the original column order."""
-    result_KN = torch.empty_like(half_KN)
-    result_KN[factor.order_K] = factor.upper_KK.T @ half_KN
-    return result_KN
+    return (factor.upper_KK.T @ half_KN)[torch.argsort(factor.order_K)]
 
 
 def gptq_round(
@@ -140,27 +139,51 @@ def gptq_round(
     weight_KN: the values to round, in the original column order. grid: grid of the groups of that order.
     """
     in_features = weight_KN.shape[0]
-    group_K = group_of_column(in_features, spec.group_size, weight_KN.device)[factor.order_K].tolist()
+    group_K = group_of_column(in_features, spec.group_size, weight_KN.device)[factor.order_K]
     scale_GN, zero_GN = grid.scale_GN.to(weight_KN.dtype), grid.zero_GN.to(weight_KN.dtype)
-    lowest_GN, highest_GN = -zero_GN, spec.max_code - zero_GN
     upper_KK = factor.upper_KK.to(weight_KN.dtype)
-    pivots = upper_KK.diagonal().tolist()
 
     remaining_KN = weight_KN[factor.order_K]
     ordered_q_KN = torch.empty_like(remaining_KN)
+    round_panel = solver.round_panel if solver.can_run(weight_KN) else round_panel_torch
     for start in range(0, in_features, block_columns):
         stop = min(start + block_columns, in_features)
-        block_BN = remaining_KN[start:stop]
-        error_BN = torch.empty_like(block_BN)
-        for column in range(start, stop):
-            row, group = column - start, group_K[column]
-            value_N, scale_N = block_BN[row], scale_GN[group]
-            q_N = torch.div(value_N, scale_N, out=ordered_q_KN[column])
-            q_N.round_().clamp_(min=lowest_GN[group], max=highest_GN[group])
-            error_N = torch.addcmul(value_N, q_N, scale_N, value=-1, out=error_BN[row])
-            error_N.div_(pivots[column])
-            block_BN[row + 1 :].addr_(upper_KK[column, column + 1 : stop], error_N, alpha=-1)
+        error_BN = torch.empty_like(remaining_KN[start:stop])
+        round_panel(
+            remaining_KN[start:stop],
+            upper_KK[start:stop, start:stop],
+            group_K[start:stop],
+            scale_GN,
+            zero_GN,
+            spec.max_code,
+            ordered_q_KN[start:stop],
+            error_BN,
+        )
         remaining_KN[stop:].addmm_(upper_KK[start:stop, stop:].T, error_BN, alpha=-1)
-    q_KN = torch.empty_like(ordered_q_KN)
-    q_KN[factor.order_K] = ordered_q_KN
-    return q_KN
+    return ordered_q_KN[torch.argsort(factor.order_K)]
+
+
+def round_panel_torch(
+    values_BN: Tensor,
+    upper_BB: Tensor,
+    group_B: Tensor,
+    scale_GN: Tensor,
+    zero_GN: Tensor,
+    max_code: int,
+    q_BN: Tensor,
+    error_BN: Tensor,
+) -> None:
+    """Round the columns of one panel, one after the other, by PyTorch operations.
+
+    On a GPU, `solver.round_panel` replaces this. values_BN: the values to round, which are overwritten. upper_BB: block
+    of U on the diagonal. group_B: group of each column. q_BN, error_BN: receive the integer levels and the errors e.
+    """
+    lowest_GN, highest_GN = -zero_GN, max_code - zero_GN
+    groups, pivots = group_B.tolist(), upper_BB.diagonal().tolist()
+    for column, (group, pivot) in enumerate(zip(groups, pivots, strict=True)):
+        value_N, scale_N = values_BN[column], scale_GN[group]
+        q_N = torch.div(value_N, scale_N, out=q_BN[column])
+        q_N.round_().clamp_(min=lowest_GN[group], max=highest_GN[group])
+        error_N = torch.addcmul(value_N, q_N, scale_N, value=-1, out=error_BN[column])
+        error_N.div_(pivot)
+        values_BN[column + 1 :].addr_(upper_BB[column, column + 1 :], error_N, alpha=-1)

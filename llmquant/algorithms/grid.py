@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmquant.kernels import solver
 from llmquant.spec import QuantSpec
 from llmquant.weight import QuantizedWeight, group_of_column
 
@@ -63,6 +64,15 @@ def _smallest_subnormal(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
 
+def whole_groups(in_features: int, group_size: int) -> Iterator[tuple[slice, slice]]:
+    """Yield (columns, groups) of all groups of full size together, then of the shorter last group, if there are any."""
+    step = in_features if group_size == -1 else min(group_size, in_features)
+    num_full, rest = divmod(in_features, step)
+    yield slice(0, num_full * step), slice(0, num_full)
+    if rest:
+        yield slice(num_full * step, in_features), slice(num_full, num_full + 1)
+
+
 def as_stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     """Return the scale as it will be read back: within `scale_limits`, rounded to scale_dtype, in float32."""
     smallest, largest = scale_limits(scale_dtype)
@@ -77,20 +87,22 @@ def count_unfit_groups(weight_KN: Tensor, spec: QuantSpec, scale_dtype: torch.dt
     smallest, largest = scale_limits(scale_dtype)
     finest = max(MIN_SUBNORMALS_PER_SCALE * _smallest_subnormal(scale_dtype), smallest)
     too_small = too_large = 0
-    for columns in group_slices(weight_KN.shape[0], spec.group_size):
-        low_N, high_N = extremes(weight_KN[columns], spec.symmetric)
-        scale_N = (high_N - low_N) / spec.max_code
-        too_small += int(((scale_N < finest) & (high_N - low_N >= SMALLEST_SCALE)).sum())
-        too_large += int((scale_N > largest).sum())
+    for columns, groups in whole_groups(weight_KN.shape[0], spec.group_size):
+        weight_GSN = weight_KN[columns].unflatten(0, (groups.stop - groups.start, -1))
+        low_GN, high_GN = extremes(weight_GSN, spec.symmetric)
+        scale_GN = (high_GN - low_GN) / spec.max_code
+        too_small += int(((scale_GN < finest) & (high_GN - low_GN >= SMALLEST_SCALE)).sum())
+        too_large += int((scale_GN > largest).sum())
     return too_small, too_large
 
 
-def extremes(weight_SN: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Return the lowest and highest value of each row of one group, float32 [N] each, widened to contain 0.
+def extremes(weight_GSN: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return the lowest and highest value of each row and group, float32 [G, N] each, widened to contain 0.
 
-    A group of zeros gets (-1, 1), so that its scale is a normal number and its codes are the zero-point.
+    weight_GSN: columns of the groups; [S, N] for one group, which gives [N]. A group of zeros gets (-1, 1), so that its
+    scale is a normal number and its codes are the zero-point.
     """
-    low_N, high_N = weight_SN.amin(0).clamp_(max=0), weight_SN.amax(0).clamp_(min=0)
+    low_N, high_N = weight_GSN.amin(-2).clamp_(max=0), weight_GSN.amax(-2).clamp_(min=0)
     if symmetric:
         high_N = torch.maximum(high_N, -low_N)
         low_N = -high_N
@@ -113,9 +125,15 @@ def integer_levels(weight: Tensor, scale: Tensor, zero: Tensor, max_code: int) -
     return torch.round(weight / scale).clamp_(min=-zero, max=max_code - zero)
 
 
+def shrink_factors(spec: QuantSpec, num_steps: int = SHRINK_STEPS) -> list[float]:
+    """Return the shrink factors that the range search tries after the range itself."""
+    start = LARGEST_SYMMETRIC_SHRINK if spec.symmetric else 1.0
+    return torch.linspace(start, SMALLEST_SHRINK, num_steps).tolist()
+
+
 def search_range(
     weight_SN: Tensor,
-    importance_S: Tensor | None,
+    importance_S: Tensor,
     spec: QuantSpec,
     scale_dtype: torch.dtype,
     min_zero: int = 0,
@@ -123,14 +141,10 @@ def search_range(
 ) -> tuple[Tensor, Tensor]:
     """Search the range of one group; return its scale and zero-point, float32 [N] each.
 
-    weight_SN: float32, the group's columns. importance_S: float32 weight of each column's squared error; None takes the
-    extremes of the group without a search.
+    weight_SN: float32, the group's columns. importance_S: float32 weight of each column's squared error.
     """
     low_N, high_N = extremes(weight_SN, spec.symmetric)
     scale_N, zero_N = grid_of_range(low_N, high_N, spec, scale_dtype, min_zero)
-    if importance_S is None:
-        return scale_N, zero_N
-
     scratch_SN = torch.empty_like(weight_SN)
 
     def loss_N(scale_N: Tensor, zero_N: Tensor) -> Tensor:
@@ -139,8 +153,7 @@ def search_range(
         return importance_S @ scratch_SN.mul_(scale_N).sub_(weight_SN).square_()
 
     best_N = loss_N(scale_N, zero_N)
-    start = LARGEST_SYMMETRIC_SHRINK if spec.symmetric else 1.0
-    for shrink in torch.linspace(start, SMALLEST_SHRINK, num_steps).tolist():
+    for shrink in shrink_factors(spec, num_steps):
         trial_scale_N, trial_zero_N = grid_of_range(shrink * low_N, shrink * high_N, spec, scale_dtype, min_zero)
         trial_N = loss_N(trial_scale_N, trial_zero_N)
         better_N = trial_N < best_N
@@ -158,26 +171,51 @@ def find_grid(
     min_zero: int = 0,
     num_steps: int = SHRINK_STEPS,
 ) -> QuantParams:
-    """Return the grid of every group of a weight, each group searched on its own (`search_range`)."""
-    pairs = [
-        search_range(
-            weight_KN[columns],
-            None if importance_K is None else importance_K[columns],
-            spec,
-            scale_dtype,
-            min_zero,
-            num_steps,
+    """Return the grid of every group of a weight.
+
+    importance_K: float32 weight of each column's squared error for the search of each range (`search_range`); None
+    takes the extremes of the group without a search.
+    """
+    in_features, out_features = weight_KN.shape
+    if importance_K is not None and solver.can_run(weight_KN):
+        scale_GN, zero_GN = solver.search_ranges(
+            weight_KN,
+            importance_K,
+            shrink_factors(spec, num_steps),
+            group_size=spec.group_size,
+            symmetric=spec.symmetric,
+            max_code=spec.max_code,
+            mid_code=spec.mid_code,
+            min_zero=min_zero,
+            scale_dtype=scale_dtype,
+            scale_limits=scale_limits(scale_dtype),
         )
-        for columns in group_slices(weight_KN.shape[0], spec.group_size)
-    ]
-    return QuantParams(torch.stack([scale for scale, _ in pairs]), torch.stack([zero for _, zero in pairs]))
+        return QuantParams(scale_GN, zero_GN)
+    scale_GN = weight_KN.new_empty(spec.num_groups(in_features), out_features)
+    zero_GN = torch.empty_like(scale_GN)
+    if importance_K is None:
+        for columns, groups in whole_groups(in_features, spec.group_size):
+            weight_GSN = weight_KN[columns].unflatten(0, (groups.stop - groups.start, -1))
+            low_GN, high_GN = extremes(weight_GSN, spec.symmetric)
+            scale_GN[groups], zero_GN[groups] = grid_of_range(low_GN, high_GN, spec, scale_dtype, min_zero)
+    else:
+        # One group at a time fits in the cache of a processor.
+        for group, columns in enumerate(group_slices(in_features, spec.group_size)):
+            scale_GN[group], zero_GN[group] = search_range(
+                weight_KN[columns], importance_K[columns], spec, scale_dtype, min_zero, num_steps
+            )
+    return QuantParams(scale_GN, zero_GN)
 
 
 def round_to_grid(weight_KN: Tensor, grid: QuantParams, spec: QuantSpec) -> Tensor:
     """Round to nearest; return the integer levels `code - zero`, float32 [K, N]."""
     q_KN = torch.empty_like(weight_KN)
-    for group, columns in enumerate(group_slices(weight_KN.shape[0], spec.group_size)):
-        q_KN[columns] = integer_levels(weight_KN[columns], grid.scale_GN[group], grid.zero_GN[group], spec.max_code)
+    for columns, groups in whole_groups(weight_KN.shape[0], spec.group_size):
+        sizes = (groups.stop - groups.start, -1)
+        weight_GSN, q_GSN = weight_KN[columns].unflatten(0, sizes), q_KN[columns].unflatten(0, sizes)
+        zero_G1N = grid.zero_GN[groups][:, None]
+        torch.div(weight_GSN, grid.scale_GN[groups][:, None], out=q_GSN)
+        q_GSN.round_().clamp_(min=-zero_G1N, max=spec.max_code - zero_G1N)
     return q_KN
 
 

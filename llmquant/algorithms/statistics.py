@@ -24,6 +24,7 @@ Letters: T tokens, K in_features, N out_features.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -72,20 +73,13 @@ class InputStatistics:
         residual_drift_TN: h_fp - h of the stream that the writer's output is added to. split: 0 or 1, the split of the
         text to which the tokens belong.
         """
-        if x_TK.dtype == torch.float16:  # its products would overflow: 300 squared is beyond its range
-            x_TK = x_TK.float()
         exact_TK = x_TK.float()
-        factor_TK = exact_TK if self._exact else x_TK
         self.num_tokens += x_TK.shape[0]
         self._abs_K += exact_TK.abs().sum(0)
-        in_features = x_TK.shape[1]
-        for start in range(0, in_features, PANEL_COLUMNS):
-            stop = min(start + PANEL_COLUMNS, in_features)
-            products_KB, left_BT = self._hessian_KK[:stop, start:stop], factor_TK[:, :stop].T
-            if factor_TK.dtype == torch.float32:
-                products_KB.addmm_(left_BT, factor_TK[:, start:stop])
-            else:
-                products_KB += left_BT @ factor_TK[:, start:stop]
+        if x_TK.dtype == torch.float16 and not sums_in_float32(x_TK):
+            x_TK = exact_TK  # products in float16 would overflow: 300 squared is beyond its range
+        factor_TK = exact_TK if self._exact and not sums_in_float32(x_TK) else x_TK
+        self._add_products(factor_TK)
         drift_TK = None
         if original_x_TK is not None:
             original_TK = original_x_TK.to(x_TK.dtype) if self.scale_K is None else original_x_TK / self.scale_K
@@ -96,9 +90,25 @@ class InputStatistics:
                 missing_TN = (drift_TK @ self._writer_NK.to(x_TK.dtype).T).float()
                 drift_TN = missing_TN if drift_TN is None else drift_TN + missing_TN
             if drift_TN is not None:
-                self._add_moment(split, exact_TK.T @ drift_TN)
+                self._add_moment(split, product_with_float32(x_TK, drift_TN))
         elif drift_TK is not None:
             self._add_moment(split, drift_TK.T @ x_TK)
+
+    def _add_products(self, factor_TK: Tensor) -> None:
+        """Add X^T X to the sums, on and above the diagonal."""
+        if sums_in_float32(factor_TK):
+            add_product(self._hessian_KK, factor_TK, factor_TK)
+            return
+        in_features = factor_TK.shape[1]
+        # A GPU computes the whole product faster than many narrow panels.
+        panel = in_features if factor_TK.is_cuda else PANEL_COLUMNS
+        for start in range(0, in_features, panel):
+            stop = min(start + panel, in_features)
+            products_KB, left_BT = self._hessian_KK[:stop, start:stop], factor_TK[:, :stop].T
+            if factor_TK.dtype == torch.float32:
+                products_KB.addmm_(left_BT, factor_TK[:, start:stop])
+            else:
+                products_KB += left_BT @ factor_TK[:, start:stop]
 
     def merge(self, other: InputStatistics) -> None:
         """Add the sums of other tokens of the same input."""
@@ -145,6 +155,49 @@ class InputStatistics:
         """
         means = [moment / max(self.num_tokens, 1) for moment in self._moments if moment is not None]
         return [mean.T @ weight_KN for mean in means] if self._writer_NK is None else means
+
+
+def sums_in_float32(x: Tensor) -> bool:
+    """Whether products of this tensor with its own dtype can be summed in float32 without being rounded before.
+
+    Matrix units of a GPU compute products of bfloat16 and of float16 exactly and sum them in float32.
+    """
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _has_float32_result(x.device, x.dtype)
+
+
+@lru_cache(maxsize=64)
+def _has_float32_result(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch can multiply 16-bit matrices into a float32 result on this device.
+
+    Its functions have had the argument `out_dtype` since version 2.8 or 2.11, depending on the function and the device.
+    So a small product is computed, and compared with that of float32 matrices.
+    """
+    x_TK = torch.linspace(-1, 1, 32 * 64, device=device).square().view(32, 64).to(dtype)
+    expected_KK = torch.addmm(torch.ones(64, 64, device=device), x_TK.float().T, x_TK.float())
+    try:
+        result_KK = add_product(torch.ones(64, 64, device=device), x_TK, x_TK)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return bool(torch.allclose(result_KK, expected_KK, rtol=1e-5, atol=1e-5))
+
+
+def add_product(sums_KN: Tensor, x_TK: Tensor, y_TN: Tensor) -> Tensor:
+    """Add X^T Y of two 16-bit matrices on a GPU to float32 sums, in place, without rounding the product."""
+    return torch.addmm(sums_KN, x_TK.T, y_TN, out_dtype=torch.float32, out=sums_KN)
+
+
+def product_with_float32(x_TK: Tensor, y_TN: Tensor) -> Tensor:
+    """Return X^T Y in float32, [K, N], for a float32 Y.
+
+    If X has 16 bits and the GPU can sum its products in float32, Y is split into two bfloat16 pieces. Together they
+    hold 16 significant bits of Y, more than X has.
+    """
+    if not sums_in_float32(x_TK) or x_TK.dtype != torch.bfloat16:
+        return x_TK.float().T @ y_TN
+    high_TN = y_TN.to(x_TK.dtype)
+    low_TN = (y_TN - high_TN.float()).to(x_TK.dtype)
+    sums_KN = add_product(torch.zeros(x_TK.shape[1], y_TN.shape[1], device=x_TK.device), x_TK, high_TN)
+    return add_product(sums_KN, x_TK, low_TN)
 
 
 def output_errors(error_KN: Tensor, hessian_KK: Tensor) -> Tensor:

@@ -102,9 +102,14 @@ def find_quantized_modules(reader: CheckpointReader, parsed: ParsedQuantization)
     return {module: _check_module(reader, parsed, module, tensors) for module, tensors in tensors_of.items()}
 
 
-def read_quantized(reader: CheckpointReader, module: QuantizedModule) -> QuantizedWeight:
-    """Read the weight of a packed linear and check its values. Raises UserError if a value is invalid."""
-    tensors = {suffix: reader.read(name) for suffix, name in module.tensors.items()}
+def read_quantized(
+    reader: CheckpointReader, module: QuantizedModule, device: torch.device | str = "cpu"
+) -> QuantizedWeight:
+    """Read the weight of a packed linear, unpack it on the device, and check its values.
+
+    Raises UserError if a value is invalid.
+    """
+    tensors = {suffix: reader.read(name).to(device) for suffix, name in module.tensors.items()}
     try:
         return module.format.unpack(tensors, module.spec, module.out_features, module.in_features)
     except UserError as error:
@@ -122,16 +127,16 @@ def validate_quantized(reader: CheckpointReader) -> dict[str, QuantizedModule]:
     return modules
 
 
-def check_digests(out: Path, digests: Mapping[str, str]) -> None:
+def check_digests(out: Path, digests: Mapping[str, str], device: torch.device | str = "cpu") -> None:
     """Read packed linears of a finished checkpoint and compare them. Raises UserError if one is missing or differs.
 
-    digests: module name in the checkpoint -> `QuantizedWeight.digest()`.
+    digests: module name in the checkpoint -> `QuantizedWeight.digest()`. device: unpacks the codes.
     """
     reader = CheckpointReader(out)
     parsed = parsed_quantization(reader)
     packed = {} if parsed is None else find_quantized_modules(reader, parsed)
     for name, digest in digests.items():
-        if name not in packed or read_quantized(reader, packed[name]).digest() != digest:
+        if name not in packed or read_quantized(reader, packed[name], device).digest() != digest:
             raise UserError(
                 f"{out}: '{name}' read back from the disk differs from the written one; "
                 "do not use this folder, check the disk, and begin anew with --restart"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
 from io import FileIO
@@ -37,6 +38,8 @@ OLD_CONFIG_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 MAX_JSON_BYTES = 256 * 2**20
 CHUNK_BYTES = 8 * 2**20
+HASHING_THREADS = 4
+"""Number of shards that are hashed at the same time."""
 
 
 class CheckpointReader:
@@ -130,7 +133,9 @@ class CheckpointReader:
 
     def file_hashes(self) -> dict[str, str]:
         """Return the SHA-256 of config.json and of every shard, by file name. Reads all files."""
-        return {file.name: file_sha256(file) for file in [self.path / "config.json", *self.shards]}
+        files = [self.path / "config.json", *self.shards]
+        with ThreadPoolExecutor(max_workers=HASHING_THREADS) as pool:  # hashlib releases the interpreter's lock
+            return {file.name: digest for file, digest in zip(files, pool.map(file_sha256, files), strict=True)}
 
     # --- opening -----------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from llmquant.planning.held_out import num_windows, window_length
 from llmquant.planning.linears import LinearPlan
 from llmquant.planning.plan import Plan
 from llmquant.runtime.attention import attention_bytes
-from llmquant.solver.gradients import CHUNK_TOKENS, MEASURED_TOKENS
+from llmquant.solver.gradients import CHUNK_TOKENS, tokens_at_once
 
 LIBRARY_BYTES = 45 * 2**20
 """Pages of torch's libraries that are loaded with the first matmuls and factorizations, as measured."""
@@ -184,7 +184,7 @@ def _backprop_bytes(plan: Plan, extra_bytes: Callable[[int], int]) -> int:
     """
     itemsize, blocks = plan.skeleton.dtype.itemsize, range(len(plan.block_names))
     hidden = _hidden_size(plan)
-    tokens = min(max(MEASURED_TOKENS, plan.options.seq_len), plan.num_tokens)
+    tokens = min(max(tokens_at_once(plan), plan.options.seq_len), plan.num_tokens)
     # A tied embedding is read twice.
     outside = 2 * sum(math.prod(info.shape) for info in plan.tensors_outside().values()) * itemsize
     inside = 0

@@ -195,6 +195,8 @@ class BlockwiseForward:
                     "order, can be quantized"
                 )
             self.skeleton.load(self.block_names[index])
+            for following in self.block_names[index + 1 : index + 2]:
+                self.skeleton.prefetch(following)
 
     def leave(self, index: int) -> None:
         """Free the weights of a block that every pass has left."""
@@ -306,8 +308,7 @@ class BlockwiseForward:
                 self._checkpoint_parameters = replaced | self._checkpoint_parameters
             with self._timer():
                 for count, calibration_pass in enumerate((*self.quantized_passes, *self.original_passes)):
-                    if count % SEQUENCES_BETWEEN_TRIMS == 0:
-                        trim_heap()
+                    self._trim_before(count)
                     self._advance_to_group(calibration_pass, index, len(groups))
             self._checkpoint_parameters = {}
 
@@ -317,8 +318,7 @@ class BlockwiseForward:
         originals: list[CalibrationPass | None] = list(self.original_passes) or [None] * len(self.quantized_passes)
         for sample, (quantized, original) in enumerate(zip(self.quantized_passes, originals, strict=True)):
             with self._timer():
-                if sample % SEQUENCES_BETWEEN_TRIMS == 0:
-                    trim_heap()
+                self._trim_before(sample)
                 self._advance_to_group(quantized, index, number)
                 if original is not None:
                     self._advance_to_group(original, index, number)
@@ -377,9 +377,13 @@ class BlockwiseForward:
 
     def _resume_all(self, passes: list[CalibrationPass]) -> None:
         for count, calibration_pass in enumerate(passes):
-            if count % SEQUENCES_BETWEEN_TRIMS == 0:
-                trim_heap()
+            self._trim_before(count)
             self._resume(calibration_pass)
+
+    def _trim_before(self, count: int) -> None:
+        """Return freed memory to the operating system before every few passes, unless a GPU holds the activations."""
+        if count % SEQUENCES_BETWEEN_TRIMS == 0 and self.skeleton.device.type == "cpu":
+            trim_heap()
 
     def _advance_to_group(self, calibration_pass: CalibrationPass, index: int, number: int) -> None:
         """Run a pass to input group `number` of a block, or out of the block, unless it is there or farther."""

@@ -44,7 +44,14 @@ def check_finite(skeleton: Skeleton, name: str, tensor: Tensor) -> None:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether all elements are finite. Unlike isfinite, this allocates no memory of the tensor's size."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+    return bool(finite_flag(tensor))
+
+
+def finite_flag(tensor: Tensor) -> Tensor:
+    """Return `all_finite` as a tensor, bool [], on the tensor's device. The caller need not wait for a GPU."""
+    if tensor.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return torch.isfinite(torch.stack(torch.aminmax(tensor))).all()
 
 
 def has_no_nan(tensor: Tensor) -> bool:

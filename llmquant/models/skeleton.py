@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from llmquant.checkpoints.storage import packed_tensor
 from llmquant.checkpoints.wrappers import adapter_tensor
 from llmquant.errors import UserError, one_line
+from llmquant.models.prefetch import Prefetcher
 from llmquant.remote_code import failure_of_remote_code, read_object, remote_code_files, untrusted_code_error
 
 if TYPE_CHECKING:
@@ -270,6 +271,8 @@ class Skeleton:
     """Functions that compute, at each load, the value of a parameter that has no tensor; by parameter name."""
     _empty: dict[str, nn.Parameter] = field(default_factory=dict)
     """Parameters on meta that loaded ones have replaced, by name."""
+    _prefetcher: Prefetcher | None = None
+    """Reader of the next block's weights; None before the first `prefetch`, and on a CPU."""
 
     @classmethod
     def open(
@@ -346,12 +349,30 @@ class Skeleton:
             elif name in self.computed_parameters:
                 value = self.computed_parameters[name]()
             elif name in self.names:
-                value = self.reader.read(self.names[name])
+                value = self._read(self.names[name])
             elif isinstance(tensor, nn.Parameter):
                 raise UserError(f"{self.reader.path}: no tensor holds parameter '{name}': {self.why_missing(name)}")
             else:
                 continue
             self.put(name, owner, leaf, value)
+
+    def _read(self, source: str) -> Tensor:
+        """Return a tensor of the checkpoint, which may have been prefetched."""
+        prefetched = None if self._prefetcher is None else self._prefetcher.take(source)
+        return self.reader.read(source) if prefetched is None else prefetched
+
+    def prefetch(self, prefix: str) -> None:
+        """Start to read the tensors that the next `load` of a module needs, if the model runs on a GPU.
+
+        On a CPU, the weights of a second block would only raise the peak memory.
+        """
+        if self.device.type != "cuda":
+            return
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self.reader)
+        names = [f"{prefix}.{key}" for key, *_ in _entries(self.model.get_submodule(prefix), recurse=True)]
+        read = [self.names[name] for name in names if name in self.names and name not in self.computed_parameters]
+        self._prefetcher.start(dict.fromkeys(read))
 
     def put(self, name: str, owner: nn.Module, leaf: str, value: Tensor) -> None:
         """Set one parameter or buffer to a value, on the device and in the dtype in which transformers loads it.

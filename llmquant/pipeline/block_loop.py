@@ -29,7 +29,7 @@ from llmquant.humanize import dtype_name
 from llmquant.memory import trim_heap
 from llmquant.models.blocks import BlockStructure, weight_of
 from llmquant.models.blockwise_forward import SEQUENCES_AT_ONCE, BlockwiseForward, GroupInput
-from llmquant.models.finite import all_finite, damaged_weights_error, read_finite
+from llmquant.models.finite import all_finite, damaged_weights_error, finite_flag, read_finite
 from llmquant.models.spill import Spill
 from llmquant.pipeline.output import dense_weights, install_dequantized, pack_part, part_names, round_alone, unpack_part
 from llmquant.pipeline.run import Run
@@ -249,22 +249,29 @@ def _used_tensors(recipe: Recipe, group_input: GroupInput) -> tuple[Tensor, Tens
 
 
 def _checked_finite(plan: Plan, inputs: Iterable[GroupInput], index: int, name: str) -> Iterator[GroupInput]:
-    """Yield the inputs unchanged. Raises UserError at the first input that is not finite.
+    """Yield the inputs unchanged. Raises UserError after the last one if any was not finite.
 
-    An input that is finite but too large to be squared is accepted here; the solver handles its Hessian.
+    An input that is finite but too large to be squared is accepted here; the solver handles its Hessian. The inputs are
+    checked together at the end, because each check waits for a GPU.
     """
+    checked: list[tuple[int, str]] = []
+    flags: list[Tensor] = []
     for group_input in inputs:
         for x_TK, model in ((group_input.x_TK, "quantized"), (group_input.original_x_TK, "original")):
-            if x_TK is not None and not all_finite(x_TK):
-                for tensor in plan.tensors_of_block(index):
-                    read_finite(plan.skeleton, tensor)
-                raise UserError(
-                    f"{plan.path}: block {index}: NaN or inf in the input of '{name}' of the {model} model, in "
-                    f"calibration sample {group_input.sample}; the model overflows in "
-                    f"{dtype_name(plan.skeleton.dtype)} on this text: try --dtype bfloat16 or float32, with --restart"
-                )
+            if x_TK is not None:
+                checked.append((group_input.sample, model))
+                flags.append(finite_flag(x_TK))
         yield group_input
         del group_input, x_TK
+    is_finite = torch.stack(flags).tolist() if flags else []
+    for sample, model in (which for which, finite in zip(checked, is_finite, strict=True) if not finite):
+        for tensor in plan.tensors_of_block(index):
+            read_finite(plan.skeleton, tensor)
+        raise UserError(
+            f"{plan.path}: block {index}: NaN or inf in the input of '{name}' of the {model} model, in "
+            f"calibration sample {sample}; the model overflows in "
+            f"{dtype_name(plan.skeleton.dtype)} on this text: try --dtype bfloat16 or float32, with --restart"
+        )
 
 
 def _quantize_group(

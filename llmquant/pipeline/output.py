@@ -67,11 +67,12 @@ def pack_part(
 def packed_tensors(
     plan: Plan, linears: Mapping[str, LinearPlan], results: Mapping[str, LinearResult]
 ) -> dict[str, Tensor]:
-    """Return the stored tensors of quantized linears, by tensor name."""
+    """Return the stored tensors of quantized linears, by tensor name, in CPU memory; they are packed on the device."""
+    device = plan.skeleton.device
     return {
-        f"{linear.checkpoint_name}.{suffix}": tensor
+        f"{linear.checkpoint_name}.{suffix}": tensor.to("cpu")
         for name, linear in linears.items()
-        for suffix, tensor in plan.format.pack(results[name].weight.to("cpu")).items()
+        for suffix, tensor in plan.format.pack(results[name].weight.to(device)).items()
     }
 
 
@@ -204,8 +205,8 @@ def _is_exact(values: Tensor, dtype: torch.dtype) -> bool:
 
 
 def round_alone(plan: Plan, linear: LinearPlan) -> LinearResult:
-    """Read a linear's weight from the checkpoint and round it to nearest."""
-    weight = read_finite(plan.skeleton, f"{linear.checkpoint_name}.weight")
+    """Read a linear's weight from the checkpoint and round it to nearest on the device."""
+    weight = read_finite(plan.skeleton, f"{linear.checkpoint_name}.weight").to(plan.skeleton.device)
     weight_NK = weight_as_NK(plan.skeleton.model.get_submodule(linear.name), weight)
     return round_without_data(weight_NK, linear.quant_spec, storage_limits(plan))
 

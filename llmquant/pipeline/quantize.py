@@ -26,6 +26,7 @@ from llmquant.estimates.memory import estimate_memory
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import trim_heap
 from llmquant.models.finite import DamagedWeights
+from llmquant.models.reproducible import reproducible_arithmetic
 from llmquant.paths import existing_paths, parse_path
 from llmquant.pipeline.block_loop import quantize_blocks, round_blocks
 from llmquant.pipeline.budget import ALLOCATION, choose_allocation, grids_of_allocation, plan_provisionally, with_grids
@@ -96,7 +97,8 @@ def quantize(
         if ranks.is_main:
             _note_checkpoint(run, out)
         run = replace(run, tokens=_calibration_tokens(run, on_calibration))
-        return _run_main_rank(run, out) if ranks.is_main else _run_other_rank(run)
+        with reproducible_arithmetic(plan.skeleton.device):
+            return _run_main_rank(run, out) if ranks.is_main else _run_other_rank(run)
 
 
 def _calibration_tokens(run: Run, on_calibration: OnCalibration | None) -> CalibrationTokens | None:

@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from llmquant.checkpoints.reader import CheckpointReader
 from llmquant.data.chat import chat_text
 from llmquant.errors import UserError, one_line
 from llmquant.estimates.memory import estimate_memory
 from llmquant.hub import load_tokenizer
-from llmquant.memory import trim_heap
+from llmquant.memory import trim_heap, used_bytes
 from llmquant.models.skeleton import context_length
 from llmquant.planning.plan import Plan
 from llmquant.report.schema import MAX_GENERATION_SECONDS, MAX_NEW_TOKENS, REPEATED_TOKENS, SampleText, SampleTexts
@@ -46,7 +44,7 @@ def generate_sample_texts(folder: Path, plan: Plan) -> SampleTexts:
     """Generate short texts with a finished folder and with its original."""
     memory = estimate_memory(plan)
     limit_bytes = memory.limit_bytes or max(memory.peak_bytes, SMALL_BYTES)
-    free_bytes = limit_bytes - psutil.Process().memory_info().rss
+    free_bytes = limit_bytes - used_bytes(plan.skeleton.device)
     if LOADED_SIZE_FACTOR * CheckpointReader(folder).total_bytes > free_bytes:
         return SampleTexts(
             note="no sample texts: loading the whole quantized model would take more memory than quantizing it"

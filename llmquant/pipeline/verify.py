@@ -62,7 +62,9 @@ def verify_codes(folder: Path, plan: Plan, digests: dict[str, str]) -> None:
 
     digests: SHA-256 of the chosen codes, scales and zero-points, by name in the model. Raises UserError if one differs.
     """
-    check_digests(folder, {linear.checkpoint_name: digests[linear.name] for linear in plan.quantized})
+    check_digests(
+        folder, {linear.checkpoint_name: digests[linear.name] for linear in plan.quantized}, plan.skeleton.device
+    )
 
 
 @torch.no_grad()
@@ -192,14 +194,16 @@ def reopen(folder: Path, plan: Plan) -> Skeleton:
         module = skeleton.model.get_submodule(linear.name)
         name = f"{linear.name}.weight"
         skeleton.computed_parameters[name] = partial(
-            _dense, reader, packed[linear.checkpoint_name], module, skeleton.dtypes[name]
+            _dense, reader, packed[linear.checkpoint_name], module, skeleton.dtypes[name], device
         )
     return skeleton
 
 
-def _dense(reader: CheckpointReader, packed: QuantizedModule, module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """Dequantize a packed linear into the layout of its module."""
-    return weight_as_NK(module, read_quantized(reader, packed).dequantize(dtype)).contiguous()
+def _dense(
+    reader: CheckpointReader, packed: QuantizedModule, module: nn.Module, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Dequantize a packed linear into the layout of its module, on the device."""
+    return weight_as_NK(module, read_quantized(reader, packed, device).dequantize(dtype)).contiguous()
 
 
 def _packed(reader: CheckpointReader) -> dict[str, QuantizedModule]:

@@ -25,15 +25,47 @@ from llmquant.errors import UserError, one_line
 from llmquant.eval.body_and_head import BodyAndHead
 from llmquant.hooks import hooked
 from llmquant.memory import trim_heap
-from llmquant.models.blocks import first_tensor, linears_of, modules_outside, run_model_code, with_first_tensor
+from llmquant.models.blocks import (
+    first_tensor,
+    linears_of,
+    modules_outside,
+    run_model_code,
+    weight_of,
+    with_first_tensor,
+)
 from llmquant.planning.plan import Plan
 
 MEASURED_TOKENS = 4096
-"""Number of calibration tokens that run side by side, in whole sequences."""
-CHUNK_TOKENS = 64
-"""Number of tokens whose logits are in memory at one time, for the gradient of the loss."""
+"""Number of calibration tokens that run side by side on a CPU, in whole sequences; the least number on a GPU."""
+GPU_MEMORY_FRACTION = 0.25
+"""Fraction of a GPU's memory that the tokens that run side by side may take. More tokens at a time need fewer reads."""
+CHUNK_TOKENS, GPU_CHUNK_TOKENS = 64, 512
+"""Number of tokens whose logits are in memory at one time, for the gradient of the loss, on a CPU and on a GPU."""
 READS_PER_BLOCK = 3
 """Number of times that a run reads each block: once to find the body (`BodyAndHead`), once forward, once backward."""
+
+
+def tokens_at_once(plan: Plan) -> int:
+    """Return how many calibration tokens run side by side: MEASURED_TOKENS, or more on a GPU without `--max-memory`.
+
+    The number depends on the size of the GPU and not on its free memory, so the same GPU always gives the same result.
+    """
+    device = plan.skeleton.device
+    if device.type != "cuda" or plan.options.max_memory_bytes is not None:
+        return MEASURED_TOKENS
+    budget = GPU_MEMORY_FRACTION * torch.cuda.get_device_properties(device).total_memory
+    return max(MEASURED_TOKENS, int(budget / bytes_per_token(plan)))
+
+
+def bytes_per_token(plan: Plan) -> int:
+    """Return the memory of one token: the inputs of all blocks, and the activations inside one block, twice.
+
+    Inside a block, the activations and the gradients of the linears' inputs and outputs take about the same memory.
+    """
+    blocks = [plan.linears_of_block(index).values() for index in range(len(plan.block_names))]
+    features = max(sum(linear.in_features + linear.out_features for linear in linears) for linears in blocks)
+    hidden = weight_of(plan.skeleton.model.get_input_embeddings()).shape[-1]
+    return plan.skeleton.dtype.itemsize * (len(blocks) * hidden + 2 * features)
 
 
 class BlockwiseBackprop(ABC):
@@ -180,7 +212,8 @@ def _loss_gradient(body_and_head: BodyAndHead, hidden_SLD: Tensor, seed: int) ->
     """
     draw = torch.Generator(device=hidden_SLD.device).manual_seed(seed)
     pieces = []
-    for hidden_CD in hidden_SLD.flatten(0, 1).split(CHUNK_TOKENS):
+    chunk = GPU_CHUNK_TOKENS if hidden_SLD.is_cuda else CHUNK_TOKENS
+    for hidden_CD in hidden_SLD.flatten(0, 1).split(chunk):
         hidden_CD = hidden_CD.detach().requires_grad_()
         log_p_CV = body_and_head.logits(hidden_CD).float().log_softmax(-1)
         drawn_C1 = torch.multinomial(log_p_CV.detach().exp(), 1, generator=draw)

@@ -41,7 +41,7 @@ from llmquant.models.scale_folding import floating_tensors_in
 from llmquant.planning.linears import LinearPlan
 from llmquant.planning.plan import Plan
 from llmquant.report.run_log import RunLog
-from llmquant.solver.gradients import MEASURED_TOKENS, READS_PER_BLOCK, BlockwiseBackprop
+from llmquant.solver.gradients import READS_PER_BLOCK, BlockwiseBackprop, tokens_at_once
 from llmquant.solver.reduction import NUM_CHUNKS, chunk_of
 
 GRADIENT_TOKENS = 2048
@@ -155,7 +155,7 @@ def network_cross_row_factors(
     folder: holds the sums on disk, and is deleted at the end. on_block_read: called with the finished fraction of the
     work whenever a block is read.
     """
-    at_once = max(1, min(MEASURED_TOKENS // tokens_SL.shape[1], len(tokens_SL) // 2))
+    at_once = max(1, min(tokens_at_once(plan) // tokens_SL.shape[1], len(tokens_SL) // 2))
     batches = tokens_SL.split(at_once)
     read, reads = count(), READS_PER_BLOCK * len(plan.block_names) * len(batches)
     hessians = _ModelHessians(plan, folder, lambda: on_block_read(next(read) / reads))

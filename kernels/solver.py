@@ -1,0 +1,165 @@
+"""The quantizer's column loops and range search on a GPU: checks, launches, and PyTorch for the large products.
+
+Each function has the contract of its PyTorch form in `algorithms/`, which the tests compare it with. The kernels are in
+`triton_solver.py`.
+
+Letters: N out_features, K in_features, G groups, B columns of a panel.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from llmquant.kernels import gpu
+from llmquant.kernels.layout import LinearShape
+from llmquant.spec import QuantSpec
+
+PANEL_COLUMNS = 128
+"""Columns that one launch rounds. Their effect on the later columns is applied in one matrix product."""
+PANEL_ROWS = 16
+"""Rows of one program of the column loop."""
+SEARCH_ROWS, SEARCH_COLUMNS = 32, 32
+"""Rows of one program of the range search, and columns that it reads at a time."""
+
+_SCALE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def can_run(weight: Tensor) -> bool:
+    """Whether the kernels can round this weight: float32 on an NVIDIA GPU that Triton supports."""
+    return weight.dtype == torch.float32 and _device_is_supported(weight.device, os.environ.get("TRITON_INTERPRET"))
+
+
+@lru_cache(maxsize=64)
+def _device_is_supported(device: torch.device, interpreted: str | None) -> bool:
+    return gpu.refuses(LinearShape.of_sizes(64, 128, QuantSpec()), device, torch.bfloat16) is None
+
+
+def round_panel(
+    values_BN: Tensor,
+    upper_BB: Tensor,
+    group_B: Tensor,
+    scale_GN: Tensor,
+    zero_GN: Tensor,
+    max_code: int,
+    q_BN: Tensor,
+    error_BN: Tensor,
+) -> None:
+    """Round the columns of one panel with GPTQ, one after the other (`algorithms/gptq.py:round_panel_torch`).
+
+    values_BN, q_BN, error_BN: float32 [B, N], contiguous, with at most PANEL_COLUMNS columns. upper_BB: float32 with
+    contiguous rows. group_B: int64.
+    """
+    _launch_panel(values_BN, upper_BB, group_B, scale_GN, zero_GN, max_code, None, q_BN, error_BN)
+
+
+def descend_panel(
+    descent_BN: Tensor,
+    hessian_BB: Tensor,
+    group_B: Tensor,
+    scale_GN: Tensor,
+    zero_GN: Tensor,
+    max_code: int,
+    q_BN: Tensor,
+    new_q_BN: Tensor,
+    change_BN: Tensor,
+) -> None:
+    """Round the columns of one panel again (`algorithms/coordinate_descent.py:descend_panel_torch`).
+
+    descent_BN, q_BN, new_q_BN, change_BN: float32 [B, N], contiguous, with at most PANEL_COLUMNS columns. hessian_BB:
+    float32, symmetric, with contiguous rows. group_B: int64.
+    """
+    _launch_panel(descent_BN, hessian_BB, group_B, scale_GN, zero_GN, max_code, q_BN, new_q_BN, change_BN)
+
+
+def _launch_panel(
+    values_BN: Tensor,
+    matrix_BB: Tensor,
+    group_B: Tensor,
+    scale_GN: Tensor,
+    zero_GN: Tensor,
+    max_code: int,
+    old_q_BN: Tensor | None,
+    q_BN: Tensor,
+    error_BN: Tensor,
+) -> None:
+    num_columns, num_rows = values_BN.shape
+    kernels = _kernels()
+    with torch.cuda.device_of(values_BN):  # Triton launches on the current GPU
+        kernels.round_panel_kernel[(-(-num_rows // PANEL_ROWS),)](
+            values_BN,
+            values_BN if old_q_BN is None else old_q_BN,
+            matrix_BB,
+            group_B,
+            scale_GN,
+            zero_GN,
+            q_BN,
+            error_BN,
+            num_rows,
+            num_columns,
+            matrix_BB.stride(0),
+            float(max_code),
+            DESCEND=old_q_BN is not None,
+            B=PANEL_COLUMNS,
+            R=PANEL_ROWS,
+            num_warps=1,
+        )
+
+
+def search_ranges(
+    weight_KN: Tensor,
+    importance_K: Tensor,
+    shrinks: list[float],
+    *,
+    group_size: int,
+    symmetric: bool,
+    max_code: int,
+    mid_code: int,
+    min_zero: int,
+    scale_dtype: torch.dtype,
+    scale_limits: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """Search the range of all groups in one launch; return scales and zero-points, float32 [G, N] each.
+
+    weight_KN: float32 [K, N]. importance_K: float32 [K]. group_size: columns of a group, -1 for all. scale_limits:
+    smallest and largest scale.
+    """
+    in_features, out_features = weight_KN.shape
+    group_size = in_features if group_size == -1 else group_size
+    num_groups = -(-in_features // group_size)
+    scale_GN = weight_KN.new_empty(num_groups, out_features)
+    zero_GN = torch.empty_like(scale_GN)
+    kernels = _kernels()
+    with torch.cuda.device_of(weight_KN):
+        kernels.search_range_kernel[-(-out_features // SEARCH_ROWS), num_groups](
+            weight_KN.contiguous(),
+            importance_K.contiguous(),
+            torch.tensor(shrinks, dtype=torch.float32, device=weight_KN.device),
+            scale_GN,
+            zero_GN,
+            out_features,
+            in_features,
+            group_size,
+            len(shrinks),
+            float(max_code),
+            float(min_zero),
+            float(mid_code),
+            *scale_limits,
+            SYMMETRIC=symmetric,
+            DTYPE=_SCALE_DTYPES[scale_dtype],
+            C=SEARCH_COLUMNS,
+            R=SEARCH_ROWS,
+            num_warps=1,
+        )
+    return scale_GN, zero_GN
+
+
+@lru_cache(maxsize=1)
+def _kernels():
+    """Return the module of the kernels. The first call imports it, because Triton is not installed everywhere."""
+    from llmquant.kernels import triton_solver
+
+    return triton_solver
