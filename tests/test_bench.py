@@ -41,6 +41,7 @@ def test_bench_runs_every_usable_kernel_and_the_original(small, tiny_model, tmp_
     ratio = first["decode_tokens_per_second"] / base["decode_tokens_per_second"]
     assert first["decode_speedup"] == pytest.approx(ratio)
     assert base["weight_bytes"] == memory_footprint_bytes(llmquant.load(original, device="cpu"))
+    assert {run["decoding"] for run in result["runs"]} == {"eager: the model is on the device cpu"}
     assert plot.read_text().startswith("<?xml")
 
 
@@ -82,7 +83,9 @@ def test_table_and_plot_show_the_speedup(tmp_path, capsys):
         (["bench", "SMALL", "--prompt-tokens", "999"], "and the model's context is 256"),
         (["bench", "SMALL", "--backend", "nonesuch"], "backend 'nonesuch'"),
         (["tune", "SMALL", "--device", "cpu"], "runs on NVIDIA GPUs, not on cpu"),
-        (["generate", "SMALL", "--prompt", "x", "--device", "cpu", "--compile"], "compile: needs a GPU"),
+        (["tune", "SMALL", "--rows", "1,x"], "--rows 1,x: must be numbers from 1 up"),
+        (["tune", "SMALL", "--rows", "0"], "--rows 0: must be numbers from 1 up"),
+        (["tune", "SMALL", "--seconds", "0"], "seconds 0.0: must be above 0"),
     ],
 )
 def test_user_errors_are_reported_in_one_line(
@@ -101,15 +104,19 @@ def test_tune_measures_every_shape_once(small, tmp_path, monkeypatch, capsys):
     """The GPU measurement is replaced by a stub."""
     tuned = []
 
-    def tune_tiles(shapes: list, dtype: torch.dtype, device: torch.device, *, path: Path | None, report: Any) -> Path:
+    def tune_tiles(
+        shapes: list, dtype: torch.dtype, device: torch.device, *, path: Path | None, report: Any, **limits: Any
+    ) -> Path:
         tuned.extend(shapes)
-        report("a line")
+        report(f"a line {limits}")
         return path or tmp_path / "default.json"
 
     monkeypatch.setattr(explain, "tune_tiles", tune_tiles)
     monkeypatch.setattr(explain, "BACKENDS", {"triton": BACKENDS["torch"]})
-    assert command(monkeypatch, "tune", small, "--device", "cpu", "--out", tmp_path / "table.json") == 0
+    limits = ("--rows", "1,16,60", "--seconds", 90)
+    assert command(monkeypatch, "tune", small, "--device", "cpu", "--out", tmp_path / "table.json", *limits) == 0
     streams = capsys.readouterr()
     assert streams.out == f"{tmp_path / 'table.json'}\n" and "a line" in streams.err
+    assert "{'buckets': (1, 16, 64), 'max_seconds': 90.0}" in streams.err
     sizes = {(64, 64), (32, 64), (96, 64), (64, 96)}
     assert {(shape.out_features, shape.in_features) for shape in tuned} == sizes and len(tuned) == len(sizes)

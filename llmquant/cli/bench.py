@@ -29,6 +29,7 @@ def bench_command(
     plot: Annotated[Path | None, Option(help="Write a plot to this .svg, .png or .pdf file.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    cuda_graph: Annotated[bool, Option(help="On a GPU: decode with CUDA graphs.")] = True,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -52,6 +53,7 @@ def bench_command(
             workload=workload,
             device=device,
             dtype=dtype,
+            cuda_graph=cuda_graph,
             trust_remote_code=trust_remote_code,
             on_progress=on_progress,
         )
@@ -62,6 +64,10 @@ def bench_command(
 
 def tune_command(
     model: Annotated[str, Argument(help="Quantized checkpoint folder or hub id, whose shapes are tuned.")],
+    rows: Annotated[
+        str | None, Option(help="Numbers of rows of x to tune for, such as 1,16,64. [default: 1 to 512]")
+    ] = None,
+    seconds: Annotated[float | None, Option(help="Start no measurement after this many seconds.")] = None,
     out: Annotated[Path | None, Option(help="Write the table to this file instead of the cache.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -72,8 +78,17 @@ def tune_command(
     from llmquant.console.progress import quiet_libraries
 
     quiet_libraries()
-    from llmquant.runtime.explain import tune_model
+    from llmquant.runtime.explain import parse_rows, tune_model
 
     report = (lambda line: None) if quiet else partial(print, file=sys.stderr, flush=True)
-    table = tune_model(model, device=device, dtype=dtype, path=out, trust_remote_code=trust_remote_code, report=report)
+    table = tune_model(
+        model,
+        device=device,
+        dtype=dtype,
+        rows=parse_rows(rows),
+        max_seconds=seconds,
+        path=out,
+        trust_remote_code=trust_remote_code,
+        report=report,
+    )
     print(table)

@@ -30,7 +30,7 @@ def generate_command(
     backend: Annotated[str, Option(help="Kernel of the quantized linears (see inspect --backends).")] = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    compiled: Annotated[bool, Option("--compile", help="On a GPU: decode with torch.compile and CUDA graphs.")] = False,
+    cuda_graph: Annotated[bool, Option(help="On a GPU: decode with a CUDA graph.")] = True,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -48,6 +48,7 @@ def generate_command(
     from llmquant.checkpoints.quantized import parsed_quantization, storage_notes
     from llmquant.checkpoints.reader import CheckpointReader
     from llmquant.hub import load_tokenizer, resolve_model
+    from llmquant.runtime.decode_graph import CUDA_GRAPH
     from llmquant.runtime.generate import SamplingParams, generate
     from llmquant.runtime.load import load
 
@@ -67,7 +68,7 @@ def generate_command(
     for start in range(0, len(lines), batch_size):
         batch = lines[start : start + batch_size]
         on_text = print_piece if streams else None
-        result = generate(loaded, tokenizer, batch, sampling, chat=chat, compiled=compiled, on_text=on_text)
+        result = generate(loaded, tokenizer, batch, sampling, chat=chat, cuda_graph=cuda_graph, on_text=on_text)
         results.append(result)
         if streams:
             print()
@@ -76,6 +77,9 @@ def generate_command(
     if as_json:
         print(json.dumps({"prompts": lines, "batches": [result.to_dict() for result in results]}))
     if not quiet:
+        if cuda_graph and loaded.device.type == "cuda":
+            for reason in dict.fromkeys(result.decoding for result in results if result.decoding != CUDA_GRAPH):
+                print_error(f"decoded without a CUDA graph ({reason.removeprefix('eager: ')})")
         print_speed(results)
 
 

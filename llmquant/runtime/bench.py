@@ -33,7 +33,7 @@ from llmquant.models.blocks import parse_device
 from llmquant.models.skeleton import build_empty, read_config
 from llmquant.progress import OnProgress, Phase, Progress, ignore_progress
 from llmquant.runtime.explain import explain_backends
-from llmquant.runtime.generate import SamplingParams, check_length, run_timed, settings_of, vocabulary_size_of
+from llmquant.runtime.generate import SamplingParams, TimedRun, check_length, run_timed, settings_of, vocabulary_size_of
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import load
 
@@ -82,6 +82,10 @@ class BenchmarkRun:
     """Prompt tokens of the whole batch per second of prefill, which ends with the first new token."""
     decode_tokens_per_second: float
     """New tokens of the whole batch per second of decoding, without the first new token of each prompt."""
+    decoding: str = "eager"
+    """How the tokens after the first were computed: `cuda graph`, or `eager: ` and the reason."""
+    fused: tuple[str, ...] = ()
+    """The `decode_kernels` in the graph, and "-name: reason" for those that are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +129,14 @@ def bench(
     workload: Workload | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    cuda_graph: bool = True,
     trust_remote_code: bool = False,
     on_progress: OnProgress = ignore_progress,
 ) -> BenchmarkResult:
     """Measure a checkpoint with each of the backends, and then the checkpoint `against`.
 
     backends: keys of `BACKENDS` or auto; "all" stands for every backend that can run all quantized linears.
+    cuda_graph: on a GPU, decode every model with a CUDA graph if it supports that.
     All models are in memory at once. Raises UserError for the same reasons as `load`.
     """
     workload = workload or Workload()
@@ -145,11 +151,11 @@ def bench(
     for name, backend in candidates:
         on_progress(Progress(Phase.RUNNING, len(loaded), num_runs))
         options = {"device": device, "dtype": dtype, "backend": backend, "trust_remote_code": trust_remote_code}
-        loaded.append(_load_and_warm_up(name, workload, options))
+        loaded.append(_load_and_warm_up(name, workload, options, cuda_graph))
     for repeat in range(workload.repeats):
         for index, each in enumerate(loaded):
             on_progress(Progress(Phase.RUNNING, len(loaded) * (1 + repeat) + index, num_runs))
-            each.seconds.append(_time_run(each.model, workload))
+            each.runs.append(_time_run(each.model, workload, cuda_graph))
     on_progress(Progress(Phase.RUNNING, num_runs, num_runs))
     return BenchmarkResult(
         runs=tuple(each.to_run(workload) for each in loaded),
@@ -169,8 +175,8 @@ class _LoadedModel:
     model: Any
     load_seconds: float
     peak_bytes: int | None
-    seconds: list[tuple[float, float]]
-    """Seconds of (prefill, decoding) of each counted run."""
+    runs: list[TimedRun]
+    """The counted runs."""
 
     def to_run(self, workload: Workload) -> BenchmarkRun:
         return BenchmarkRun(
@@ -179,18 +185,20 @@ class _LoadedModel:
             load_seconds=self.load_seconds,
             weight_bytes=memory_footprint_bytes(self.model),
             peak_bytes=self.peak_bytes,
-            **_rates(self.seconds, workload),
+            **_rates([(run.prefill_seconds, run.decode_seconds) for run in self.runs], workload),
+            decoding=self.runs[-1].decoding,
+            fused=self.runs[-1].fused,
         )
 
 
-def _load_and_warm_up(name: str, workload: Workload, load_options: dict[str, Any]) -> _LoadedModel:
+def _load_and_warm_up(name: str, workload: Workload, load_options: dict[str, Any], cuda_graph: bool) -> _LoadedModel:
     """Load a model, run it once, and measure the peak memory of both steps."""
     meter = _PeakMemory(parse_device(load_options["device"]))
     start = perf_counter()
     model = load(name, **load_options)
     load_seconds = perf_counter() - start
     check_length(model, workload.prompt_tokens, workload.new_tokens)
-    _time_run(model, workload)
+    _time_run(model, workload, cuda_graph)
     return _LoadedModel(name, model, load_seconds, meter.peak_bytes(), [])
 
 
@@ -220,16 +228,15 @@ def _backend_names(model: str, backends: Sequence[str], device: str, dtype: str,
     return [name for name in BACKENDS if not any(name in choice.refusals for choice in choices)]
 
 
-def _time_run(model: Any, workload: Workload) -> tuple[float, float]:
-    """Run a workload, and return the seconds of prefill and of decoding."""
+def _time_run(model: Any, workload: Workload, cuda_graph: bool) -> TimedRun:
+    """Run a workload, and return its times."""
     settings = settings_of(model, SamplingParams(max_new_tokens=workload.new_tokens, greedy=True))
     settings.min_new_tokens, settings.pad_token_id = workload.new_tokens, 0
     settings.max_time = settings.stop_strings = None
     generator = torch.Generator().manual_seed(0)
     size = (workload.batch_size, workload.prompt_tokens)
     tokens_SL = torch.randint(0, vocabulary_size_of(model), size, generator=generator).to(model.device)
-    _, prefill, decode = run_timed(model, tokens_SL, torch.ones_like(tokens_SL), settings)
-    return prefill, decode
+    return run_timed(model, tokens_SL, torch.ones_like(tokens_SL), settings, cuda_graph=cuda_graph)
 
 
 def _rates(seconds: Sequence[tuple[float, float]], workload: Workload) -> dict[str, Any]:

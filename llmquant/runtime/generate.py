@@ -11,19 +11,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
+from transformers import StoppingCriteriaList, StopStringCriteria, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from llmquant.data.chat import chat_text
 from llmquant.errors import UserError, one_line
 from llmquant.models.skeleton import context_length
+from llmquant.runtime.decoding import GraphDecoding, refuses_graph
 from llmquant.runtime.generation_settings import GENERATION_CONFIG_FILE, merge_settings
 
 
@@ -89,7 +91,13 @@ class GenerationResult:
     prefill_seconds: float
     """Time until the first new token of every prompt."""
     decode_seconds: float
-    """Time from the first new token to the last."""
+    """Time from the first new token to the last, without `capture_seconds`."""
+    decoding: str = "eager"
+    """How the tokens after the first were computed: `cuda graph`, or `eager: ` and the reason."""
+    fused: tuple[str, ...] = ()
+    """The `decode_kernels` in the graph, and "-name: reason" for those that are not."""
+    capture_seconds: float = 0.0
+    """Time for capturing the CUDA graph, which later runs reuse, and for filling its cache."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -147,16 +155,16 @@ def generate(
     sampling: SamplingParams | None = None,
     *,
     chat: bool = False,
-    compiled: bool = False,
+    cuda_graph: bool = True,
     on_text: Callable[[str], None] | None = None,
 ) -> GenerationResult:
     """Continue every prompt. Several prompts are padded on the left and run as one batch.
 
-    chat: put each prompt, as a message of the user, into the model's chat template. compiled: decode with a static
-    cache through torch.compile and CUDA graphs; compilation delays the first text. on_text: called with each piece of
-    the text of a single prompt as it is generated.
-    Raises UserError if a prompt is empty, too long, or has tokens outside the model's vocabulary, if the checkpoint's
-    generation settings are invalid, or if the model cannot be compiled.
+    chat: put each prompt, as a message of the user, into the model's chat template. cuda_graph: decode with a CUDA
+    graph if the model is on a GPU and supports it; the result's `decoding` says what was done. on_text: called with
+    each piece of the text of a single prompt as it is generated.
+    Raises UserError if a prompt is empty, too long, or has tokens outside the model's vocabulary, or if the
+    checkpoint's generation settings are invalid.
     """
     sampling = sampling or SamplingParams()
     assert prompts and (on_text is None or len(prompts) == 1)
@@ -165,10 +173,6 @@ def generate(
     longest = max(map(len, prompt_tokens))
     check_length(model, longest, sampling.max_new_tokens)
     settings = settings_of(model, sampling)
-    if compiled:
-        _check_compiles(model)
-        # transformers compiles the decoding step of a static cache on a GPU.
-        settings.cache_implementation = "static"
     # The padding token of a tokenizer may lie outside the model's vocabulary.
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     pad = next((token for token in candidates if token in range(vocabulary_size)), 0)
@@ -179,16 +183,19 @@ def generate(
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(sampling.seed)
         streamer = _CallbackStreamer(tokenizer, on_text) if on_text is not None else None
-        output_SL, prefill_seconds, decode_seconds = run_timed(model, tokens_SL, mask_SL, settings, streamer, tokenizer)
-    new_tokens = [_until_end(row[longest:].tolist(), set(settings.eos_token_id or ())) for row in output_SL]
+        run = run_timed(model, tokens_SL, mask_SL, settings, streamer, tokenizer, cuda_graph=cuda_graph)
+    new_tokens = [_until_end(row[longest:].tolist(), set(settings.eos_token_id or ())) for row in run.tokens_SL]
     if stops := settings.stop_strings:
         new_tokens = [_until_stop(row, [stops] if isinstance(stops, str) else stops, tokenizer) for row in new_tokens]
     return GenerationResult(
         texts=tuple(tokenizer.decode(row, skip_special_tokens=True) for row in new_tokens),
         num_prompt_tokens=sum(map(len, prompt_tokens)),
         num_new_tokens=sum(map(len, new_tokens)),
-        prefill_seconds=prefill_seconds,
-        decode_seconds=decode_seconds,
+        prefill_seconds=run.prefill_seconds,
+        decode_seconds=run.decode_seconds,
+        decoding=run.decoding,
+        fused=run.fused,
+        capture_seconds=run.capture_seconds,
     )
 
 
@@ -206,6 +213,22 @@ def settings_of(model: Any, sampling: SamplingParams) -> Any:
     return merge_settings(model.generation_config, sampling.generation_settings(), vocabulary_size_of(model), file)
 
 
+class TimedRun(NamedTuple):
+    """The tokens of a batch of prompts with their continuations, and the time that they took."""
+
+    tokens_SL: Tensor
+    """Prompts and new tokens."""
+    prefill_seconds: float
+    decode_seconds: float
+    """Time from the first new token to the last, without `capture_seconds`."""
+    decoding: str
+    """`cuda graph`, or `eager: ` and the reason."""
+    fused: tuple[str, ...]
+    """The `decode_kernels` in the graph, and "-name: reason" for those that are not."""
+    capture_seconds: float
+    """Time for capturing a CUDA graph and filling its cache."""
+
+
 def run_timed(
     model: Any,
     tokens_SL: Tensor,
@@ -213,21 +236,24 @@ def run_timed(
     settings: Any,
     text_streamer: TextStreamer | None = None,
     tokenizer: Any = None,
-) -> tuple[Tensor, float, float]:
-    """Generate, and return (prompts and new tokens [S, L + new], seconds of prefill, seconds of decoding).
+    *,
+    cuda_graph: bool = True,
+) -> TimedRun:
+    """Generate, and measure the time of prefill and decoding.
 
     tokens_SL: int64 prompts. mask_SL: int64, 0 for padding. settings: a transformers GenerationConfig. text_streamer:
-    receives the tokens as they are generated. tokenizer: needed for stop strings.
+    receives the tokens as they are generated. tokenizer: needed for stop strings. cuda_graph: decode with a CUDA graph
+    if the model is on a GPU and supports it.
     Raises UserError if sampling fails because the model's predictions are not finite.
     """
     timer = _TokenTimer(text_streamer)
-    stop_options = {"tokenizer": tokenizer} if settings.stop_strings else {}
+    refusal = refuses_graph(model, settings) if cuda_graph else "CUDA graphs are switched off"
+    graph_decoding = GraphDecoding(timer) if refusal is None else None
+    options = _generate_options(settings, tokenizer, graph_decoding)
     start = perf_counter()
-    with torch.inference_mode(), _exactly_these_settings(model, settings):
+    with torch.inference_mode(), _exactly_these_settings(model, options["generation_config"]):
         try:
-            output_SL = model.generate(
-                tokens_SL, attention_mask=mask_SL, generation_config=settings, streamer=timer, **stop_options
-            )
+            output_SL = model.generate(tokens_SL, attention_mask=mask_SL, streamer=timer, **options)
         except RuntimeError as error:
             if "probability tensor" not in str(error):
                 raise
@@ -235,7 +261,29 @@ def run_timed(
                 f"{model.name_or_path}: no token can be sampled, because the model's predictions are not finite or its "
                 f"{GENERATION_CONFIG_FILE} suppresses all tokens; check the checkpoint, and try --dtype float32"
             ) from error
-    return output_SL, timer.first - start, timer.last - timer.first
+    prefill_seconds, decode_seconds = timer.first - start, timer.last - timer.first
+    if graph_decoding is None:
+        return TimedRun(output_SL, prefill_seconds, decode_seconds, f"eager: {refusal}", (), 0.0)
+    capture_seconds = graph_decoding.setup_seconds
+    decode_seconds = max(decode_seconds - capture_seconds, 0.0)  # without a second token, nothing was decoded
+    how = graph_decoding.decoding, graph_decoding.fused
+    return TimedRun(output_SL, prefill_seconds, decode_seconds, *how, capture_seconds)
+
+
+def _generate_options(settings: Any, tokenizer: Any, graph_decoding: GraphDecoding | None) -> dict[str, Any]:
+    """Return the arguments of transformers' `generate` for the settings and the decoding method.
+
+    `generate` passes no tokenizer on when it calls another decoding method, so the criterion for stop strings is made
+    here.
+    """
+    if graph_decoding is None:
+        return {"generation_config": settings} | ({"tokenizer": tokenizer} if settings.stop_strings else {})
+    criteria = StoppingCriteriaList()
+    if stops := settings.stop_strings:
+        criteria.append(StopStringCriteria(stop_strings=stops, tokenizer=tokenizer))
+        settings = copy(settings)
+        settings.stop_strings = None
+    return {"generation_config": settings, "stopping_criteria": criteria, "custom_generate": graph_decoding}
 
 
 @contextmanager
@@ -266,14 +314,6 @@ def _token_ids(tokenizer: Any, prompt: str, chat: bool, vocabulary_size: int) ->
             f"only {vocabulary_size}; replace the tokenizer's files, which belong to another model"
         )
     return ids
-
-
-def _check_compiles(model: Any) -> None:
-    """Raise UserError if the decoding step of a model cannot be compiled."""
-    if model.device.type != "cuda":
-        raise UserError("compile: needs a GPU, but the model is on the CPU; omit --compile")
-    if not getattr(model, "_can_compile_fullgraph", False):
-        raise UserError(f"compile: transformers cannot compile {type(model).__name__}; omit --compile")
 
 
 def check_length(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> None:
