@@ -1,22 +1,18 @@
 #!/usr/bin/env python
-"""Check the Triton backend on the GPU of this machine: first that every kernel is correct, then how fast it is.
+"""Check llmquant on the GPU of this machine: the kernels, their speed, and quantizing and running a model.
 
-    scripts/gpu_check.py --plot gpu_check.png        # under 10 minutes on an H100 or H200
-    scripts/gpu_check.py --quick                     # correctness and three row counts, a minute or two
+    scripts/gpu_check.py --out results               # under 8 minutes on an H100 or H200
+    scripts/gpu_check.py --only machine,speed --plot speed.png
+    scripts/gpu_check.py --rehearse --out results    # the same steps with tiny problems on a CPU, under 2 minutes
 
-Run it in an environment with the package installed (`pip install -e .` in a checkout).
+It runs from a checkout; the package need not be installed. Each section is a process of its own with a time limit. A
+section that fails, crashes or hangs is recorded, and the next one starts. Every result is a line of OUT/log.jsonl the
+moment it is known, and OUT/sections.log holds all that the sections print. The tables at the end are in
+OUT/summary.txt too, and the last line is JSON. A random Llama checkpoint with the blocks of an 8B model is written and
+the kernels are compiled in the background.
 
-Part 1 compares every bit width, group size, dtype and ragged shape with float64, and fills new memory with NaN. It
-checks that two runs agree to the bit, that split-K leaves its counters at zero, that `triton-invariant` gives a row the
-same bits in any batch, and that torch.compile and CUDA graphs give the eager results. Any failure ends the script with
-exit code 1 before anything is timed.
-
-Part 2 times the fused linear against torch.mm in bfloat16 (their ratio is the speed-up). It also times torch's own int4
-kernel and, with --gemlite, gemlite. Times are medians of CUDA graph replays over rotated weights and random data. The
-script prints which fraction of the copy bandwidth, measured in the same run, is reached, and the physical limit. The
-last line is JSON.
-
-The script exits with 2 if the machine has no GPU that the backend supports.
+Exit code: 0 if all is well, 1 if a section failed or found a problem, 2 if the machine has no GPU that the backend
+supports. A speed below its goal is reported, but is no problem.
 """
 
 from __future__ import annotations
@@ -24,330 +20,279 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
-from functools import partial
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
-# torch fills new memory with NaN only in deterministic mode. cuBLAS needs this variable for that mode when it starts.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
+from gpu import processes, summary
+from gpu.correctness import check_case, correctness_cases
+from gpu.runs import CONSOLE_FILE, LOG_FILE, REHEARSAL_PATIENCE, SUMMARY_FILE, Log, Run, one_line, read_log
+from gpu.speed import draw, print_table, speed_limit_microseconds, time_linear
 
-from llmquant.kernels import gpu
-from llmquant.kernels.dispatch import BACKENDS
+from llmquant.kernels import gpu as backend
 from llmquant.kernels.layout import LinearShape
-from llmquant.kernels.tiles import ROW_BUCKETS
-from llmquant.kernels.tune import copies_needed, copy_bandwidth, graph_microseconds, prepared_copies, random_weight
-from llmquant.runtime.linear import QuantizedLinear
+from llmquant.kernels.tune import graph_microseconds
 from llmquant.spec import QuantSpec
-from llmquant.weight import QuantizedWeight
 
-BENCH_SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672)]
-"""(in_features, out_features) of the linears that are timed."""
-
-BENCH_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
-"""Rows of x for which the linears are timed."""
-
-GOALS = {
-    (1, 4096, 4096): 2.4, (1, 4096, 14336): 3.0, (1, 14336, 4096): 3.0, (1, 8192, 28672): 3.2,
-    (16, 4096, 4096): 2.2, (16, 4096, 14336): 2.8, (16, 14336, 4096): 2.8, (16, 8192, 28672): 3.0,
-    (64, 4096, 4096): 1.4, (64, 4096, 14336): 1.8, (64, 14336, 4096): 1.8, (64, 8192, 28672): 2.0,
-    (256, 4096, 4096): 0.65, (256, 4096, 14336): 0.7, (256, 14336, 4096): 0.7, (256, 8192, 28672): 0.7,
-}  # fmt: skip
-"""Goals for the speed-up over cuBLAS, by (rows, in_features, out_features). From 1024 rows on, all goals are 0.75."""
+# The tests call these functions.
+__all__ = [
+    "check_case",
+    "correctness_cases",
+    "draw",
+    "graph_microseconds",
+    "print_table",
+    "speed_limit_microseconds",
+    "time_linear",
+]
 
 
-def correctness_cases() -> list[tuple[LinearShape, torch.dtype]]:
-    """Return (shape, dtype of x) for all bit widths, group sizes, dtypes, ragged sizes and column orders."""
-    grids = [(4, group) for group in (32, 64, 128, -1, 16, 48)] + [(8, 64), (8, 128), (3, 64), (2, 128)]
-    cases = []
-    for dtype in (torch.bfloat16, torch.float16):
-        for bits, group_size in grids:
-            for in_features, out_features in ((512, 384), (576, 1536), (1000, 200), (2052, 130)):
-                spec = QuantSpec(bits=bits, group_size=group_size, symmetric=group_size == 128)
-                cases.append((LinearShape.of_sizes(out_features, in_features, spec), dtype))
-        act_order = QuantSpec(group_size=64, symmetric=False)
-        cases.append((LinearShape.of_sizes(320, 1024, act_order, act_order_groups=True), dtype))
-        for group_size in (128, 64, 32):
-            spec = QuantSpec(group_size=group_size, symmetric=False)
-            cases += [
-                (LinearShape.of_sizes(n, k, spec), dtype) for k, n in BENCH_SHAPES[: 4 if group_size == 128 else 1]
-            ]
-    return cases
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of the check, which runs in a process of its own."""
+
+    run: Callable[[Run], None] | str
+    """The function that does the work and logs the results, or `module:name` of it. A module is imported in the process
+    of its section alone, so that an error in it costs this section only."""
+    seconds: float
+    """Limit of its time."""
+    interprets: bool = False
+    """Whether a rehearsal runs it with Triton's interpreter."""
+    reproducible: bool = False
+    """Whether cuBLAS must work in torch's deterministic mode."""
 
 
-def relative_error(y: torch.Tensor, truth: torch.Tensor) -> float:
-    """Return the Frobenius norm of y - truth divided by that of truth; NaN if y contains NaN."""
-    return ((y.double() - truth).norm() / truth.norm()).item()
+SECTIONS: dict[str, Section] = {
+    "machine": Section(run="gpu.machine:section_machine", seconds=20),
+    "first": Section(run="gpu.correctness:section_first", seconds=40, interprets=True, reproducible=True),
+    "rounding": Section(run="gpu.rounding:section_rounding", seconds=40, interprets=True),
+    "quantize": Section(run="gpu.quantization:section_quantize", seconds=150),
+    "decode": Section(run="gpu.decoding:section_decode", seconds=75),
+    "speed": Section(run="gpu.speed:section_speed", seconds=70, interprets=True),
+    "profile": Section(run="gpu.profiling:section_profile", seconds=60),
+    "correctness": Section(run="gpu.correctness:section_correctness", seconds=60, interprets=True, reproducible=True),
+    "best": Section(run="gpu.quantization:section_best", seconds=60),
+    "ncu": Section(run="gpu.counters:section_ncu", seconds=40, interprets=True),
+}
+"""The sections in the order in which they run."""
 
+BACKGROUND: dict[str, Section] = {
+    "checkpoints": Section(run="gpu.checkpoints:section_checkpoints", seconds=120),
+    "compile": Section(run="gpu.compiling:section_compile", seconds=120, interprets=True),
+}
+"""Sections that run beside the others from the start."""
 
-def exact_product(x_MK: torch.Tensor, weight: QuantizedWeight, bias_N: torch.Tensor) -> torch.Tensor:
-    """Return x @ W.T + bias in float64."""
-    group_K = weight.group_of_column_K
-    q_NK = weight.codes_NK.double() - weight.zero_NG.double()[:, group_K]
-    return x_MK.double() @ (weight.scale_NG.double()[:, group_K] * q_NK).T + bias_N.double()
+INNER: dict[str, Section] = {
+    "compile_share": Section(run="gpu.compiling:section_compile_share", seconds=120, interprets=True),
+    "ncu_target": Section(run="gpu.counters:section_ncu_target", seconds=40, interprets=True),
+}
+"""Sections that other sections start."""
 
+NEEDED_BY = {"checkpoints": {"quantize", "profile", "decode", "best"}, "compile": {"first", "speed", "correctness"}}
+"""Section of the background -> the sections that need it."""
 
-def check_case(shape: LinearShape, dtype: torch.dtype, device: torch.device, rows: tuple[int, ...]) -> list[str]:
-    """Return the problems of one linear for these numbers of rows, one line each; [] if it is correct."""
-    generator = torch.Generator(device).manual_seed(shape.in_features + shape.out_features)
-    weight = random_weight(shape, device, generator)
-    bias_N = torch.randn(shape.out_features, device=device, generator=generator).to(dtype)
-    prepared = gpu.prepare(weight, dtype, device)
-    case_name = f"{shape.describe()} {str(dtype).removeprefix('torch.')}"
-    problems = []
-    dense_NK = weight.dequantize(dtype)
-    # Both weights are computed in float32 and rounded once, so at most a few elements may differ.
-    if relative_error(gpu.dequantize(prepared, shape, dtype), dense_NK.double()) > 1e-5:
-        problems.append(f"{case_name}: the dense kernel writes a different weight")
-    for num_rows in rows:
-        x_MK = torch.randn(num_rows, shape.in_features, device=device, generator=generator).to(dtype)
-        truth = exact_product(x_MK, weight, bias_N)
-        plain = relative_error(F.linear(x_MK, dense_NK, bias_N), truth)
-        # 8-bit codes consist of two planes, whose weights are rounded separately.
-        allowed = (1.35 if shape.bits == 8 else 1.1) * plain
-        for name in ("triton", "triton-invariant"):
-            matmul = BACKENDS[name].matmul
-            first, second = (matmul(x_MK, prepared, bias_N, shape) for _ in range(2))
-            error = relative_error(first, truth)
-            if not error <= allowed:
-                problems.append(f"{case_name}, {num_rows} rows, {name}: error {error:.2e}, plain torch has {plain:.2e}")
-            if not torch.equal(first, second):
-                problems.append(f"{case_name}, {num_rows} rows, {name}: two runs differ")
-        alone = gpu.matmul_invariant(x_MK[-1:], prepared, bias_N, shape)
-        if not torch.equal(gpu.matmul_invariant(x_MK, prepared, bias_N, shape)[-1:], alone):
-            problems.append(
-                f"{case_name}, {num_rows} rows: the bits of triton-invariant differ for a row alone and in a batch"
-            )
-    if prepared[2].any():
-        problems.append(f"{case_name}: split-K left a counter that is not zero")
-    return problems
-
-
-ONE_HOT_WIDTHS = [(4, 128), (4, 64), (4, 32), (3, 64), (2, 128)]
-"""(bits, group size) of the one-hot check. 8 bits are excluded, because the two planes are rounded separately."""
-
-
-def check_one_hot(device: torch.device) -> list[str]:
-    """Return the problems of multiplying one-hot rows, which must give the columns of the weight to the bit."""
-    problems = []
-    for bits, group_size in ONE_HOT_WIDTHS:
-        shape = LinearShape.of_sizes(192, 640, QuantSpec(bits=bits, group_size=group_size, symmetric=False))
-        weight = random_weight(shape, device, torch.Generator(device).manual_seed(bits))
-        for dtype in (torch.bfloat16, torch.float16):
-            prepared = gpu.prepare(weight, dtype, device)
-            for rows in torch.eye(640, dtype=dtype, device=device).split(100):
-                y_MN = gpu.matmul(rows, prepared, None, shape)
-                if not torch.equal(y_MN, weight.dequantize(dtype).T[rows.argmax(dim=1)]):
-                    problems.append(f"one-hot rows, {shape.describe()} {dtype}: not the weight")
-    return problems
-
-
-def check_compiled(device: torch.device) -> list[str]:
-    """Return the differences between torch.compile (no graph breaks; also with CUDA graphs) and the eager results."""
-    shape = LinearShape.of_sizes(512, 1024, QuantSpec(symmetric=False))
-    weight = random_weight(shape, device, torch.Generator(device).manual_seed(0))
-    linear = QuantizedLinear(weight, None, dtype=torch.bfloat16, device=device, backend="triton")
-    problems = []
-    for mode in ("default", "reduce-overhead"):
-        compiled = torch.compile(linear, fullgraph=True, mode=mode)
-        with torch.inference_mode():
-            for _ in range(4):
-                x = torch.randn(3, 1024, device=device, dtype=torch.bfloat16)
-                if not torch.equal(compiled(x).clone(), linear(x)):
-                    problems.append(f"torch.compile in mode {mode}: not the eager result")
-    return problems
-
-
-def speed_limit_microseconds(rows: int, shape: LinearShape, weight_bytes: int, bandwidth: float, flops: float) -> float:
-    """Return the physical limit: the time to move all bytes once, or to multiply, whichever is longer."""
-    num_bytes = weight_bytes + 2 * rows * (shape.in_features + shape.out_features)
-    return 1e6 * max(num_bytes / bandwidth, 2 * rows * shape.in_features * shape.out_features / flops)
-
-
-def time_linear(
-    shape: LinearShape, rows_list: tuple[int, ...], device: torch.device, bandwidth: float, flops: float, gemlite: bool
-) -> list[dict]:
-    """Return one record per number of rows: the times of all kernels, the speed-up, the bandwidth and the limit."""
-    dtype = torch.bfloat16
-    copies = prepared_copies(shape, dtype, device)
-    weight_bytes = copies[0][0].nbytes + copies[0][1].nbytes
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    dense = [
-        torch.randn(shape.out_features, shape.in_features, device=device, dtype=dtype).t()
-        for _ in range(copies_needed(2 * shape.in_features * shape.out_features, cache))
-    ]
-    others = {"tinygemm": tinygemm_calls} | ({"gemlite": gemlite_calls} if gemlite else {})
-    prepared_others = {name: make(shape, len(copies), device) for name, make in others.items()}
-    records = []
-    for rows in rows_list:
-        x_MK = torch.randn(rows, shape.in_features, device=device, dtype=dtype)
-        fused_us = graph_microseconds([partial(gpu.matmul, x_MK, copy, None, shape) for copy in copies])
-        dense_us = graph_microseconds([partial(torch.mm, x_MK, weight_KN) for weight_KN in dense])
-        limit_us = speed_limit_microseconds(rows, shape, weight_bytes, bandwidth, flops)
-        record = {
-            "in_features": shape.in_features,
-            "out_features": shape.out_features,
-            "rows": rows,
-            "us": round(fused_us, 2),
-            "dense_us": round(dense_us, 2),
-            "speed_up": round(dense_us / fused_us, 3),
-            "limit_us": round(limit_us, 2),
-            "limit_speed_up": round(dense_us / limit_us, 3),
-            "bandwidth_share": round(weight_bytes / (fused_us * 1e-6) / bandwidth, 3),
-            "goal": GOALS.get((rows, shape.in_features, shape.out_features), 0.75 if rows >= 1024 else None),
-        }
-        for name, calls in prepared_others.items():
-            # Skip many rows: these kernels are not made for them, and are slow.
-            if calls is not None and rows <= 64:
-                record[f"{name}_us"] = round(graph_microseconds([partial(call, x_MK) for call in calls]), 2)
-        records.append(record)
-    return records
-
-
-def tinygemm_calls(shape: LinearShape, num_copies: int, device: torch.device) -> list | None:
-    """Return calls of torch's own int4 kernel with random weights, or None if this torch does not have it."""
-    n, k = shape.out_features, shape.in_features
-    try:
-        packed = [
-            torch.ops.aten._convert_weight_to_int4pack(
-                torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=device), 8
-            )
-            for _ in range(num_copies)
-        ]
-    except RuntimeError as error:
-        print(f"tinygemm is skipped: {str(error).splitlines()[0]}")
-        return None
-    scale_zero = torch.rand(k // shape.group_size, n, 2, device=device).bfloat16()
-    mm = torch.ops.aten._weight_int4pack_mm
-    return [lambda x, weight=weight: mm(x, weight, shape.group_size, scale_zero) for weight in packed]
-
-
-def gemlite_calls(shape: LinearShape, num_copies: int, device: torch.device) -> list | None:
-    """Return calls of gemlite with random weights, in float16, or None if it is not installed."""
-    try:
-        from gemlite.core import DType, GemLiteLinearTriton
-    except ImportError as error:
-        print(f"gemlite is skipped: {error}")
-        return None
-    n, k, group_size = shape.out_features, shape.in_features, shape.group_size
-    calls = []
-    for _ in range(num_copies):
-        linear = GemLiteLinearTriton(4, group_size, k, n, input_dtype=DType.FP16, output_dtype=DType.FP16)
-        codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
-        scale = torch.rand(n * k // group_size, 1, device=device).half() * 0.01
-        linear.pack(codes, scale, torch.full_like(scale, 8), None)
-        calls.append(lambda x, linear=linear: linear(x.half()))
-    return calls
-
-
-def print_table(records: list[dict], bandwidth: float) -> None:
-    """Print a line for each shape and number of rows."""
-    print(f"\ncopy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    print("       KxN  rows  fused us  dense us  speed-up   limit   goal  bandwidth  tinygemm us  gemlite us")
-    for r in records:
-        goal = "" if r["goal"] is None else f"{r['goal']:.2f}"
-        missed = "" if r["goal"] is None or r["speed_up"] >= r["goal"] else "  below goal"
-        print(
-            f"{r['in_features']:>5}x{r['out_features']:<5} {r['rows']:>4} {r['us']:>9.2f} {r['dense_us']:>9.2f} "
-            f"{r['speed_up']:>8.2f}x {r['limit_speed_up']:>6.2f}x {goal:>6} {r['bandwidth_share']:>9.0%} "
-            f"{r.get('tinygemm_us', ''):>12} {r.get('gemlite_us', ''):>11}{missed}"
-        )
-
-
-def draw(records: list[dict], path: Path, title: str) -> None:
-    """Draw the speed-up over the rows of x, in one panel per shape, with the physical limit as a dashed line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    all_sizes = sorted({(r["in_features"], r["out_features"]) for r in records})
-    figure, panels = pyplot.subplots(1, len(all_sizes), figsize=(4.2 * len(all_sizes), 3.8), sharey=True, squeeze=False)
-    for panel, sizes in zip(panels[0], all_sizes, strict=True):
-        records_of_shape = [r for r in records if (r["in_features"], r["out_features"]) == sizes]
-        rows = [r["rows"] for r in records_of_shape]
-        panel.plot(rows, [r["limit_speed_up"] for r in records_of_shape], "--", color="0.6", label="physical limit")
-        panel.plot(rows, [r["speed_up"] for r in records_of_shape], "o-", label="llmquant triton")
-        for name in ("tinygemm", "gemlite"):
-            timed = [r for r in records_of_shape if f"{name}_us" in r]
-            if timed:
-                ratios = [r["dense_us"] / r[f"{name}_us"] for r in timed]
-                panel.plot([r["rows"] for r in timed], ratios, ".-", label=name)
-        panel.axhline(1.0, color="0.8", linewidth=0.8)
-        panel.set_xscale("log", base=2)
-        panel.set_title(f"{sizes[0]} x {sizes[1]}")
-        panel.set_xlabel("rows of x")
-    panels[0][0].set_ylabel("times as fast as torch.mm bfloat16")
-    panels[0][-1].legend(fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+MIN_SECONDS = 4
+"""Time left under which no section is started."""
 
 
 def main() -> int:
+    """Run the chosen sections, or the one of `--section` in this process."""
+    options = parse_options()
+    if options.section:
+        return run_in_this_process(options)
+    if not options.rehearse and (reason := refuse_this_machine()):
+        print(f"gpu_check: {reason}", file=sys.stderr)
+        return 2
+    names = chosen_names(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in (LOG_FILE, CONSOLE_FILE, SUMMARY_FILE):
+        (options.out / name).unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as temporary:
+        options.scratch = (options.scratch or Path(temporary)).resolve()
+        options.scratch.mkdir(parents=True, exist_ok=True)
+        run_all(names, options)
+    return report(options)
+
+
+def parse_options() -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="time rows 1, 16 and 64 only")
+    parser.add_argument("--out", type=Path, default=Path("gpu_check_results"), help="folder of the results")
+    parser.add_argument("--only", metavar="NAMES", help=f"sections to run: {','.join(SECTIONS)}")
+    parser.add_argument("--skip", metavar="NAMES", help="sections to leave out")
+    parser.add_argument("--quick", action="store_true", help="the kernels only: --only machine,first,speed")
+    parser.add_argument("--seconds", type=float, default=480, help="limit of the whole run")
+    parser.add_argument("--scratch", type=Path, help="folder of checkpoints and caches; by default a temporary one")
+    parser.add_argument("--rehearse", action="store_true", help="run all sections with tiny problems on a CPU")
     parser.add_argument("--plot", type=Path, help="draw speed-up over rows to this file")
     parser.add_argument("--gemlite", action="store_true", help="time gemlite too, if installed (it tunes for minutes)")
-    parser.add_argument("--seconds", type=float, default=560, help="start no further timing after this many seconds")
+    for name in ("--section", "--share", "--began", "--ends"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.out = options.out.resolve()
+    options.began = float(options.began or time.time())
+    return options
+
+
+def chosen_names(options: argparse.Namespace) -> list[str]:
+    """Return the names of the sections to run. A wrong name ends the script with exit code 2."""
+    only = options.only or ("machine,first,speed" if options.quick else ",".join(SECTIONS))
+    chosen = [name.strip() for name in only.split(",") if name.strip()]
+    skipped = [name.strip() for name in (options.skip or "").split(",") if name.strip()]
+    for name in (*chosen, *skipped):
+        if name not in SECTIONS:
+            print(f"gpu_check: section '{name}': not one of {', '.join(SECTIONS)}", file=sys.stderr)
+            raise SystemExit(2)
+    return [name for name in SECTIONS if name in chosen and name not in skipped]
+
+
+def refuse_this_machine() -> str | None:
+    """Return why the check cannot run on this machine, or None if it can."""
     if not torch.cuda.is_available():
-        print("gpu_check: torch sees no CUDA device; run this on a machine with an NVIDIA GPU", file=sys.stderr)
-        return 2
-    began = time.monotonic()
+        return "torch sees no CUDA device; run this on a machine with an NVIDIA GPU, or with --rehearse"
     device = torch.device("cuda", torch.cuda.current_device())
-    if (reason := gpu.refuses(LinearShape.of_sizes(64, 128, QuantSpec()), device, torch.bfloat16)) is not None:
-        print(f"gpu_check: the triton backend refuses this machine: {reason}", file=sys.stderr)
-        return 2
-    this_gpu = gpu.gpu_of(device)
-    import triton
+    refusal = backend.refuses(LinearShape.of_sizes(64, 128, QuantSpec()), device, torch.bfloat16)
+    return None if refusal is None else f"the triton backend refuses this machine: {refusal}"
 
-    print(f"{this_gpu.name}, {this_gpu.processors} processors, torch {torch.__version__}, triton {triton.__version__}")
 
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
-    cases = correctness_cases()
-    problems = check_one_hot(device)
-    for shape, dtype in cases:
-        large = shape.in_features * shape.out_features > 1 << 24
-        problems += check_case(shape, dtype, device, (1, 33, 513) if large else (1, 5, 16, 17, 64, 100, 200, 400))
-    torch.use_deterministic_algorithms(False)
-    problems += check_compiled(device)
-    print(f"correctness: {len(cases)} linears, {len(problems)} problems, {time.monotonic() - began:.0f} s")
-    if problems:
-        print("\n".join(problems))
-        print(json.dumps({"check": "gpu", "gpu": this_gpu.name, "cases": len(cases), "problems": problems[:50]}))
-        return 1
+def run_all(names: list[str], options: argparse.Namespace) -> None:
+    """Run the sections one after the other, with those of the background beside them."""
+    ends = options.began + options.seconds
+    console = options.out / CONSOLE_FILE
+    background = {
+        name: start_section(name, options, ends, options.scratch / f"{name}.log")
+        for name in BACKGROUND
+        if NEEDED_BY[name] & set(names)
+    }
+    try:
+        for name in names:
+            left = ends - time.time()
+            if left < MIN_SECONDS:
+                record(options, name, "not started", None, 0.0, ["the time of the run is over"])
+                continue
+            seconds = min(SECTIONS[name].seconds * (REHEARSAL_PATIENCE if options.rehearse else 1), left)
+            with console.open("a") as output:
+                print(f"\n===== {name}, at most {seconds:.0f} s", file=output)
+            offset = console.stat().st_size
+            ended = processes.wait(start_section(name, options, time.time() + seconds, console), seconds)
+            last = processes.last_lines(console, offset) if ended.status in ("failed", "timed out") else []
+            record(options, name, ended.status, ended.exit_code, ended.seconds, last)
+    finally:
+        for name, process in background.items():
+            finish_background(name, process, options)
 
-    bandwidth = copy_bandwidth(device)
-    big = [torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2)]
-    flops = 2 * 8192**3 / (graph_microseconds([partial(torch.mm, *big)], min_calls=8) * 1e-6)
-    del big
-    records: list[dict] = []
-    for in_features, out_features in BENCH_SHAPES:
-        if time.monotonic() - began > options.seconds:
-            print(
-                f"{in_features}x{out_features} and the later shapes are not timed: {options.seconds:.0f} s have passed"
-            )
-            break
-        shape = LinearShape.of_sizes(out_features, in_features, QuantSpec(group_size=128, symmetric=False))
-        rows = (1, 16, 64) if options.quick else BENCH_ROWS
-        records += time_linear(shape, rows, device, bandwidth, flops, options.gemlite)
-        torch.cuda.empty_cache()
-        print(f"timed {in_features}x{out_features}, {time.monotonic() - began:.0f} s", flush=True)
-    print_table(records, bandwidth)
-    if options.plot is not None:
-        draw(records, options.plot, f"4-bit g128 linear, {this_gpu.name}")
-    missed = sum(r["goal"] is not None and r["speed_up"] < r["goal"] for r in records)
-    summary = {"check": "gpu", "gpu": this_gpu.name, "torch": torch.__version__, "triton": triton.__version__}
-    summary |= {"cases": len(cases), "problems": [], "goals_missed": missed, "seconds": round(time.monotonic() - began)}
-    summary |= {"copy_bytes_per_second": round(bandwidth), "flops": round(flops), "row_buckets": ROW_BUCKETS}
-    print(json.dumps(summary | {"results": records}))
-    return 0
+
+def start_section(name: str, options: argparse.Namespace, ends: float, console: Path) -> subprocess.Popen[bytes]:
+    """Start the process of a section."""
+    section = find_section(name)
+    command = [sys.executable, str(Path(sys.argv[0]).resolve()), "--section", name, "--out", str(options.out)]
+    command += ["--scratch", str(options.scratch), "--began", str(options.began), "--ends", str(ends)]
+    command += [*(["--rehearse"] if options.rehearse else []), *(["--gemlite"] if options.gemlite else [])]
+    environment = processes.environment(
+        options.scratch, interpret=section.interprets and options.rehearse, reproducible=section.reproducible
+    )
+    return processes.start(command, environment, console)
+
+
+def finish_background(name: str, process: subprocess.Popen[bytes], options: argparse.Namespace) -> None:
+    """End a section of the background if it is still running, record it, and keep its output."""
+    code = process.poll()
+    processes.end(process)
+    status = {None: "still running", 0: "ok", 1: "findings"}.get(code, "failed")
+    file = options.scratch / f"{name}.log"
+    last_result = max((line["at"] for line in read_log(options.out) if line["section"] == name), default=0.0)
+    record(options, name, status, code, last_result, processes.last_lines(file, 0))
+    with (options.out / CONSOLE_FILE).open("a") as output:
+        print(f"\n===== {name}, in the background\n{file.read_text(errors='replace')[-500_000:]}", file=output)
+
+
+def record(
+    options: argparse.Namespace, name: str, status: str, code: int | None, seconds: float, last_lines: list[str]
+) -> None:
+    """Log how a section ended, and print it."""
+    log = Log(options.out / LOG_FILE, "gpu_check", options.began)
+    values = {"name": name, "status": status, "exit": code, "seconds": round(seconds, 1)}
+    log.write("section", **values, **({"last_lines": last_lines} if last_lines else {}))
+
+
+def find_section(name: str) -> Section:
+    """Return a section of any kind by its name."""
+    return (SECTIONS | BACKGROUND | INNER)[name]
+
+
+def load_function(section: Section) -> Callable[[Run], None]:
+    """Return the function of a section."""
+    if not isinstance(section.run, str):
+        return section.run
+    module, _, name = section.run.partition(":")
+    function: Callable[[Run], None] = getattr(import_module(module), name)
+    return function
+
+
+def run_in_this_process(options: argparse.Namespace) -> int:
+    """Run one section. Return 0, 1 if it found problems, or 3 if it raised an exception."""
+    if options.rehearse:
+        from gpu.rehearsal import use_cpu
+
+        use_cpu()
+    section = find_section(options.section)
+    log = Log(options.out / LOG_FILE, options.section, options.began)
+    run = Run(
+        out=options.out,
+        scratch=options.scratch.resolve(),
+        rehearse=options.rehearse,
+        ends=float(options.ends or time.time() + section.seconds) - 1,
+        log=log,
+        share=options.share or "0/1",
+        gemlite=options.gemlite,
+    )
+    try:
+        load_function(section)(run)
+    except Exception as error:
+        traceback.print_exc()
+        log.finding(f"{type(error).__name__}: {one_line(error)}")
+        return 3
+    return 1 if log.num_findings else 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Print and write the tables and the last line, and return the exit code."""
+    log = read_log(options.out)
+    speeds = summary.of_kind(log, "speed")
+    if options.plot is not None and speeds:
+        name = next((line["name"] for line in summary.of_kind(log, "gpu") if "name" in line), "")
+        draw(speeds, options.plot, f"4-bit linear, {name}")
+    processes.keep_the_end(options.out / CONSOLE_FILE)
+    ended = {line["name"]: line["status"] for line in summary.of_kind(log, "section")}
+    findings = len(summary.of_kind(log, "finding"))
+    text = summary.summarize(log)
+    (options.out / SUMMARY_FILE).write_text(text)
+    last = {
+        "check": "gpu",
+        "torch": torch.__version__,
+        "sections": ended,
+        "findings": findings,
+        "goals_missed": sum(one["goal"] is not None and one["speed_up"] < one["goal"] for one in speeds),
+        "seconds": round(time.time() - options.began),
+    }
+    print(text)
+    print(json.dumps(last))
+    failed = [name for name, status in ended.items() if status not in ("ok", "still running", "not started")]
+    return 1 if failed or findings else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    # A process that ends with a lost GPU can hang in the destructors.
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if "--section" in sys.argv else sys.exit(code)
