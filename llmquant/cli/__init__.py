@@ -1,7 +1,7 @@
 """The command line. Each subcommand is a thin wrapper of a function that Python code can call too.
 
 Heavy packages are imported only inside the commands, so `llmquant --help` loads neither torch nor transformers.
-A `UserError` is printed as one line on stderr, with exit code 2.
+A `UserError`, and the name of a package that is not installed, is printed as one line on stderr, with exit code 2.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from llmquant.cli.convert import convert_command
 from llmquant.cli.evaluate import eval_command
 from llmquant.cli.generate import generate_command
 from llmquant.cli.inspect import inspect_command, report_command, verify_command
+from llmquant.cli.missing import missing_package
 from llmquant.cli.output import Interrupted, is_main_process, print_error
 from llmquant.cli.quantize import quantize_command
 from llmquant.errors import UserError
@@ -73,7 +74,7 @@ def main() -> None:
         print_error(stop)
         sys.exit(INTERRUPTED)
     except Exception as error:
-        line = failure_of_remote_code(error) or failure_to_call_remote_code(error)
+        line = failure_of_remote_code(error) or failure_to_call_remote_code(error) or missing_package(error)
         if line is None:
             raise
         print_error(line)

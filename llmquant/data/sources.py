@@ -174,8 +174,13 @@ def _hub_rows(name: str, split: str, max_rows: int | None = None) -> list[str]:
     max_rows = max_rows or preset.max_rows
     if split not in preset.files:
         raise UserError(f"{name}: has no split {split!r}; its splits are {', '.join(preset.files)}")
-    import datasets
-
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{name}: is on the Hugging Face hub, and reading it needs the Python package {error.name}, which is not "
+            f"installed; run `pip install {error.name}`, or give a local {COMMON_FILES}, or {PYTHON_DOCS}"
+        ) from error
     try:
         data = datasets.load_dataset(
             preset.loader, data_files=preset.files[split], split="train", streaming=max_rows is not None
