@@ -9,7 +9,7 @@ from torch import Tensor
 from llmquant.algorithms import coordinate_descent
 from llmquant.algorithms.coordinate_descent import descend, refit_scales
 from llmquant.algorithms.error_correction import ShrinkageTerms, fit_correction, shrinkage_of
-from llmquant.algorithms.gptq import column_order, factor_inverse, finish_solve, gptq_round, half_solve
+from llmquant.algorithms.gptq import column_order, factor_inverse, finish_solve, gptq_round, half_solve, invert_lower_
 from llmquant.algorithms.grid import (
     SMALLEST_SHRINK,
     QuantParams,
@@ -145,6 +145,17 @@ def test_blocked_equals_column_by_column_code_for_code(spec, by_activation):
     slow = gptq_column_by_column(weight, hessian, order, grid, spec)
     for block_columns in (1, 7, 16, 128):
         assert torch.equal(gptq_round(weight, factor, grid, spec, block_columns), slow)
+
+
+@pytest.mark.parametrize("size", [1, 5, 256, 257, 700])
+def test_lower_triangular_matrix_is_inverted_in_place(size):
+    generator = torch.Generator().manual_seed(size)
+    lower = torch.randn(size, size, dtype=torch.float64, generator=generator).tril(-1) / size**0.5
+    lower += torch.eye(size, dtype=torch.float64) * (1 + torch.rand(size, dtype=torch.float64, generator=generator))
+    inverse = lower.clone()
+    invert_lower_(inverse)
+    assert torch.equal(inverse, inverse.tril())
+    torch.testing.assert_close(inverse @ lower, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_uncorrelated_inputs_make_gptq_round_to_nearest():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,9 +19,10 @@ from llmquant.hub import load_tokenizer
 from llmquant.models.blocks import find_blocks, trace_structure
 from llmquant.models.blockwise_forward import BlockwiseForward
 from llmquant.models.skeleton import Skeleton, read_config
+from llmquant.pipeline.block_loop import _passes
 from llmquant.pipeline.quantize import quantize
 from llmquant.solver.quantize_linear import StorageLimits, quantize_linears
-from llmquant.solver.reduction import split_of
+from llmquant.solver.reduction import NUM_PIECES, piece_of, split_of
 from llmquant.spec import Options, QuantSpec, Recipe
 
 SAMPLES, LENGTH = 6, 24
@@ -164,3 +169,55 @@ def test_one_blockwise_pass_equals_two_plain_passes_per_input_group(tiny_model, 
                 weight = blockwise[f"{block}.{name}"]
                 assert torch.equal(weight.codes_NK, result.weight.codes_NK), name
                 assert torch.equal(weight.scale_NG, result.weight.scale_NG), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "falcon", "gpt2"])
+def test_several_sequences_in_one_pass_give_the_inputs_of_single_passes(architecture, tiny_model):
+    path = tiny_model(architecture)
+    tokens = torch.randint(3, 500, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def group_inputs(pieces, samples):
+        found = []
+        with BlockwiseForward(open_skeleton(path), pieces, with_original=True, samples=samples) as forward:
+            forward.enter(0)
+            for _, inputs in forward.input_groups(0, forward.structure(0)):
+                inputs = list(inputs)
+                joined = (torch.cat([getattr(each, name) for each in inputs]) for name in ("x_TK", "original_x_TK"))
+                found.append(([number for each in inputs for number in each.samples], *joined))
+            forward.leave(0)
+        return found
+
+    single = group_inputs(list(tokens), [range(number, number + 1) for number in range(SAMPLES)])
+    together = group_inputs([tokens[0], tokens[1:5], tokens[5:]], [range(1), range(1, 5), range(5, 6)])
+    assert len(single) == len(together) > 2
+    for (numbers, *alone), (others, *batched) in zip(single, together, strict=True):
+        assert numbers == others == list(range(SAMPLES))
+        for x, y in zip(alone, batched, strict=True):
+            torch.testing.assert_close(y, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_samples", [3, 8, 20, 128])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_passes_on_a_gpu_hold_samples_of_one_piece_for_any_number_of_ranks(num_samples, ranks):
+    def plan_on(device):
+        return SimpleNamespace(
+            options=SimpleNamespace(seq_len=512), skeleton=SimpleNamespace(device=torch.device(device))
+        )
+
+    run = SimpleNamespace(num_samples=num_samples)
+    whole = _passes(plan_on("cuda"), range(num_samples), run)
+    assert [sample for samples in whole for sample in samples] == list(range(num_samples))
+    assert all(len({piece_of(sample, num_samples) for sample in samples}) == 1 for samples in whole)
+    assert all(len(samples) == 1 for samples in whole if samples[0] < 8)
+    later = Counter(piece_of(sample, num_samples) for sample in range(8, num_samples))
+    assert max(map(len, whole)) == min(8, max(later.values(), default=1))
+    bounds = [NUM_PIECES * rank // ranks for rank in range(ranks + 1)]
+    owned = [
+        [sample for sample in range(num_samples) if first <= piece_of(sample, num_samples) < last]
+        for first, last in pairwise(bounds)
+    ]
+    divided = [_passes(plan_on("cuda"), range(own[0], own[-1] + 1), run) for own in owned if own]
+    assert [samples for passes in divided for samples in passes] == whole
+    assert all(len(samples) == 1 for samples in _passes(plan_on("cpu"), range(num_samples), run))

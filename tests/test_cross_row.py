@@ -73,6 +73,31 @@ def test_a_matrix_that_is_zero_or_not_finite_has_no_factor(bad):
     assert factor_output_hessian(torch.full((4, 4), bad)) is None
 
 
+def test_matrices_that_are_factored_together_have_the_factors_and_costs_of_each_alone():
+    hessians = [second_moments(correlated(200, 24, seed=seed)) for seed in (1, 5, 9)]
+    others = torch.stack([second_moments(correlated(200, 24, seed=seed)) for seed in (2, 6, 7)])
+    together = cross_row.factor_output_hessians(torch.stack(hessians))
+    costs = cross_row.compensated_costs(together, others)
+    for factor, hessian_NN, other_NN, cost in zip(together, hessians, others, costs, strict=True):
+        alone = factor_output_hessian(hessian_NN)
+        assert torch.equal(factor.order_N, alone.order_N)
+        assert torch.allclose(factor.lower_NN, alone.lower_NN, atol=1e-6)
+        assert cost.item() == pytest.approx(compensated_cost(alone, other_NN), rel=1e-5)
+    assert cross_row.factor_output_hessians(torch.stack([*hessians, torch.zeros(24, 24)])) is None
+
+
+def test_slices_of_a_gpu_are_factored_together(monkeypatch):
+    monkeypatch.setattr(cross_row, "MAX_SLICE_ROWS", 20)
+    hessian = hessian_of(correlated(300, 59), correlated(300, 59, seed=50))
+    expected = hessian.validated_factors(1.0)
+    monkeypatch.setattr(cross_row.OutputHessian, "_batches", lambda self: [slice(0, 1), slice(1, 3)])
+    assert [len(sums) for sums in hessian._splits] == [3, 3]
+    found = hessian.validated_factors(1.0)
+    assert found.cost_ratio == pytest.approx(expected.cost_ratio, rel=1e-5)
+    for factor, other in zip(found.factors, expected.factors, strict=True):
+        assert torch.allclose(factor.lower_NN, other.lower_NN, atol=1e-5)
+
+
 def test_each_row_compensates_for_earlier_errors_like_a_fit_with_free_later_rows(monkeypatch):
     """The slow form: the best shift of row n minimises the cost of the rows up to n while the later rows are free."""
     monkeypatch.setattr(cross_row, "MIN_BLOCK_ROWS", 1)

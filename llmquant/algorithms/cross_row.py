@@ -24,7 +24,7 @@ Letters: N out_features, K in_features, P rows of a row block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
@@ -61,19 +61,33 @@ class RowFactor:
 
 def factor_output_hessian(hessian_NN: Tensor, damping: float = DAMPING) -> RowFactor | None:
     """Factor a G, float32 [N, N]; None if it is zero, not finite, or cannot be factored."""
-    diagonal_N = hessian_NN.diagonal()
-    unit = diagonal_N.mean().item()
-    if not torch.isfinite(hessian_NN).all() or unit <= 0:
+    factors = factor_output_hessians(hessian_NN[None], damping)
+    return None if factors is None else factors[0]
+
+
+def factor_output_hessians(hessian_SNN: Tensor, damping: float = DAMPING) -> list[RowFactor] | None:
+    """Factor S matrices G of one size together, float32 [S, N, N]; None if `factor_output_hessian` of any is None."""
+    diagonal_SN = hessian_SNN.diagonal(dim1=1, dim2=2)
+    unit_S = diagonal_SN.mean(1)
+    if not (torch.isfinite(hessian_SNN).all() & (unit_S > 0).all()):
         return None
-    order_N = torch.argsort(diagonal_N, descending=True, stable=True)
+    order_SN = torch.argsort(diagonal_SN, dim=1, descending=True, stable=True)
     # M, the flipped Cholesky factor of the flipped matrix, is upper triangular with G = M M^T; so R = M^T.
-    flipped_N = order_N.flip(0)
-    flipped_NN = hessian_NN[flipped_N][:, flipped_N].double() / unit
-    flipped_NN.diagonal().add_(damping)
-    lower_NN, failed = torch.linalg.cholesky_ex(flipped_NN)
-    if failed.item():
+    flipped_SNN = _reordered(hessian_SNN, order_SN.flip(1)).double() / unit_S.double()[:, None, None]
+    flipped_SNN.diagonal(dim1=1, dim2=2).add_(damping)
+    lower_SNN, failed_S = torch.linalg.cholesky_ex(flipped_SNN)
+    if failed_S.any():
         return None
-    return RowFactor(lower_NN.flip(0, 1).T.float().contiguous(), order_N)
+    return [
+        RowFactor(lower_NN.flip(0, 1).T.float().contiguous(), order_N)
+        for lower_NN, order_N in zip(lower_SNN, order_SN, strict=True)
+    ]
+
+
+def _reordered(matrix_SNN: Tensor, order_SN: Tensor) -> Tensor:
+    """Return symmetric matrices with their rows and columns in the given orders, int64 [S, N]."""
+    rows_SNN = matrix_SNN.gather(1, order_SN[:, :, None].expand_as(matrix_SNN))
+    return rows_SNN.gather(2, order_SN[:, None, :].expand_as(matrix_SNN))
 
 
 def compensated_cost(factor: RowFactor, hessian_NN: Tensor) -> float:
@@ -82,14 +96,19 @@ def compensated_cost(factor: RowFactor, hessian_NN: Tensor) -> float:
     The rounding errors are assumed to be independent and of unit variance. Without compensation they cost the trace of
     hessian_NN. With compensation, the errors of the weight are R^-1 diag(R_PP) times the rounding errors.
     """
-    lower_NN = factor.lower_NN
-    own_NN = torch.zeros_like(lower_NN)
-    for row_block in factor.row_blocks():
+    return compensated_costs([factor], hessian_NN[None]).item()
+
+
+def compensated_costs(factors: Sequence[RowFactor], hessian_SNN: Tensor) -> Tensor:
+    """Return the `compensated_cost` of several factors of one size, float32 [S], each under its own matrix."""
+    lower_SNN = torch.stack([factor.lower_NN for factor in factors])
+    own_SNN = torch.zeros_like(lower_SNN)
+    for row_block in factors[0].row_blocks():
         inside = slice(row_block.start, row_block.stop)
-        own_NN[inside, inside] = lower_NN[inside, inside]
-    errors_NN = torch.linalg.solve_triangular(lower_NN, own_NN, upper=False)
-    ordered_NN = hessian_NN[factor.order_N][:, factor.order_N]
-    return ((ordered_NN @ errors_NN) * errors_NN).sum().item()
+        own_SNN[:, inside, inside] = lower_SNN[:, inside, inside]
+    errors_SNN = torch.linalg.solve_triangular(lower_SNN, own_SNN, upper=False)
+    ordered_SNN = _reordered(hessian_SNN, torch.stack([factor.order_N for factor in factors]))
+    return ((ordered_SNN @ errors_SNN) * errors_SNN).sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -155,16 +174,35 @@ class OutputHessian:
         num_judged = 2 * len(self._slices)
         ratios = 0.0
         for measured, other in (self._splits, self._splits[::-1]):
-            for measured_NN, other_NN in zip(measured, other, strict=True):
-                factor = factor_output_hessian(measured_NN)
-                if factor is None:
+            for batch in self._batches():
+                factors = factor_output_hessians(torch.stack(measured[batch]))
+                if factors is None:
                     return None
-                ratios += compensated_cost(factor, other_NN) / other_NN.diagonal().sum().clamp(min=1e-30).item()
+                other_SNN = torch.stack(other[batch])
+                traces_S = other_SNN.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-30)
+                ratios += (compensated_costs(factors, other_SNN).double() / traces_S.double()).sum().item()
                 if not ratios < max_cost_ratio * num_judged:
                     return None
-        whole = [factor_output_hessian(one_NN + other_NN) for one_NN, other_NN in zip(*self._splits, strict=True)]
-        factors = tuple(factor for factor in whole if factor is not None)
-        return CrossRowFactors(factors, ratios / num_judged) if len(factors) == len(self._slices) else None
+        whole: list[RowFactor] = []
+        for batch in self._batches():
+            both_SNN = torch.stack(self._splits[0][batch]) + torch.stack(self._splits[1][batch])
+            factors = factor_output_hessians(both_SNN)
+            if factors is None:
+                return None
+            whole += factors
+        return CrossRowFactors(tuple(whole), ratios / num_judged)
+
+    def _batches(self) -> list[slice]:
+        """Return the row slices that are factored together: on a GPU, neighbours of equal size; else each alone.
+
+        A GPU needs about as long for one matrix as for several. On a CPU, the first slices often decide against
+        compensation, and the rest need not be factored.
+        """
+        sizes = [rows.stop - rows.start for rows in self._slices]
+        if not self._splits[0][0].is_cuda:
+            return [slice(number, number + 1) for number in range(len(sizes))]
+        bounds = [0, *(number for number in range(1, len(sizes)) if sizes[number] != sizes[number - 1]), len(sizes)]
+        return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def row_slices(out_features: int) -> list[slice]:

@@ -32,12 +32,13 @@ Letters: S sequences, L tokens of a sequence, T tokens, K in_features, R width o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ NO_GROUP = -1
 
 
 class CalibrationPass(greenlet):
-    """The forward pass of one calibration sequence, which pauses and resumes."""
+    """The forward pass of one calibration sequence, or of a few of equal length, which pauses and resumes."""
 
     def __init__(self, run: Callable[[], Any], is_original: bool) -> None:
         super().__init__(run)
@@ -99,10 +100,10 @@ class CalibrationPass(greenlet):
 
 @dataclass(frozen=True)
 class GroupInput:
-    """The input of an input group in one sequence."""
+    """The input of an input group in the sequences of one pass."""
 
-    sample: int
-    """Number of the sequence among all calibration sequences."""
+    samples: range
+    """Numbers of the sequences among all calibration sequences."""
     x_TK: Tensor
     """The group's input in the quantized model."""
     original_x_TK: Tensor | None
@@ -114,9 +115,10 @@ class GroupInput:
 class BlockwiseForward:
     """Forward passes of several sequences that advance together, block by block (protocol: module docstring).
 
-    tokens_SL: int64; a list may hold sequences of several lengths. with_original: each sequence also runs through the
-    checkpoint's weights. with_head: `run_head` can run a pass to its end after the last block. spill: moves activations
-    that do not fit in memory to the disk. first_sample: number of the first sequence. timer: returns a context manager,
+    tokens_SL: int64, the tokens of each pass: [L] for one sequence, [S, L] for several; a list may hold sequences of
+    several lengths. with_original: each sequence also runs through the checkpoint's weights. with_head: `run_head` can
+    run a pass to its end after the last block. spill: moves activations that do not fit in memory to the disk. samples:
+    numbers of the sequences of each pass; None numbers passes of one sequence from 0. timer: returns a context manager,
     which is entered around each piece of forward computation, never nested.
     """
 
@@ -128,11 +130,12 @@ class BlockwiseForward:
         with_original: bool,
         with_head: bool = False,
         spill: Spill | None = None,
-        first_sample: int = 0,
+        samples: Sequence[range] | None = None,
         timer: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.skeleton = skeleton
-        self._spill, self._first_sample, self._timer = spill, first_sample, timer
+        self._spill, self._timer = spill, timer
+        self._samples = [range(number, number + 1) for number in range(len(tokens_SL))] if samples is None else samples
         _, self.block_names = find_blocks(skeleton.model)
         self._blocks = [skeleton.model.get_submodule(name) for name in self.block_names]
         # The base model has no head; the head is needed only for `run_head`.
@@ -153,7 +156,7 @@ class BlockwiseForward:
         self._hooks.enter_context(hooked([(self._blocks[-1], self._pause_after_last_block)]))
 
     def _start(self, tokens_L: Tensor, is_original: bool) -> CalibrationPass:
-        tokens = tokens_L[None].to(self.skeleton.device)
+        tokens = torch.atleast_2d(tokens_L).to(self.skeleton.device)
         return CalibrationPass(
             lambda: run_model_code(self.skeleton.model, lambda: self._model(input_ids=tokens, use_cache=False)),
             is_original,
@@ -316,16 +319,16 @@ class BlockwiseForward:
         source = structure.input_groups[number].residual_source
         original_runs_on = source is not None or number == len(structure.input_groups) - 1
         originals: list[CalibrationPass | None] = list(self.original_passes) or [None] * len(self.quantized_passes)
-        for sample, (quantized, original) in enumerate(zip(self.quantized_passes, originals, strict=True)):
+        for number_of_pass, (quantized, original) in enumerate(zip(self.quantized_passes, originals, strict=True)):
             with self._timer():
-                self._trim_before(sample)
+                self._trim_before(number_of_pass)
                 self._advance_to_group(quantized, index, number)
                 if original is not None:
                     self._advance_to_group(original, index, number)
                 if quantized.group_input is None or quantized.input_group != number:
                     continue
                 with self._computing_for(None):
-                    group_input = self._group_input(self._first_sample + sample, quantized, original, source)
+                    group_input = self._group_input(self._samples[number_of_pass], quantized, original, source)
                 if self._spill is not None:
                     self._spill.evict_if_over_budget(quantized.storages)
                     if original is not None:
@@ -337,7 +340,7 @@ class BlockwiseForward:
                     self._advance_to_group(original, index, number + 1)
 
     def _group_input(
-        self, sample: int, quantized: CalibrationPass, original: CalibrationPass | None, source: str | None
+        self, samples: range, quantized: CalibrationPass, original: CalibrationPass | None, source: str | None
     ) -> GroupInput:
         x = quantized.group_input
         assert x is not None
@@ -353,7 +356,7 @@ class BlockwiseForward:
                 h, original_h = quantized.residual_streams[source], original.residual_streams[source]
                 if h.shape == original_h.shape and h.shape[:-1] == x.shape[:-1]:
                     residual_drift_TR = (original_h - h).flatten(0, -2)
-        return GroupInput(sample, x_TK, original_x_TK, residual_drift_TR)
+        return GroupInput(samples, x_TK, original_x_TK, residual_drift_TR)
 
     def _pause_before_group(self, number: int) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:

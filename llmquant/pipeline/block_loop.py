@@ -12,9 +12,10 @@ With several ranks, each rank runs its own samples. All ranks call the methods o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial as partial_call
-from itertools import groupby, islice
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from llmquant.algorithms.cross_row import CrossRowFactors
 from llmquant.algorithms.statistics import InputStatistics
-from llmquant.checkpoints.copies import tensor_digest
 from llmquant.errors import UserError
 from llmquant.estimates.memory import estimate_memory
 from llmquant.humanize import dtype_name
@@ -31,16 +31,26 @@ from llmquant.models.blocks import BlockStructure, weight_of
 from llmquant.models.blockwise_forward import SEQUENCES_AT_ONCE, BlockwiseForward, GroupInput
 from llmquant.models.finite import all_finite, damaged_weights_error, finite_flag, read_finite
 from llmquant.models.spill import Spill
+from llmquant.pipeline.block_writer import BlockWriter
 from llmquant.pipeline.output import dense_weights, install_dequantized, pack_part, part_names, round_alone, unpack_part
 from llmquant.pipeline.run import Run
 from llmquant.planning.linears import LinearPlan
 from llmquant.planning.plan import Plan
 from llmquant.progress import Phase
 from llmquant.solver.awq_scaling import SEARCH_SEQUENCES, AwqScaler, FoldedBlock, install_folded
-from llmquant.solver.output_hessian import block_cross_row_factors, cross_row_part, too_few_samples, unpack_factors
+from llmquant.solver.output_hessian import (
+    block_cross_row_factors,
+    cross_row_part,
+    num_gradient_sequences,
+    too_few_samples,
+    unpack_factors,
+)
 from llmquant.solver.quantize_linear import LinearResult, quantize_linears, round_without_data, storage_limits
-from llmquant.solver.reduction import chunk_of, split_of
+from llmquant.solver.reduction import chunk_of, piece_of, split_of
 from llmquant.spec import Recipe
+
+PASS_TOKENS = 4096
+"""Tokens of one forward pass on a GPU, in whole samples of one piece."""
 
 
 def quantize_blocks(run: Run) -> None:
@@ -48,31 +58,60 @@ def quantize_blocks(run: Run) -> None:
     plan, ranks, log = run.plan, run.ranks, run.log
     assert run.tokens is not None
     scaler = AwqScaler(plan, log) if plan.recipe.uses_awq else None
-    own = ranks.samples(run.num_samples, SEARCH_SEQUENCES if plan.recipe.uses_awq else 1)
+    passes = _passes(plan, ranks.samples(run.num_samples, _num_searched(run)), run)
     if few := too_few_samples(plan, run.num_samples):
         log.note("calibration", few)
-    with BlockwiseForward(
-        plan.skeleton,
-        run.tokens.tokens_SL[own.start : own.stop],
-        with_original=plan.recipe.needs_original,
-        spill=_spill(run),
-        first_sample=own.start,
-        timer=partial_call(log.timed, "forward"),
-    ) as forward:
+    writer = BlockWriter(run)
+    with (
+        writer,
+        BlockwiseForward(
+            plan.skeleton,
+            [run.tokens.tokens_SL[samples.start : samples.stop] for samples in passes],
+            with_original=plan.recipe.needs_original,
+            spill=_spill(run),
+            samples=passes,
+            timer=partial_call(log.timed, "forward"),
+        ) as forward,
+    ):
         for index, part in enumerate(part_names(plan)):
             with ranks.raising_on_all():
                 forward.enter(index)
             stored = ranks.on_main(partial_call(run.stored_part, part))
             if stored is not None:
                 _restore_block(run, forward, index, scaler, *stored)
+                if run.partial is not None:
+                    run.partial.drop_part(cross_row_part(index))
             else:
                 results, folded = quantize_block(run, forward, index, scaler)
                 if run.partial is not None:
-                    _write_block(run, index, part, results, folded)
-            if run.partial is not None:
-                run.partial.drop_part(cross_row_part(index))
+                    writer.write(index, part, results, folded)
             forward.leave(index)
     run.report_progress(Phase.BLOCKS, run.num_blocks)
+
+
+def _num_searched(run: Run) -> int:
+    """Return the number of samples, from the first, that rank 0 needs for AWQ's search and for gradients of a block."""
+    recipe = run.plan.recipe
+    has_gradients = recipe.compensates_across_rows and not recipe.runs_backward
+    gradients = num_gradient_sequences(run.num_samples, run.plan.options.seq_len) if has_gradients else 0
+    return max(gradients, SEARCH_SEQUENCES if recipe.uses_awq else 0)
+
+
+def _passes(plan: Plan, own: range, run: Run) -> list[range]:
+    """Return the samples of each forward pass of this rank, whose samples are `own`.
+
+    A GPU runs several samples of a piece (`reduction.py`) in one pass, because short passes cost more time for their
+    launches than for their arithmetic. The first samples run alone: single sequences are taken from them for the
+    structure of a block, for its gradients and for AWQ's search. The division does not depend on the number of ranks.
+    """
+    at_once = max(1, PASS_TOKENS // plan.options.seq_len) if plan.skeleton.device.type == "cuda" else 1
+    passes = []
+    for _, of_piece in groupby(own, lambda sample: piece_of(sample, run.num_samples)):
+        piece = list(of_piece)
+        is_single = chunk_of(piece[0], run.num_samples) == 0 or piece[0] < SEARCH_SEQUENCES
+        step = 1 if is_single else at_once
+        passes += [range(first, min(first + step, piece[-1] + 1)) for first in piece[::step]]
+    return passes
 
 
 def _spill(run: Run) -> Spill | None:
@@ -82,7 +121,7 @@ def _spill(run: Run) -> Spill | None:
     if budget_bytes is None:
         return None
     run.log.note("activations", "written to disk as far as they do not fit in memory (--max-memory)")
-    return Spill(scratch / f"rank-{run.ranks.rank}", budget_bytes)
+    return Spill(run.ranks.scratch(scratch), budget_bytes)
 
 
 def _restore_block(
@@ -106,16 +145,6 @@ def _restore_block(
         dense[name] = tensors[plan.skeleton.names[name]]
     with run.ranks.raising_on_all():
         forward.pass_through(index, dense)
-
-
-def _write_block(
-    run: Run, index: int, part: str, results: Mapping[str, LinearResult], folded: Mapping[str, Tensor]
-) -> None:
-    linears = run.plan.linears_of_block(index)
-    with run.log.timed("writing"):
-        digests = {name: tensor_digest(folded[name]) for name in sorted(folded)}
-        note = run.log.record_of(linears.values()) | {"folded": digests}
-        run.checkpoint.add_part(part, pack_part(run.plan, index, linears, results, folded), note)
 
 
 def quantize_block(
@@ -204,30 +233,38 @@ def _statistics(
     """Return the statistics of an input group over the samples of all ranks. name: one of its linears, for messages."""
     run.report_progress(Phase.BLOCKS, index, "forward")
     statistics = run.ranks.sum_statistics(
-        _chunk_statistics(run, _checked_finite(run.plan, inputs, index, name), empty), empty
+        _piece_statistics(run, _checked_finite(run.plan, inputs, index, name), empty), empty
     )
     trim_heap()
     return statistics
 
 
-def _chunk_statistics(
+def _piece_statistics(
     run: Run, inputs: Iterator[GroupInput], empty: Callable[[], InputStatistics]
-) -> Iterator[InputStatistics]:
-    """Yield the statistics of each chunk of the samples (`reduction.py`) in order."""
-    for _, of_chunk in groupby(inputs, lambda group_input: chunk_of(group_input.sample, run.num_samples)):
+) -> Iterator[tuple[int, InputStatistics]]:
+    """Yield the number and the statistics of each of this rank's pieces of the samples (`reduction.py`) in order."""
+    for piece, of_piece in groupby(inputs, lambda group_input: piece_of(group_input.samples[0], run.num_samples)):
+        # Another rank adds the samples that rank 0 runs only for `_num_searched`.
+        if piece not in run.ranks.pieces:
+            continue
         statistics = empty()
-        while several := _next_inputs(run, of_chunk):
+        while several := _next_inputs(run, of_piece):
             with run.log.timed("statistics"):
-                _add(run.plan.recipe, several, statistics, split_of(several[0].sample, run.num_samples))
+                _add(run.plan.recipe, several, statistics, split_of(several[0].samples[0], run.num_samples))
             # Without `del`, this list would stay in memory until the next list is complete.
             del several
-        yield statistics
+        yield piece, statistics
 
 
 def _next_inputs(run: Run, inputs: Iterator[GroupInput]) -> list[GroupInput]:
     """Run the next few samples to the input group, and return its inputs; empty after the last sample."""
+    several: list[GroupInput] = []
     with run.log.timed("forward"):
-        return list(islice(inputs, SEQUENCES_AT_ONCE))
+        for group_input in inputs:
+            several.append(group_input)
+            if sum(len(each.samples) for each in several) >= SEQUENCES_AT_ONCE:
+                break
+    return several
 
 
 def _add(recipe: Recipe, several: Sequence[GroupInput], statistics: InputStatistics, split: int) -> None:
@@ -254,22 +291,22 @@ def _checked_finite(plan: Plan, inputs: Iterable[GroupInput], index: int, name: 
     An input that is finite but too large to be squared is accepted here; the solver handles its Hessian. The inputs are
     checked together at the end, because each check waits for a GPU.
     """
-    checked: list[tuple[int, str]] = []
+    checked: list[tuple[range, str]] = []
     flags: list[Tensor] = []
     for group_input in inputs:
         for x_TK, model in ((group_input.x_TK, "quantized"), (group_input.original_x_TK, "original")):
             if x_TK is not None:
-                checked.append((group_input.sample, model))
+                checked.append((group_input.samples, model))
                 flags.append(finite_flag(x_TK))
         yield group_input
         del group_input, x_TK
     is_finite = torch.stack(flags).tolist() if flags else []
-    for sample, model in (which for which, finite in zip(checked, is_finite, strict=True) if not finite):
+    for samples, model in (which for which, finite in zip(checked, is_finite, strict=True) if not finite):
         for tensor in plan.tensors_of_block(index):
             read_finite(plan.skeleton, tensor)
         raise UserError(
             f"{plan.path}: block {index}: NaN or inf in the input of '{name}' of the {model} model, in "
-            f"calibration sample {sample}; the model overflows in "
+            f"calibration sample {' or '.join(map(str, samples))}; the model overflows in "
             f"{dtype_name(plan.skeleton.dtype)} on this text: try --dtype bfloat16 or float32, with --restart"
         )
 
@@ -288,8 +325,10 @@ def _quantize_group(
         work = partial_call(_quantize_some, run.plan, index, group, statistics, factors)
         results = run.ranks.divide(costs, work)
         if run.ranks.is_main:
-            for name, result in results.items():
-                run.record_linear(group[name], result, statistics)
+            with ThreadPoolExecutor(len(results)) as pool:  # hashlib releases the interpreter's lock
+                digests = pool.map(lambda result: result.weight.digest(), results.values())
+                for (name, result), digest in zip(results.items(), digests, strict=True):
+                    run.record_linear(group[name], result, digest, statistics)
     install_dequantized(run.plan, group, {name: result.weight for name, result in results.items()})
     trim_heap()
     mean_error = sum(result.error for result in results.values()) / len(results)
@@ -329,7 +368,7 @@ def _round_uncalibrated(
         reason = (
             "is called more than once per forward pass" if name in structure.repeated else "saw no calibration token"
         )
-        run.record_linear(linear, results[name])
+        run.record_linear(linear, results[name], results[name].weight.digest())
         run.log.fallback(linear.name, f"{reason}: rounded to nearest")
     return results
 
@@ -347,7 +386,7 @@ def round_blocks(run: Run) -> None:
         for name, linear in linears.items():
             with log.timed("solving"):
                 results[name] = round_alone(plan, linear)
-            run.record_linear(linear, results[name])
+            run.record_linear(linear, results[name], results[name].weight.digest())
         with log.timed("writing"):
             part_tensors = pack_part(plan, index, linears, results)
             run.checkpoint.add_part(part, part_tensors, log.record_of(linears.values()))

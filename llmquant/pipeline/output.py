@@ -138,7 +138,7 @@ def write_outside(run: Run) -> None:
     for name, linear in linears.items():
         with log.timed("solving"):
             results[name] = round_alone(plan, linear)
-        run.record_linear(linear, results[name])
+        run.record_linear(linear, results[name], results[name].weight.digest())
         if plan.recipe.needs_data:
             log.note(name, "outside the decoder blocks: rounded to nearest, without calibration")
     with log.timed("writing"):

@@ -59,9 +59,12 @@ class Run:
         return (checkpoint.read_part(part), checkpoint.part_note(part)) if checkpoint.has_part(part) else None
 
     def record_linear(
-        self, linear: LinearPlan, result: LinearResult, statistics: InputStatistics | None = None
+        self, linear: LinearPlan, result: LinearResult, digest: str, statistics: InputStatistics | None = None
     ) -> None:
-        """Record the result of one linear in the log. statistics: the statistics of its input, if any."""
+        """Record the result of one linear in the log.
+
+        digest: that of the quantized weight. statistics: the statistics of its input, if any.
+        """
         ratio, unscaled_ratio = (None, None) if statistics is None else _outlier_ratios(statistics)
         report = LinearReport(
             name=linear.name,
@@ -71,7 +74,7 @@ class Run:
             rows=linear.out_features,
             error=result.error,
             rtn_error=result.rtn_error,
-            digest=result.weight.digest(),
+            digest=digest,
             rtn_rows=result.rtn_rows,
             correction_shrinkage=result.correction_shrinkage,
             cross_row_cost_ratio=result.cross_row_cost_ratio,

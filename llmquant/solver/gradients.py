@@ -41,8 +41,9 @@ GPU_MEMORY_FRACTION = 0.25
 """Fraction of a GPU's memory that the tokens that run side by side may take. More tokens at a time need fewer reads."""
 CHUNK_TOKENS, GPU_CHUNK_TOKENS = 64, 512
 """Number of tokens whose logits are in memory at one time, for the gradient of the loss, on a CPU and on a GPU."""
-READS_PER_BLOCK = 3
-"""Number of times that a run reads each block: once to find the body (`BodyAndHead`), once forward, once backward."""
+READS_PER_BLOCK = 2
+"""Number of times that a run reads each block, once forward and once backward. The first run reads each once more, to
+find the body of the model (`BodyAndHead`)."""
 
 
 def tokens_at_once(plan: Plan) -> int:
@@ -74,6 +75,7 @@ class BlockwiseBackprop(ABC):
     def __init__(self, plan: Plan, on_block_read: Callable[[], None] = lambda: None) -> None:
         """on_block_read: called whenever a block is read."""
         self.plan, self.on_block_read = plan, on_block_read
+        self._body_and_head = BodyAndHead(plan.skeleton.model, plan.skeleton.device)
         self._finds_body = False
         """Whether the current pass only finds the body of the model (`BodyAndHead`), and is not measured."""
 
@@ -94,9 +96,8 @@ class BlockwiseBackprop(ABC):
 
     def run(self, tokens_SL: Tensor, seed: int = 0) -> None:
         """Run some sequences forward and backward. seed: for drawing the labels of the loss."""
-        skeleton = self.plan.skeleton
+        skeleton, body_and_head = self.plan.skeleton, self._body_and_head
         with _outside_loaded(self.plan), self._blocks_replaced():
-            body_and_head = BodyAndHead(skeleton.model, skeleton.device)
             self._finds_body = True
             with torch.no_grad():
                 run_model_code(skeleton.model, lambda: body_and_head.find_body(tokens_SL))

@@ -157,7 +157,7 @@ def network_cross_row_factors(
     """
     at_once = max(1, min(tokens_at_once(plan) // tokens_SL.shape[1], len(tokens_SL) // 2))
     batches = tokens_SL.split(at_once)
-    read, reads = count(), READS_PER_BLOCK * len(plan.block_names) * len(batches)
+    read, reads = count(), len(plan.block_names) * (READS_PER_BLOCK * len(batches) + 1)
     hessians = _ModelHessians(plan, folder, lambda: on_block_read(next(read) / reads))
     for number, batch_SL in enumerate(batches):
         hessians.add_batch(batch_SL, number)

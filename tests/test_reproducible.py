@@ -1,0 +1,64 @@
+"""Settings of PyTorch for reproducible arithmetic on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmquant.models.reproducible import CUBLAS_WORKSPACE, reproducible_arithmetic
+
+
+def settings():
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.get_deterministic_debug_mode(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+
+
+@pytest.fixture(autouse=True)
+def unreproducible(monkeypatch):
+    """Settings under which a GPU would compute in TF32 and by atomic additions."""
+    monkeypatch.delenv(CUBLAS_WORKSPACE, raising=False)
+    before = settings()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_deterministic_debug_mode(0)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+    torch.set_deterministic_debug_mode(before[2])
+    torch.utils.deterministic.fill_uninitialized_memory = before[3]
+
+
+def test_a_gpu_computes_float32_products_in_float32_and_sums_in_a_fixed_order(monkeypatch):
+    outside = settings()
+    with reproducible_arithmetic(torch.device("cuda")):
+        assert settings() == ("highest", False, 1, False)
+        assert torch.are_deterministic_algorithms_enabled()
+    assert settings() == outside
+
+
+def test_settings_are_restored_after_an_error():
+    outside = settings()
+    with pytest.raises(ValueError, match="planted"), reproducible_arithmetic(torch.device("cuda", 1)):
+        raise ValueError("planted")
+    assert settings() == outside
+
+
+def test_cublas_gets_its_workspace_unless_the_user_has_set_it(monkeypatch):
+    import os
+
+    with reproducible_arithmetic(torch.device("cuda")):
+        assert os.environ[CUBLAS_WORKSPACE] == ":4096:8"
+    monkeypatch.setenv(CUBLAS_WORKSPACE, ":16:8")
+    with reproducible_arithmetic(torch.device("cuda")):
+        assert os.environ[CUBLAS_WORKSPACE] == ":16:8"
+
+
+def test_a_cpu_keeps_its_settings():
+    outside = settings()
+    with reproducible_arithmetic(torch.device("cpu")):
+        assert settings() == outside
