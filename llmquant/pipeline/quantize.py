@@ -32,6 +32,7 @@ from llmquant.pipeline.block_loop import quantize_blocks, round_blocks
 from llmquant.pipeline.budget import ALLOCATION, choose_allocation, grids_of_allocation, plan_provisionally, with_grids
 from llmquant.pipeline.distributed import Ranks
 from llmquant.pipeline.finish import finish
+from llmquant.pipeline.nodes import checkpoint_facts, has_several_nodes
 from llmquant.pipeline.output import (
     OUTSIDE,
     extra_files,
@@ -90,6 +91,7 @@ def quantize(
                 plan = checked_plan(model, out, recipe, options)
             else:
                 plan = make_plan(resolve_model(str(model), options.trust_remote_code), recipe, options)
+        ranks.check_alike(lambda: checkpoint_facts(plan))
         use_attention(plan.skeleton.model, plan.skeleton.device)
         log = RunLog(plan, str(model), command)
         on_progress = on_progress if ranks.is_main else ignore_progress
@@ -120,6 +122,8 @@ def _calibration_tokens(run: Run, on_calibration: OnCalibration | None) -> Calib
 
 def _run_other_rank(run: Run) -> Report:
     """Run the samples through the blocks on a rank other than 0, if rank 0 runs them too, and return the report."""
+    if has_several_nodes():
+        run.ranks.check_alike(run.plan.reader.file_hashes if run.ranks.compares_files else None)
     work: _RemainingWork = run.ranks.receive()
     if work.grids is not None:
         run = replace(run, plan=with_grids(run.plan, work.grids))
@@ -136,6 +140,8 @@ def _run_main_rank(run: Run, out: Path) -> Report:
     with log.timed("hashing"):
         summary, tokens_SL = (None, None) if run.tokens is None else (run.tokens.summary(), run.tokens.tokens_SL)
         request = describe_request(plan, summary, tokens_SL)
+        if has_several_nodes():
+            run.ranks.check_alike(lambda: request["model"])
     options = plan.options
     with PartialCheckpoint.open(out, request, restart=options.restart, overwrite=options.overwrite) as partial:
         run = replace(run, partial=partial)

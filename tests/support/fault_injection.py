@@ -110,7 +110,9 @@ class ForkServer:
         Faults of the rank `rank` (default 0): after `stop_after` seconds it receives `signal` (default SIGKILL), or it
         dies when its input group number `dies_at_input_group` (from 1) begins. Faults of all ranks: they wait
         `join_seconds` for each other at the start; a file cannot grow beyond `file_bytes`. With `linear_log`, a folder,
-        each rank writes a file there, named by its number, with one line for each linear that it quantizes.
+        each rank writes a file there, named by its number, with one line for each linear that it quantizes. With
+        `nodes`, a list of folders, the ranks are divided among as many nodes; the folder is the working directory of
+        the ranks of a node.
         """
         assert self._process.stdin is not None
         job = {
@@ -218,16 +220,20 @@ def _run_ranks(
     stop_after: float | None = None,
     signal: int = signal.SIGKILL,
     rank: int = 0,
+    nodes: Sequence[str] = (".",),
     **faults: Any,
 ) -> list[dict[str, Any]]:
     """Run the command in one child for each rank; return the fields of their CommandResults."""
-    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    per_node = ranks // len(nodes)
+    world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(per_node)}
     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     start = time.monotonic()
     children = []
     for number in range(ranks):
-        environment = world | {"RANK": str(number), "LOCAL_RANK": str(number)} if ranks > 1 else {}
-        children.append(_fork(arguments, environment, partial(_set_faults, number, rank, **faults)))
+        node, local = divmod(number, per_node)
+        place = {"RANK": str(number), "LOCAL_RANK": str(local), "GROUP_RANK": str(node)}
+        prepare = partial(_set_faults, number, rank, folder=nodes[node], **faults)
+        children.append(_fork(arguments, world | place if ranks > 1 else {}, prepare))
     signals = [(timeout_seconds, process, 9) for process, _ in children]
     if stop_after is not None:
         signals.append((stop_after, children[rank][0], signal))
@@ -276,14 +282,16 @@ def _free_port() -> int:
 def _set_faults(
     number: int,
     rank: int,
+    folder: str,
     file_bytes: int | None = None,
     linear_log: str | None = None,
     dies_at_input_group: int | None = None,
     join_seconds: float | None = None,
 ) -> None:
-    """Prepare the faults and logs of this child. number: its own rank; rank: the one that dies."""
+    """Prepare the faults and logs of this child. number: its own rank; rank: the one that dies; folder: to work in."""
     from llmquant.pipeline import block_loop, distributed
 
+    os.chdir(folder)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     if join_seconds is not None:
