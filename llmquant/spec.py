@@ -311,6 +311,8 @@ class Options:
     """Seed for drawing the windows."""
     device: str = "auto"
     """Device of the computation: auto, cpu, cuda or cuda:N."""
+    machine: str | None = None
+    """Name of the machine for which a dry run predicts memory and time (`estimates/machines.py`); None for this one."""
     engines: tuple[str, ...] = ()
     """Names of the inference engines that must load the result (`planning.engines.ENGINES`). A plan that one of them
     would not load is refused."""

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -13,6 +13,9 @@ from llmquant.cli.output import Interrupted, is_main_process, print_error, print
 from llmquant.errors import UserError
 from llmquant.paths import parse_path, partial_folder
 from llmquant.spec import EFFORTS, METHODS, SUPPORTED_BITS, Options, Override, QuantSpec, Recipe, parse_size
+
+if TYPE_CHECKING:
+    from llmquant.planning.plan import Plan
 
 RECIPE, SPEC, OPTIONS = Recipe(), Recipe().spec, Options()
 """Objects with the default values of the options below."""
@@ -95,6 +98,14 @@ def quantize_command(
     overwrite: Overwrite = False,
     restart: Restart = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print the plan and predictions only.")] = False,
+    machine: Annotated[
+        str | None,
+        Option(
+            help="With --dry-run: predict memory and time for another machine, from data sheets: h100, h200, "
+            "a100-80gb, a100-40gb, l40s, l4, rtx4090; 8xh100 for 8 cards.",
+            metavar="NAME",
+        ),
+    ] = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -104,6 +115,8 @@ def quantize_command(
     spec = QuantSpec(bits=bits, group_size=group_size, symmetric=symmetric)
     if effort not in EFFORTS:
         raise UserError(f"effort '{effort}': not one of {', '.join(EFFORTS)}; use --effort default")
+    if machine is not None:
+        _check_machine(machine, device, dry_run=dry_run)
     overrides = tuple(Override.parse(text) for text in override or ())
     recipe = Recipe(
         method=method,
@@ -131,6 +144,7 @@ def quantize_command(
             seq_len=seq_len,
             seed=seed,
             device=device,
+            machine=machine,
             max_memory_bytes=None if max_memory is None else parse_size(max_memory, "max_memory"),
             engines=(*(engine or ()), *(target or ())),
             tensor_parallel=tensor_parallel,
@@ -142,14 +156,7 @@ def quantize_command(
         if dry_run:
             plan = pipeline.dry_run(model, out, recipe, options)
             if as_json:
-                from llmquant.estimates.duration import estimate_duration
-                from llmquant.estimates.memory import estimate_memory
-                from llmquant.planning.coverage import coverage_of
-
-                predictions = (coverage_of(plan), estimate_memory(plan), estimate_duration(plan))
-                print(
-                    json.dumps({key: value for part in (plan, *predictions) for key, value in part.to_dict().items()})
-                )
+                print(json.dumps(_predictions(plan)))
             else:
                 print_plan(plan, out)
             return
@@ -172,3 +179,33 @@ def quantize_command(
     if strict and report.fallbacks:
         print_error(f"--strict: {len(report.fallbacks)} fallbacks")
         raise typer.Exit(1)
+
+
+def _check_machine(machine: str, device: str, *, dry_run: bool) -> None:
+    """Raise UserError if --machine is not the name of a machine, or does not go with the other options."""
+    from llmquant.estimates.machines import parse_machine
+
+    parse_machine(machine)
+    if not dry_run:
+        raise UserError(f"machine '{machine}': predictions for a machine are made by a dry run; add --dry-run")
+    if device != "auto":
+        raise UserError(f"machine '{machine}': predictions are for its GPU; leave out --device {device}")
+
+
+def _predictions(plan: "Plan") -> dict[str, Any]:
+    """Return a plan and its predictions as plain values, for JSON."""
+    from llmquant.estimates.duration import estimate_duration
+    from llmquant.estimates.machine_duration import predict_duration
+    from llmquant.estimates.machines import parse_machine
+    from llmquant.estimates.memory import estimate_memory
+    from llmquant.planning.coverage import coverage_of
+
+    machine = plan.options.machine
+    # The memory is estimated before the timings, which add to it.
+    memory = estimate_memory(plan)
+    duration = estimate_duration(plan) if machine is None else predict_duration(plan, parse_machine(machine))
+    parts = (plan, coverage_of(plan), memory, duration)
+    predictions = {key: value for part in parts for key, value in part.to_dict().items()}
+    if machine is not None:
+        predictions["fits_in_memory"] = memory.peak_bytes <= parse_machine(machine).memory_bytes
+    return predictions

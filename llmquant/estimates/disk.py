@@ -31,7 +31,12 @@ def disk_bytes(plan: Plan, out: Path) -> int:
 
 
 def check_disk(plan: Plan, out: Path) -> None:
-    """Raise UserError if the disk that will hold OUT has too little free space."""
+    """Raise UserError if the disk that will hold OUT has too little free space.
+
+    A dry run for another machine is not checked, because the disk of that machine is not known.
+    """
+    if plan.options.machine is not None:
+        return
     free, needed = free_bytes(out), disk_bytes(plan, out)
     if needed > free:
         raise UserError(

@@ -119,14 +119,18 @@ def estimate_duration(plan: Plan) -> DurationEstimate:
     return DurationEstimate(dict(steps))
 
 
+def input_groups(plan: Plan, index: int) -> list[list[LinearPlan]]:
+    """Return the presumed input groups of a block: each fused set of an engine, and every other linear by itself."""
+    linears = {linear.name: linear for linear in plan.linears_of_block(index).values()}
+    groups = [tuple(names) for names in fused_sets(linears).values()]
+    fused = {name for names in groups for name in names}
+    return [[linears[name] for name in names] for names in (*groups, *((n,) for n in linears if n not in fused))]
+
+
 def _shapes(plan: Plan) -> Iterator[_Shape]:
-    """Yield the input groups of all blocks: each fused set of an engine, and every other linear by itself."""
+    """Yield the shapes of the input groups of all blocks."""
     for index in range(len(plan.block_names)):
-        linears = {linear.name: linear for linear in plan.linears_of_block(index).values()}
-        groups = [tuple(names) for names in fused_sets(linears).values()]
-        fused = {name for names in groups for name in names}
-        for names in (*groups, *((name,) for name in linears if name not in fused)):
-            members: list[LinearPlan] = [linears[name] for name in names]
+        for members in input_groups(plan, index):
             yield _Shape(
                 members[0].in_features,
                 tuple(linear.out_features for linear in members),

@@ -24,22 +24,30 @@ from dataclasses import dataclass
 from llmquant.algorithms.cross_row import row_slices
 from llmquant.data.calibration import num_held_out
 from llmquant.errors import UserError
+from llmquant.estimates.machines import on_machine, parse_machine
 from llmquant.eval.divergence import COMPARED_POSITIONS
 from llmquant.memory import peak_resident_bytes, resident_bytes
 from llmquant.models.blocks import weight_of
-from llmquant.models.blockwise_forward import SEQUENCES_AT_ONCE, SEQUENCES_BETWEEN_TRIMS
+from llmquant.models.blockwise_forward import PASS_TOKENS, SEQUENCES_AT_ONCE, SEQUENCES_BETWEEN_TRIMS
 from llmquant.models.skeleton import comparison_dtype
 from llmquant.planning.held_out import num_windows, window_length
 from llmquant.planning.linears import LinearPlan
 from llmquant.planning.plan import Plan
 from llmquant.runtime.attention import attention_bytes
-from llmquant.solver.gradients import CHUNK_TOKENS, tokens_at_once
+from llmquant.solver.gradients import (
+    CHUNK_TOKENS,
+    GPU_CHUNK_TOKENS,
+    GPU_MEMORY_FRACTION,
+    MEASURED_TOKENS,
+    bytes_per_token,
+    tokens_at_once,
+)
 
 LIBRARY_BYTES = 45 * 2**20
 """Pages of torch's libraries that are loaded with the first matmuls and factorizations, as measured."""
 RTN_BYTES = 18
 """Bytes per weight during rounding to nearest: float32 copy, integer levels, codes and temporaries."""
-FACTOR_BYTES = 34
+FACTOR_BYTES = 32
 """Bytes per element of the Hessian while its inverse is factored in float64."""
 SOLVE_BYTES = 16
 """Bytes per element of the Hessian after the factorization."""
@@ -89,6 +97,11 @@ class MemoryEstimate:
         other_peak = self.runtime_bytes + max(self.other_phases.values(), default=0)
         return max(self._needed_bytes - self.spilled_bytes, other_peak, self.peak_so_far_bytes)
 
+    @property
+    def least_bytes(self) -> int:
+        """The estimated peak with all activations on the disk."""
+        return self.runtime_bytes + max([self.work_bytes, *self.other_phases.values()])
+
     def to_dict(self) -> dict[str, int]:
         """Return the estimated peak and the activations on the disk, for JSON."""
         return {"peak_bytes": self.peak_bytes, "spilled_bytes": self.spilled_bytes}
@@ -112,7 +125,12 @@ class MemoryEstimate:
 
 
 def estimate_memory(plan: Plan) -> MemoryEstimate:
-    """Estimate the memory of a run from the shapes of its model and the current memory of the process."""
+    """Estimate the memory of a run from the shapes of its model and the current memory of the process.
+
+    If the options name a machine, the estimate is that of one of its GPUs.
+    """
+    if plan.options.machine is not None:
+        plan = on_machine(plan, parse_machine(plan.options.machine))
     on_gpu = plan.skeleton.device.type != "cpu"
     blocks = range(len(plan.block_names))
     outside = max((math.prod(info.shape) for info in plan.tensors_outside().values()), default=0)
@@ -155,6 +173,13 @@ def output_hessian_bytes(plan: Plan, indices: Iterable[int]) -> int:
     return sum(4 * (rows.stop - rows.start) ** 2 for rows in row_blocks)
 
 
+def side_by_side_tokens(plan: Plan, gpu_bytes: int) -> int:
+    """Return how many tokens a backward pass runs side by side on a GPU of this memory (`tokens_at_once`)."""
+    if plan.options.max_memory_bytes is not None:
+        return MEASURED_TOKENS
+    return max(MEASURED_TOKENS, int(GPU_MEMORY_FRACTION * gpu_bytes / bytes_per_token(plan)))
+
+
 def _sensitivity_bytes(plan: Plan) -> int:
     """Return the bytes of measuring sensitivities for a budget. The backward pass rounds the linears one by one."""
 
@@ -184,7 +209,9 @@ def _backprop_bytes(plan: Plan, extra_bytes: Callable[[int], int]) -> int:
     """
     itemsize, blocks = plan.skeleton.dtype.itemsize, range(len(plan.block_names))
     hidden = _hidden_size(plan)
-    tokens = min(max(tokens_at_once(plan), plan.options.seq_len), plan.num_tokens)
+    machine = plan.options.machine
+    at_once = side_by_side_tokens(plan, parse_machine(machine).memory_bytes) if machine else tokens_at_once(plan)
+    tokens = min(max(at_once, plan.options.seq_len), plan.num_tokens)
     # A tied embedding is read twice.
     outside = 2 * sum(math.prod(info.shape) for info in plan.tensors_outside().values()) * itemsize
     inside = 0
@@ -193,7 +220,8 @@ def _backprop_bytes(plan: Plan, extra_bytes: Callable[[int], int]) -> int:
         linears = plan.linears_of_block(index).values()
         features = sum(linear.in_features + linear.out_features for linear in linears)
         inside = max(inside, weights * itemsize + tokens * features * itemsize + extra_bytes(index))
-    logits = COMPARED_BYTES * CHUNK_TOKENS * weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
+    chunk = GPU_CHUNK_TOKENS if _is_on_gpu(plan) else CHUNK_TOKENS
+    logits = COMPARED_BYTES * chunk * weight_of(plan.skeleton.model.get_input_embeddings()).shape[0]
     return outside + len(blocks) * tokens * hidden * itemsize + max(inside, logits)
 
 
@@ -232,15 +260,22 @@ def _block_bytes(plan: Plan, index: int) -> int:
     # The temporaries of a sequence within the block are chiefly the outputs of gate and up, and their product.
     temporaries = 3 * max((linear.out_features for linear in linears.values()), default=0)
     running = SEQUENCES_BETWEEN_TRIMS * plan.options.seq_len * temporaries * itemsize
+    if _is_on_gpu(plan):  # a block is packed while the next one is quantized
+        return held + packing + max(peak, running, PASS_TOKENS * temporaries * itemsize)
     return held + max(peak, packing, running)
+
+
+def _is_on_gpu(plan: Plan) -> bool:
+    """Whether the run, or the one that is predicted for another machine, is on a GPU."""
+    return plan.options.machine is not None or plan.skeleton.device.type != "cpu"
 
 
 def _statistics_bytes(plan: Plan, input_group: list[LinearPlan]) -> int:
     """Return the bytes of accumulating the statistics of one input group."""
     itemsize, in_features = plan.skeleton.dtype.itemsize, input_group[0].in_features
-    # The sums so far and the sums of one chunk of samples: a Hessian, and a cross-moment with the original input.
-    sums = 2 * 4 * in_features**2 * (2 if plan.recipe.needs_original else 1)
-    tokens = SEQUENCES_AT_ONCE * plan.options.seq_len
+    # The sums so far, of one chunk of samples and of one piece: a Hessian, and a moment with the original's input.
+    sums = 3 * 4 * in_features**2 * (2 if plan.recipe.needs_original else 1)
+    tokens = max(SEQUENCES_AT_ONCE * plan.options.seq_len, PASS_TOKENS if _is_on_gpu(plan) else 0)
     return sums + tokens * in_features * (3 * itemsize + 12 if plan.recipe.needs_original else itemsize + 4)
 
 
