@@ -11,7 +11,7 @@ The operator `llmquant::matmul` has a fake (meta) implementation and a backward 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,12 @@ class Backend:
     `prepare` got. The scales may have any dtype that holds them exactly."""
     traced_below_rows: int = 0
     """Number of rows of x below which a compiler traces the torch operators of matmul instead of a single node."""
+    can_join: Callable[[LinearShape, Prepared, LinearShape, Prepared], bool] | None = None
+    """(shape, prepared, shape and prepared of another weight) -> whether `join` supports both; None if there is no
+    `join`."""
+    join: Callable[[Sequence[Prepared]], tuple[Prepared, list[Prepared]]] | None = None
+    """Weights that `can_join` -> (one weight with the rows of all, the given weights as views into it). Each weight's
+    rows are padded to a multiple of 64, except those of the last. None if the backend cannot join weights."""
 
 
 BACKENDS: dict[str, Backend] = {
@@ -58,6 +64,8 @@ BACKENDS: dict[str, Backend] = {
         matmul=gpu.matmul,
         dequantize=gpu.dequantize,
         restore=gpu.restore,
+        can_join=gpu.can_join,
+        join=gpu.join_weights,
     ),
     "triton-invariant": Backend(
         name="triton-invariant",

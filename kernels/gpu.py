@@ -7,10 +7,13 @@ are stored as two planes of 4-bit codes over the same x: (high - zero_high) * 16
 
 Backend `triton-invariant` runs every call with the same tiles, so a row of y has the same bits in any batch.
 
-Prepared tensors, in order (letters as in `triton_w4a16.py`): words int32 [NP/64, P*T, 64, 16]; meta int32 [P*T, NP, B];
-done int32 [tiles], the counters of split-K, which are zero between calls (one linear must therefore not run on two
-streams at once); column int64 [128 T], empty if the columns keep their order; an empty tensor that carries the dtype of
-x; scale [N, G] as stored, for `restore`, only if the dtype of x rounds it.
+`join_weights` stores linears that read the same input in one tensor, so that one launch multiplies by all of them.
+
+Prepared tensors, in order (letters as in `triton_w4a16.py`): words int32 [NP/64, P*T, 64, 16]; meta int32 [P*T, NP, B],
+whose first stride is larger if other linears share its memory; done int32 [tiles], the counters of split-K, which are
+zero between calls (one linear must therefore not run on two streams at once); column int64 [128 T], empty if the
+columns keep their order; an empty tensor that carries the dtype of x; scale [N, G] as stored, for `restore`, only if
+the dtype of x rounds it.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -112,6 +116,39 @@ def prepare(weight: QuantizedWeight, dtype: torch.dtype, device: torch.device) -
     rounded = not torch.equal(weight.scale_NG.to(dtype).float(), weight.scale_NG.float())
     scale_NG = weight.scale_NG if rounded else weight.scale_NG.new_empty(0)
     return words, meta, done, column_S, torch.empty(0, dtype=dtype, device=device), scale_NG
+
+
+def can_join(
+    shape: LinearShape, prepared: tuple[Tensor, ...], other: LinearShape, other_prepared: tuple[Tensor, ...]
+) -> bool:
+    """Return whether `join_weights` supports two weights: they have one width, layout, dtype and order of columns."""
+    words, meta, _, column_S, dtype_holder, _ = prepared
+    other_words, other_meta, _, other_column_S, other_dtype_holder, _ = other_prepared
+    return (
+        shape.in_features == other.in_features
+        and (shape.bits == 8) == (other.bits == 8)
+        and _columns_per_block(shape) == _columns_per_block(other)
+        and words.shape[1:] == other_words.shape[1:]
+        and meta.shape[::2] == other_meta.shape[::2]
+        and dtype_holder.dtype == other_dtype_holder.dtype
+        and words.device == other_words.device
+        and torch.equal(column_S, other_column_S)
+    )
+
+
+def join_weights(weights: Sequence[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
+    """Store several weights in one, and return (prepared tensors of all, of each).
+
+    weights: prepared tensors, every pair of which `can_join`. The weight of all has their rows one after another, each
+    with its padding. The words and meta of each are views into it, so that the weights are stored once.
+    """
+    words, meta = torch.cat([each[0] for each in weights]), torch.cat([each[1] for each in weights], dim=1)
+    done = words.new_zeros(len(words) * MAX_SPLIT_ROW_TILES)
+    _, _, _, column_S, dtype_holder, _ = weights[0]
+    numbers = [len(each[0]) for each in weights]
+    views = zip(words.split(numbers), meta.split([64 * number for number in numbers], dim=1), weights, strict=True)
+    single = [(words_i, meta_i, each[2], column_S, *each[4:]) for words_i, meta_i, each in views]
+    return (words, meta, done, column_S, dtype_holder, meta.new_empty(0)), single
 
 
 def pack_words(codes_NS: Tensor) -> Tensor:
@@ -226,7 +263,7 @@ def launch(
     num_features = words.shape[0] * 64
     kernels = _kernels()
     tensors = (x_MK.contiguous(), words, meta, y_MN if bias_N is None else bias_N, y_MN, partial, done)
-    sizes = (num_rows, shape.out_features, num_features, num_columns, num_tiles)
+    sizes = (num_rows, shape.out_features, _meta_rows(meta), num_columns, num_tiles)
     constants = {
         "RAGGED_K": num_columns != num_tiles * TILE_SLOTS,
         "P": planes,
@@ -274,14 +311,16 @@ def _plan(
     device_index: int,
     num_rows: int,
     bias_dtype: torch.dtype | None,
+    meta_stride: int,
     invariant: bool,
 ) -> Plan:
     """Return the plan for calls with these properties. It is made once, since choosing tiles costs as much as a call.
 
     ordered_slots: slots of the weight, or 0 if its columns keep their order. device_index: -1 for a CPU tensor, in
-    Triton's interpreter. bias_dtype: None without a bias; not used here, but the compiled kernel depends on it.
+    Triton's interpreter. bias_dtype: None without a bias. meta_stride: first stride of meta. The last two are not used
+    here, but the compiled kernel and its arguments depend on them.
     """
-    del bias_dtype
+    del bias_dtype, meta_stride
     num_slots = ordered_slots or -(-shape.in_features // TILE_SLOTS) * TILE_SLOTS
     num_features = -(-shape.out_features // 64) * 64
     planes = 2 if shape.bits == 8 else 1
@@ -292,7 +331,7 @@ def _plan(
     if invariant:
         return Plan(batch_invariant_tiles(problem), copies_x, dense=False)
     dense = num_rows >= dense_from_rows(problem, this_gpu)
-    return Plan(choose_tiles(problem, num_rows, this_gpu), copies_x, dense)
+    return Plan(choose_tiles(problem, max(num_rows, 1), this_gpu), copies_x, dense)
 
 
 def forget_plans() -> None:
@@ -304,13 +343,13 @@ def _plan_of(
     x: Tensor, prepared: tuple[Tensor, ...], bias_N: Tensor | None, shape: LinearShape, invariant: bool
 ) -> Plan:
     """Return the plan of a call. Raises TypeError if x has another dtype than the prepared one."""
-    _, _, _, column_S, dtype_holder, _ = prepared
+    _, meta, _, column_S, dtype_holder, _ = prepared
     dtype = x.dtype
     if dtype != dtype_holder.dtype:
         raise TypeError(f"x is {dtype}, but the weight was prepared for {dtype_holder.dtype}")
     bias_dtype = None if bias_N is None else bias_N.dtype
     num_rows = x.numel() // shape.in_features
-    return _plan(shape, column_S.numel(), dtype, x.get_device(), num_rows, bias_dtype, invariant)
+    return _plan(shape, column_S.numel(), dtype, x.get_device(), num_rows, bias_dtype, meta.stride(0), invariant)
 
 
 def _relaunch(
@@ -386,7 +425,7 @@ def _dense_weight(prepared: tuple[Tensor, ...], shape: LinearShape, num_columns:
             meta,
             weight,
             shape.out_features,
-            words.shape[0] * 64,
+            _meta_rows(meta),
             num_columns,
             words.shape[1] // planes,
             P=planes,
@@ -397,6 +436,11 @@ def _dense_weight(prepared: tuple[Tensor, ...], shape: LinearShape, num_columns:
             enable_fp_fusion=True,
         )
     return weight
+
+
+def _meta_rows(meta: Tensor) -> int:
+    """Return the NP of the tensor in which meta lies, which is larger than that of meta if other weights share it."""
+    return meta.stride(0) // meta.shape[2] if meta.shape[0] > 1 else meta.shape[1]
 
 
 def _columns_per_block(shape: LinearShape) -> int:

@@ -150,7 +150,7 @@ def _unpack(
 def w4a16_kernel(
     x_ptr,  # bf16/fp16 [M, K], contiguous
     w_ptr,  # int32 [NP/64, P*T, 64, 16], contiguous
-    meta_ptr,  # int32 [P*T, NP, B], contiguous
+    meta_ptr,  # int32 [P*T, at least N, B]; its tiles are NP * B words apart
     bias_ptr,  # bf16/fp16 [N]; not read if HAS_BIAS is false
     y_ptr,  # bf16/fp16 [M, N], contiguous
     partial_ptr,  # fp32 [splits of K, M, N]; not used if SPLIT_K is false

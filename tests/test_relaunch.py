@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import random_weight
+from quantized_linears import quantized
 
 from llmquant.kernels import gpu
 from llmquant.kernels.layout import LinearShape
 from llmquant.kernels.relaunch import Relaunch
+from llmquant.runtime.shared_launch import SharedLaunch
 
 pytest.importorskip("triton")
 
@@ -114,6 +116,38 @@ def test_unaligned_tensors_are_launched_by_triton_itself(recorder):
     assert jit_calls() == 1
     gpu.matmul(aligned, prepared, None, shape)
     assert jit_calls() == 1
+
+
+@pytest.mark.slow
+def test_weights_in_a_shared_tensor_have_launches_of_their_own(recorder):
+    """The distance between two rows of meta tiles depends on the tensor in which the weight lies."""
+    weight = random_weight(64, 256, group_size=128, symmetric=False)
+    shape, x = LinearShape.of(weight), torch.zeros(1, 256).bfloat16()
+    alone, one, other = (gpu.prepare(weight, torch.bfloat16, torch.device("cpu")) for _ in range(3))
+    joined, views = gpu.join_weights([one, other])
+    both = LinearShape.of(random_weight(128, 256, group_size=128, symmetric=False))
+    calls = [(alone, shape, 64), (views[0], shape, 128), (views[1], shape, 128), (joined, both, 128)]
+    for _ in range(2):
+        recorder.launches.clear()
+        for prepared, its_shape, _ in calls:
+            gpu.matmul(x, prepared, None, its_shape)
+        for launch, (prepared, its_shape, meta_rows) in zip(recorder.launches, calls, strict=True):
+            assert launch[4 + 1] == prepared[0].data_ptr() and launch[4 + 2] == prepared[1].data_ptr()
+            assert launch[4 + POINTERS : 4 + POINTERS + 3] == (1, its_shape.out_features, meta_rows)
+
+
+@pytest.mark.slow
+def test_linears_that_share_launches_are_launched_again_together(recorder, monkeypatch):
+    gpu._kernels()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # lets the backend accept the CPU; the kernel is compiled nevertheless
+    linears = [quantized(64, 256, group_size=128) for _ in range(3)]
+    SharedLaunch(linears)
+    jit_calls = count_calls(gpu._kernels().w4a16_kernel)
+    for _ in range(4):
+        x = torch.zeros(1, 1, 256).bfloat16()
+        outputs = [linear(x) for linear in linears]
+        assert all(y.shape == (1, 1, 64) for y in outputs)
+    assert len(recorder.launches) == 4 and jit_calls() == 1
 
 
 def relaunch_of(run: Any) -> Relaunch:

@@ -107,7 +107,7 @@ class GraphDecoding:
         self.decoding = CUDA_GRAPH
         """How the tokens were decoded: `CUDA_GRAPH`, or "eager: " and the reason."""
         self.fused: tuple[str, ...] = ()
-        """The `decode_kernels` in the graph, and "-name: reason" for those that are not."""
+        """The kernels of `kernels.decode` in the graph, and "-name: reason" for those that are not."""
         self.setup_seconds = 0.0
         """Time between the first token and the second in which the graph was captured and its cache filled."""
 

@@ -1,4 +1,4 @@
-"""Fewer and larger kernels for the decode step of a transformers model, by `decode_kernels`.
+"""Fewer and larger kernels for the decode step of a transformers model, by `kernels.decode`.
 
 A norm of transformers launches eight kernels, a rotary embedding ten and an attention with its cache nine. During the
 capture of a decode step, `FusedStep.active` replaces them by one kernel each, in four places:
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from llmquant.errors import one_line
 
 FUSED_DEVICES = {"cuda"}
-"""Types of devices on which decode steps use `decode_kernels`."""
+"""Types of devices on which decode steps use `kernels.decode`."""
 ROTARY_FUNCTION = "apply_rotary_pos_emb"
 """The function of a model's module that rotates queries and keys."""
 SILU_CLASSES = ("SiLUActivation", "SiLU")
@@ -54,7 +54,7 @@ class FusedStep:
         self._feed_forwards = [module for module in modules if _is_feed_forward(module)]
         self._blocks = [module for module in modules if _is_block(module)]
         self._kinds: dict[int, int] = {}
-        """Kind of each norm in `decode_kernels`, by the norm's id."""
+        """Kind of each norm in `kernels.decode`, by the norm's id."""
         files = {sys.modules.get(type(module).__module__) for module in modules}
         self._files = [file for file in files if callable(getattr(file, ROTARY_FUNCTION, None))]
 
@@ -239,10 +239,10 @@ class FusedStep:
 def _import_kernels() -> ModuleType | str:
     """Return the module of the kernels, or why it cannot be imported."""
     try:
-        from llmquant.runtime import decode_kernels
+        from llmquant.kernels import decode
     except ImportError as error:
         return f"{type(error).__name__}: {one_line(error)}"
-    return decode_kernels
+    return decode
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ Letters: N out_features, K in_features, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,9 @@ from llmquant.kernels.layout import LinearShape, check_width
 from llmquant.runtime.attention import register_attention
 from llmquant.weight import QuantizedWeight, group_of_column
 
+if TYPE_CHECKING:
+    from llmquant.runtime.shared_launch import SharedLaunch
+
 
 class PickledWeight(NamedTuple):
     """The weight of a pickled `QuantizedLinear`. Unlike a backend's layout, it does not depend on the processor."""
@@ -55,6 +58,11 @@ class QuantizedLinear(nn.Module):
     x is [..., in_features] in `dtype`; the result has the same dtype. Gradients flow to x and to the bias, never to
     the codes.
     """
+
+    _group: SharedLaunch | None = None
+    """The linears that share launches with this one, or None."""
+    _group_index: int = 0
+    """Position of this linear in its group."""
 
     def __init__(
         self,
@@ -91,18 +99,32 @@ class QuantizedLinear(nn.Module):
         self._set_prepared(BACKENDS[self.backend_name].prepare(weight, self.dtype, device))
 
     def _set_prepared(self, prepared: tuple[Tensor, ...]) -> None:
-        """Store the backend's tensors twice: as the tuple that every call needs, and as buffers of the module."""
+        """Store the backend's tensors twice: as the tuple that every call needs, and as buffers of the module.
+
+        The linear leaves its group, whose weight holds the previous tensors.
+        """
+        if self._group is not None:
+            self._group.stop()
+            self._group = None
         self.prepared = prepared
         for i, tensor in enumerate(prepared):
             self.register_buffer(f"prepared_{i}", tensor, persistent=False)
 
+    def join_group(self, group: SharedLaunch, index: int, prepared: tuple[Tensor, ...]) -> None:
+        """Share launches with other linears. prepared: the same weight, as views into that of the group."""
+        self._set_prepared(prepared)
+        self._group, self._group_index = group, index
+
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for copies and pickles, with a `PickledWeight` instead of this processor's layout."""
+        """Return the state for copies and pickles, with a `PickledWeight` instead of this processor's layout.
+
+        Copies do not share launches.
+        """
         weight = self.quantized_weight()
         pickled = PickledWeight(
             words=pack_bits(weight.codes_NK, self.spec.bits, dim=1), scale_NG=weight.scale_NG, zero_NG=weight.zero_NG
         )
-        return self.__dict__ | {"_buffers": {}, "prepared": pickled}
+        return self.__dict__ | {"_buffers": {}, "prepared": pickled, "_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore the weight from a `PickledWeight`. Another backend is chosen if the old one cannot run here.
@@ -201,25 +223,27 @@ class QuantizedLinear(nn.Module):
         """Return y for x. Raises TypeError if x has another dtype than the linear."""
         if x.dtype != self.dtype:
             raise TypeError(f"x is {x.dtype}, but this linear was prepared for {self.dtype}")
-        if self._needs_operator(x):
-            return matmul(x, list(self.prepared), self.bias, self.backend_name, self.shape.as_ints())
-        return BACKENDS[self.backend_name].matmul(x, self.prepared, self.bias, self.shape)
+        bias_N = self.bias
+        if self._needs_operator(x, bias_N):
+            return matmul(x, list(self.prepared), bias_N, self.backend_name, self.shape.as_ints())
+        if self._group is not None:
+            has_hooks = bool(self._forward_hooks or self._forward_pre_hooks)
+            if (y := self._group.output(self._group_index, x, bias_N, has_hooks)) is not None:
+                return y
+        return BACKENDS[self.backend_name].matmul(x, self.prepared, bias_N, self.shape)
 
-    def _needs_operator(self, x: Tensor) -> bool:
+    def _needs_operator(self, x: Tensor, bias_N: Tensor | None) -> bool:
         """Return whether this call needs the custom operator, because autograd, tracing or a dispatch mode is active.
 
         The operator adds 10 to 30 microseconds of Python, as much as a small matmul takes, so plain inference calls the
         kernel directly.
         """
-        if torch.is_grad_enabled() and self._needs_gradient(x):
+        if torch.is_grad_enabled() and (x.requires_grad or (bias_N is not None and bias_N.requires_grad)):
             return True
         if not torch.compiler.is_compiling():
             return not is_plain(x)
         traced_below_rows = BACKENDS[self.backend_name].traced_below_rows
         return torch.compiler.is_exporting() or x.numel() >= traced_below_rows * self.in_features
-
-    def _needs_gradient(self, x: Tensor) -> bool:
-        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def check_move(self, fn: Callable[[Tensor], Tensor]) -> torch.device:
         """Return the device to which a function given to `_apply` moves tensors.
@@ -246,7 +270,8 @@ class QuantizedLinear(nn.Module):
         The layout moves only to a device on which its backend runs, and it is never cast.
         """
         device = self.check_move(fn)
-        self._set_prepared(tuple(tensor.to(device) for tensor in self.prepared))
+        if device != self.device:
+            self._set_prepared(tuple(tensor.to(device) for tensor in self.prepared))
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self
@@ -255,6 +280,7 @@ class QuantizedLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, {self.spec.describe()}, "
             f"bias={self.bias is not None}, backend={self.backend_name}"
+            + (f", launched with {self._group.size - 1} others" if self._group is not None else "")
         )
 
 

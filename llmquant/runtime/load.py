@@ -31,6 +31,7 @@ from llmquant.runtime.attention import use_attention
 from llmquant.runtime.generation_settings import GENERATION_CONFIG_FILE, read_generation_config
 from llmquant.runtime.linear import PackedDenseLinear, QuantizedLinear
 from llmquant.runtime.save import enable_saving
+from llmquant.runtime.shared_launch import share_launches
 
 LINEARS_BETWEEN_TRIMS = 8
 """Number of linears after which memory freed by unpacking is returned to the system, which takes about 1 ms."""
@@ -69,6 +70,7 @@ def load(
     if quantization is not None:
         pack_head(model)
         use_attention(model)
+        share_launches(model)
         enable_saving(model, reader.quantization_config or {})
         trim_heap()
     add_generation_config(model, reader.path)

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import pretend_kernels
 import pytest
 import torch
 import torch.nn.functional as F
+from quantized_linears import quantized_model
 from tiny_models import ARCHITECTURES, random_model
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from llmquant.runtime import decode_kernels, decoding, fused_step
+from llmquant.kernels import decode, gpu
+from llmquant.runtime import decoding, fused_step
 from llmquant.runtime.decode_graph import graphs_of
 from llmquant.runtime.generate import SamplingParams, run_timed, settings_of
+from llmquant.runtime.shared_launch import share_launches
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -43,14 +47,25 @@ def test_rms_norm_rounds_as_the_module(kind: int, norm_class: Any, dtype: torch.
     norm.weight.data = torch.randn(200).to(dtype)
     x = torch.randn(3, 1, 200).to(dtype)
     eps = 1e-6
-    result = decode_kernels.rms_norm(x, norm.weight, eps, kind)
+    result = decode.rms_norm(x, norm.weight, eps, kind)
     torch.testing.assert_close(result, norm(x), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     if dtype == torch.float16:
         assert (result == norm(x)).float().mean() > 0.99
     added = torch.randn_like(x)
-    total, result = decode_kernels.add_rms_norm(x, added, norm.weight, eps, kind)
+    total, result = decode.add_rms_norm(x, added, norm.weight, eps, kind)
     assert torch.equal(total, x + added)
     torch.testing.assert_close(result, norm(x + added), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_outputs_of_linears_that_share_a_launch_are_read_where_they_lie() -> None:
+    """They are columns of one tensor, so the distance between the rows of two sequences exceeds their width."""
+    shared = torch.randn(3, 1, 900).half()
+    weight_W = torch.randn(64).half()
+    query, gate, up = shared[..., :256], shared[..., 256:506], shared[..., 506:756]
+    heads_of_query = query.view(3, 1, 4, 64)
+    result = decode.rms_norm(heads_of_query, weight_W, 1e-6, 0)
+    assert torch.equal(result, decode.rms_norm(heads_of_query.contiguous(), weight_W, 1e-6, 0))
+    assert torch.equal(decode.silu_product(gate, up), decode.silu_product(gate.contiguous(), up.contiguous()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -59,11 +74,11 @@ def test_rotation_and_silu_product_have_the_bits_of_torch(num_sequences: int, dt
     q, k = heads(num_sequences, 8, 64, dtype), heads(num_sequences, 2, 64, dtype)
     angles = torch.randn(num_sequences, 1, 32).repeat(1, 1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    assert decode_kernels.can_rotate(q, k, cos, sin)
-    for result, truth in zip(decode_kernels.rotate(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
+    assert decode.can_rotate(q, k, cos, sin)
+    for result, truth in zip(decode.rotate(q, k, cos, sin), apply_rotary_pos_emb(q, k, cos, sin), strict=True):
         assert torch.equal(result, truth)
     gate, up = torch.randn(2, num_sequences, 1, 700).to(dtype)
-    result = decode_kernels.silu_product(gate, up)
+    result = decode.silu_product(gate, up)
     torch.testing.assert_close(result, F.silu(gate) * up, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
@@ -81,12 +96,12 @@ def test_attention_over_a_cache(
     keys, values = torch.randn(size).to(dtype), torch.randn(size).to(dtype)
     length = torch.tensor([last])
     expected = [cache.index_copy(2, length, new) for cache, new in ((keys, key), (values, value))]
-    decode_kernels.store(key, value, keys, values, length)
+    decode.store(key, value, keys, values, length)
     assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
     keys[:, :, last + 1 :] = float("nan")  # places that were never written are not read
     mask = (torch.arange(num_places) <= last).repeat(num_sequences, 1, 1, 1)
     mask[-1, ..., : last // 2] = False
-    result = decode_kernels.attend(q, keys, values, mask, length, 0.2)
+    result = decode.attend(q, keys, values, mask, length, 0.2)
     seen_keys, seen_values = (tensor[:, :, : last + 1].double() for tensor in (keys, values))
     truth = F.scaled_dot_product_attention(
         q.double(), seen_keys, seen_values, attn_mask=mask[..., : last + 1], scale=0.2, enable_gqa=True
@@ -96,6 +111,14 @@ def test_attention_over_a_cache(
 
 
 def run(family: str, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[Any, fused_step.FusedStep]:
+    """Decode with a random model with and without replaced kernels, and return (run, replacements)."""
+    config = ARCHITECTURES[family]()
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return run_model(random_model(config), monkeypatch)
+
+
+def run_model(model: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, fused_step.FusedStep]:
     """Decode with and without replaced kernels, compare the tokens, and return (run, replacements)."""
 
     def call_again(step: Any, device: torch.device) -> Any:
@@ -105,10 +128,6 @@ def run(family: str, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> tuple[An
     monkeypatch.setitem(decoding.CAPTURES, "cpu", call_again)
     monkeypatch.setattr(fused_step, "FUSED_DEVICES", {"cpu"})
     torch.use_deterministic_algorithms(False)
-    config = ARCHITECTURES[family]()
-    for name, value in fields.items():
-        setattr(config, name, value)
-    model = random_model(config)
     settings = settings_of(model, SamplingParams(max_new_tokens=8, greedy=True))
     settings.eos_token_id, settings.pad_token_id, settings.repetition_penalty = None, 1, 1.3
     tokens_SL, mask_SL = torch.randint(2, 500, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
@@ -135,13 +154,13 @@ def test_models_with_other_formulas_keep_their_own(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    norm = decode_kernels.rms_norm
-    monkeypatch.setattr(decode_kernels, "rms_norm", lambda x, *rest: norm(x, *rest) * 1.01)
+    norm = decode.rms_norm
+    monkeypatch.setattr(decode, "rms_norm", lambda x, *rest: norm(x, *rest) * 1.01)
 
     def fail(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(decode_kernels, "silu_product", fail)
+    monkeypatch.setattr(decode, "silu_product", fail)
     _, fused = run("qwen3", monkeypatch)
     assert fused.refusals == {
         "add_rms_norm": "its results differ from the model's",
@@ -149,3 +168,26 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
         "silu_product": "RuntimeError: no compiler",
     }
     assert fused.used == {"attend", "rotate", "store"}
+
+
+def test_fused_kernels_and_shared_launches_work_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode step of two sequences launches one kernel for q, k and v of a block, and one for gate and up."""
+    launches: list[int] = []
+
+    def launch(x_MK: torch.Tensor, prepared: Any, bias_N: Any, shape: Any, *tiles: Any) -> torch.Tensor:
+        launches.append(shape.out_features)
+        return pretend_kernels.launch(x_MK, prepared, bias_N, shape, *tiles)
+
+    monkeypatch.setattr(gpu, "launch", launch)
+    model = quantized_model("qwen3", torch.float16)
+    config = model.config
+    assert len(share_launches(model)) == 2 * config.num_hidden_layers
+    result, _ = run_model(model, monkeypatch)
+    assert result.fused == ("add_rms_norm", "attend", "rms_norm", "rotate", "silu_product", "store")
+    launches.clear()
+    (graph,) = graphs_of(model).graphs.values()
+    with torch.inference_mode():  # as in `run_timed`, which made the tensors of the graph
+        graph.replay()
+    qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    block = [qkv, config.hidden_size, 2 * 96 + 32, config.hidden_size]  # up starts at a multiple of 64
+    assert launches == block * config.num_hidden_layers
