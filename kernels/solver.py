@@ -1,7 +1,6 @@
-"""The quantizer's column loops and range search on a GPU: checks, launches, and PyTorch for the large products.
+"""The quantizer's column loops and range search on a GPU: the checks and launches of the kernels in `triton_solver.py`.
 
-Each function has the contract of its PyTorch form in `algorithms/`, which the tests compare it with. The kernels are in
-`triton_solver.py`.
+Each function has the contract of its PyTorch form in `algorithms/`, which the tests compare it with.
 
 Letters: N out_features, K in_features, G groups, B columns of a panel.
 """
@@ -30,12 +29,23 @@ _SCALE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 def can_run(weight: Tensor) -> bool:
     """Whether the kernels can round this weight: float32 on an NVIDIA GPU that Triton supports."""
-    return weight.dtype == torch.float32 and _device_is_supported(weight.device, os.environ.get("TRITON_INTERPRET"))
+    return weight.dtype == torch.float32 and refuses(weight.device) is None
+
+
+def refuses(device: torch.device) -> str | None:
+    """Return why the kernels cannot run on this device, or None if they can."""
+    return _refusal(device, os.environ.get("TRITON_INTERPRET"))
 
 
 @lru_cache(maxsize=64)
-def _device_is_supported(device: torch.device, interpreted: str | None) -> bool:
-    return gpu.refuses(LinearShape.of_sizes(64, 128, QuantSpec()), device, torch.bfloat16) is None
+def _refusal(device: torch.device, interpreted: str | None) -> str | None:
+    return gpu.refuses(LinearShape.of_sizes(64, 128, QuantSpec()), device, torch.bfloat16)
+
+
+@lru_cache(maxsize=64)
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return values in float32 on a device. They are kept, since a copy to a GPU waits for its queue."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def round_panel(
@@ -87,6 +97,9 @@ def _launch_panel(
     error_BN: Tensor,
 ) -> None:
     num_columns, num_rows = values_BN.shape
+    assert num_columns <= PANEL_COLUMNS and matrix_BB.stride(1) == 1 and group_B.dtype == torch.int64
+    tensors = (values_BN, scale_GN, zero_GN, q_BN, error_BN, values_BN if old_q_BN is None else old_q_BN)
+    assert all(tensor.is_contiguous() and tensor.dtype == torch.float32 for tensor in tensors)
     kernels = _kernels()
     with torch.cuda.device_of(values_BN):  # Triton launches on the current GPU
         kernels.round_panel_kernel[(-(-num_rows // PANEL_ROWS),)](
@@ -137,7 +150,7 @@ def search_ranges(
         kernels.search_range_kernel[-(-out_features // SEARCH_ROWS), num_groups](
             weight_KN.contiguous(),
             importance_K.contiguous(),
-            torch.tensor(shrinks, dtype=torch.float32, device=weight_KN.device),
+            _on_device(tuple(shrinks), weight_KN.device),
             scale_GN,
             zero_GN,
             out_features,

@@ -29,6 +29,13 @@ def _round_even(value):
 
 
 @triton.jit
+def _clamp(value, lowest, highest):
+    """Limit values to a range. NaN stays NaN, so that it shows in the errors of the result."""
+    value = tl.maximum(value, lowest, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, highest, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def round_panel_kernel(
     values,
     old_q,
@@ -88,10 +95,10 @@ def round_panel_kernel(
             next_old_R = tl.load(old_q + following * num_rows + row_R, mask=inside_R, other=0.0)
         value_R = tl.sum(tl.where((column_B == column)[:, None], values_BR, 0.0), axis=0)
         if DESCEND:
-            unrounded_R = old_R + tl.div_rn(value_R * (1.0 / divisor), scale_R)
+            unrounded_R = old_R + tl.div_rn(tl.div_rn(value_R, divisor + tl.zeros([R], tl.float32)), scale_R)
         else:
             unrounded_R = tl.div_rn(value_R, scale_R)
-        q_R = _round_even(tl.minimum(tl.maximum(unrounded_R, -zero_R), max_code - zero_R))
+        q_R = _round_even(_clamp(unrounded_R, -zero_R, max_code - zero_R))
         if DESCEND:
             error_R = (q_R - old_R) * scale_R
         else:
@@ -189,7 +196,7 @@ def search_range_kernel(
             )
             importance_C = tl.load(importance + column, mask=inside_C, other=0.0)
             q_CR = tl.div_rn(weight_CR, tl.broadcast_to(scale_R[None, :], (C, R)))
-            q_CR = tl.minimum(tl.maximum(q_CR, -zero_R[None, :]), max_code - zero_R[None, :])
+            q_CR = _clamp(q_CR, -zero_R[None, :], max_code - zero_R[None, :])
             error_CR = _round_even(q_CR) * scale_R[None, :] - weight_CR
             loss_R += tl.sum(importance_C[:, None] * error_CR * error_CR, axis=0)
         better_R = (loss_R < best_R) | (trial < 0)

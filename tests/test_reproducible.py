@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from llmquant.models.reproducible import CUBLAS_WORKSPACE, reproducible_arithmetic
+from llmquant.models.reproducible import (
+    CUBLAS_WORKSPACE,
+    has_reproducible_attention,
+    reproducible_arithmetic,
+    reproducible_attention,
+)
 
 
 def settings():
@@ -62,3 +69,19 @@ def test_a_cpu_keeps_its_settings():
     outside = settings()
     with reproducible_arithmetic(torch.device("cpu")):
         assert settings() == outside
+
+
+def test_gradients_use_plain_attention_if_its_scores_fit_in_the_gpus_memory(monkeypatch):
+    memory = SimpleNamespace(total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    gpu, few, many = torch.device("cuda"), 512**2 * 32, 64 * 8192**2 * 32
+    assert has_reproducible_attention(gpu, few) and not has_reproducible_attention(gpu, many)
+    assert has_reproducible_attention(torch.device("cpu"), many)
+
+    def is_fused_allowed(device, num_scores):
+        with reproducible_attention(device, num_scores):
+            return torch.backends.cuda.flash_sdp_enabled()
+
+    assert is_fused_allowed(gpu, many) and is_fused_allowed(torch.device("cpu"), few)
+    assert not is_fused_allowed(gpu, few)
+    assert torch.backends.cuda.flash_sdp_enabled(), "the setting is restored"

@@ -113,7 +113,8 @@ def refit_scales(
         normal_GGN[group] = sums_by_group(product_KN.mul_(q_KN), spec.group_size)
     # The system is symmetric. Taking one half of it twice keeps it so in spite of rounding.
     normal_NGG = normal_GGN.permute(2, 0, 1).triu()
-    normal_NGG = normal_NGG + normal_NGG.triu(1).mT
+    del normal_GGN
+    normal_NGG += normal_NGG.triu(1).mT
     normal_NGG.diagonal(dim1=1, dim2=2).mul_(1 + RIDGE).add_(torch.finfo(target_KN.dtype).tiny)
     change_GN = torch.linalg.solve(normal_NGG.double(), right_GN.T.double()).to(target_KN.dtype).T
     limit_GN = MAX_SCALE_CHANGE * grid.scale_GN

@@ -117,6 +117,7 @@ def factor_inverse(
             del lower_KK
             added_K = (damped_diagonal(diagonal_K, damping, scale_K) - diagonal_K).to(dtype)
             return InverseFactor(inverse_KK.flip(0, 1), order_K, damping, added_K)
+        del lower_KK
     return None
 
 
@@ -183,6 +184,11 @@ def gptq_round(
         )
         remaining_KN[stop:].addmm_(upper_KK[start:stop, stop:].T, error_BN, alpha=-1)
     return ordered_q_KN[torch.argsort(factor.order_K)]
+
+
+def refuses_column_loops(device: torch.device) -> str | None:
+    """Return why the kernels of the column loops cannot run on a device, or None if they can (`solver.refuses`)."""
+    return solver.refuses(device)
 
 
 def round_panel_torch(

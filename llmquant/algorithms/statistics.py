@@ -76,10 +76,10 @@ class InputStatistics:
         exact_TK = x_TK.float()
         self.num_tokens += x_TK.shape[0]
         self._abs_K += exact_TK.abs().sum(0)
-        if x_TK.dtype == torch.float16 and not sums_in_float32(x_TK):
-            x_TK = exact_TK  # products in float16 would overflow: 300 squared is beyond its range
-        factor_TK = exact_TK if self._exact and not sums_in_float32(x_TK) else x_TK
-        self._add_products(factor_TK)
+        is_rounded = not sums_in_float32(x_TK)
+        self._add_products(exact_TK if is_rounded and (self._exact or x_TK.dtype == torch.float16) else x_TK)
+        if x_TK.dtype == torch.float16:  # results in float16 would overflow: 300 squared is beyond its range
+            x_TK = exact_TK
         drift_TK = None
         if original_x_TK is not None:
             original_TK = original_x_TK.to(x_TK.dtype) if self.scale_K is None else original_x_TK / self.scale_K
@@ -91,6 +91,9 @@ class InputStatistics:
                 drift_TN = missing_TN if drift_TN is None else drift_TN + missing_TN
             if drift_TN is not None:
                 self._add_moment(split, product_with_float32(x_TK, drift_TN))
+        elif drift_TK is not None and sums_in_float32(x_TK):
+            sums_KK = torch.zeros(x_TK.shape[1], x_TK.shape[1], device=x_TK.device)
+            self._add_moment(split, add_product(sums_KK, drift_TK, x_TK))
         elif drift_TK is not None:
             self._add_moment(split, drift_TK.T @ x_TK)
 
@@ -176,6 +179,8 @@ def _has_float32_result(device: torch.device, dtype: torch.dtype) -> bool:
     expected_KK = torch.addmm(torch.ones(64, 64, device=device), x_TK.float().T, x_TK.float())
     try:
         result_KK = add_product(torch.ones(64, 64, device=device), x_TK, x_TK)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, NotImplementedError):
         return False
     return bool(torch.allclose(result_KK, expected_KK, rtol=1e-5, atol=1e-5))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -134,8 +135,13 @@ class CheckpointReader:
     def file_hashes(self) -> dict[str, str]:
         """Return the SHA-256 of config.json and of every shard, by file name. Reads all files."""
         files = [self.path / "config.json", *self.shards]
+        is_over = threading.Event()
         with ThreadPoolExecutor(max_workers=HASHING_THREADS) as pool:  # hashlib releases the interpreter's lock
-            return {file.name: digest for file, digest in zip(files, pool.map(file_sha256, files), strict=True)}
+            digests = pool.map(lambda file: file_sha256(file, is_over), files)
+            try:
+                return {file.name: digest for file, digest in zip(files, digests, strict=True)}
+            finally:  # after an error or an interruption, the threads must not read on
+                is_over.set()
 
     # --- opening -----------------------------------------------------------------------------------------------------
 
@@ -295,14 +301,16 @@ def _read_into(handle: FileIO, view: memoryview, info: TensorInfo) -> None:
         view = view[count:]
 
 
-def file_sha256(file: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+def file_sha256(file: Path, is_over: threading.Event | None = None) -> str:
+    """Return the SHA-256 of a file, in hexadecimal. is_over: another thread sets it if the result is not needed."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(CHUNK_BYTES))
     try:
         with file.open("rb", buffering=0) as handle:
             while count := handle.readinto(buffer):
                 digest.update(buffer[:count])
+                if is_over is not None and is_over.is_set():
+                    break
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); check the file and its permissions") from None
     return digest.hexdigest()

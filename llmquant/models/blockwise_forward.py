@@ -61,6 +61,8 @@ SEQUENCES_BETWEEN_TRIMS = 8
 """Number of passes that run before freed memory is returned to the operating system again."""
 SEQUENCES_AT_ONCE = 4
 """Number of group inputs that the caller of `BlockwiseForward.input_groups` holds while it adds their statistics."""
+PASS_TOKENS = 4096
+"""Largest number of tokens of a pass with several sequences, which run together on a GPU."""
 AFTER_LAST_BLOCK = -1
 """`CalibrationPass.block` of a pass that has left the last block."""
 NO_GROUP = -1
@@ -175,6 +177,7 @@ class BlockwiseForward:
             if calibration_pass and not calibration_pass.dead:
                 calibration_pass.throw()
         self._hooks.close()
+        self.skeleton.cancel_prefetch()
         self._drop_outside(modules_outside(self.skeleton.model, self.block_names))
         if self._spill is not None:
             self._spill.close()

@@ -20,10 +20,15 @@ class Prefetcher:
         self._futures: dict[str, Future[Tensor]] = {}
 
     def start(self, names: Iterable[str]) -> None:
-        """Start to read these tensors. Those of an earlier call that nobody has taken are freed."""
+        """Start to read these tensors. Those of an earlier call that were not taken are freed."""
+        self.cancel()
+        self._futures = {name: self._pool.submit(self._read, name) for name in names}
+
+    def cancel(self) -> None:
+        """Start no further read, and free what was not taken. Without this, a process that ends reads everything."""
         for future in self._futures.values():
             future.cancel()
-        self._futures = {name: self._pool.submit(self._read, name) for name in names}
+        self._futures = {}
 
     def take(self, name: str) -> Tensor | None:
         """Return a tensor once it is read, and forget it; None if it was not prefetched.
@@ -35,4 +40,7 @@ class Prefetcher:
 
     def _read(self, name: str) -> Tensor:
         tensor = self._reader.read(name)
-        return tensor.pin_memory() if torch.cuda.is_available() else tensor
+        try:
+            return tensor.pin_memory() if torch.cuda.is_available() else tensor
+        except RuntimeError:  # the system limits pinned memory; the copy to the GPU is then slower, and nothing else
+            return tensor

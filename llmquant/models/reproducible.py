@@ -4,8 +4,10 @@ cuBLAS and cuDNN may compute float32 products in TF32, which keeps 10 bits of ea
 codes are rounded by its factor, so this would change codes. TF32 is off by default, but containers of NVIDIA turn it
 on by an environment variable, and other code of the process may turn it on.
 
-The backward pass of attention and `index_add_` sum by atomic additions, whose order varies from run to run. In its
-deterministic mode, PyTorch takes other kernels for both. A function without such a kernel runs anyway.
+`index_add_` sums by atomic additions, whose order varies from run to run. In PyTorch's deterministic mode, it takes
+another kernel; operations without such a kernel run anyway. The backward pass of fused attention also uses atomic
+additions, and changes its kernel only in a mode that refuses all other such operations. So gradients are computed with
+plain attention, whose products have a fixed order (`reproducible_attention`).
 """
 
 from __future__ import annotations
@@ -16,16 +18,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """Environment variable that cuBLAS reads when it starts. With it, products have the same bits on every stream."""
+SCORE_BYTES = 8
+"""Bytes of plain attention for each pair of tokens and head: the scores and their gradient, and copies in float32."""
+MAX_MEMORY_FRACTION = 0.125
+"""Largest fraction of a GPU's memory for the scores of plain attention."""
 
 
 @contextmanager
 def reproducible_arithmetic(device: torch.device) -> Iterator[None]:
     """Compute reproducibly and without TF32 on a GPU for the duration of a `with` block; no effect on a CPU.
 
-    PyTorch's settings are those of the whole process. They are restored at the end.
+    PyTorch's settings are those of the whole process. They are restored at the end; the environment variable of cuBLAS
+    stays, since cuBLAS has read it.
     """
     if device.type != "cuda":
         yield
@@ -47,3 +55,24 @@ def reproducible_arithmetic(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+
+def has_reproducible_attention(device: torch.device, num_scores: int) -> bool:
+    """Whether gradients of attention have the same bits in every run: on a CPU, or if the scores fit in a GPU's memory.
+
+    num_scores: query tokens times key tokens times heads that run at one time.
+    """
+    if device.type != "cuda":
+        return True
+    total_bytes = torch.cuda.get_device_properties(device).total_memory
+    return SCORE_BYTES * num_scores <= MAX_MEMORY_FRACTION * total_bytes
+
+
+@contextmanager
+def reproducible_attention(device: torch.device, num_scores: int) -> Iterator[None]:
+    """Use plain attention on a GPU for the duration of a `with` block, if its scores fit in the GPU's memory."""
+    if device.type == "cuda" and has_reproducible_attention(device, num_scores):
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield

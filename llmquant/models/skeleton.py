@@ -374,6 +374,11 @@ class Skeleton:
         read = [self.names[name] for name in names if name in self.names and name not in self.computed_parameters]
         self._prefetcher.start(dict.fromkeys(read))
 
+    def cancel_prefetch(self) -> None:
+        """Stop what `prefetch` has started."""
+        if self._prefetcher is not None:
+            self._prefetcher.cancel()
+
     def put(self, name: str, owner: nn.Module, leaf: str, value: Tensor) -> None:
         """Set one parameter or buffer to a value, on the device and in the dtype in which transformers loads it.
 

@@ -28,7 +28,7 @@ from llmquant.estimates.memory import estimate_memory
 from llmquant.humanize import dtype_name
 from llmquant.memory import trim_heap
 from llmquant.models.blocks import BlockStructure, weight_of
-from llmquant.models.blockwise_forward import SEQUENCES_AT_ONCE, BlockwiseForward, GroupInput
+from llmquant.models.blockwise_forward import PASS_TOKENS, SEQUENCES_AT_ONCE, BlockwiseForward, GroupInput
 from llmquant.models.finite import all_finite, damaged_weights_error, finite_flag, read_finite
 from llmquant.models.spill import Spill
 from llmquant.pipeline.block_writer import BlockWriter
@@ -49,8 +49,8 @@ from llmquant.solver.quantize_linear import LinearResult, quantize_linears, roun
 from llmquant.solver.reduction import chunk_of, piece_of, split_of
 from llmquant.spec import Recipe
 
-PASS_TOKENS = 4096
-"""Tokens of one forward pass on a GPU, in whole samples of one piece."""
+HASHING_THREADS = 4
+"""Linears of an input group whose codes are hashed at the same time."""
 
 
 def quantize_blocks(run: Run) -> None:
@@ -78,6 +78,7 @@ def quantize_blocks(run: Run) -> None:
                 forward.enter(index)
             stored = ranks.on_main(partial_call(run.stored_part, part))
             if stored is not None:
+                writer.wait()
                 _restore_block(run, forward, index, scaler, *stored)
                 if run.partial is not None:
                     run.partial.drop_part(cross_row_part(index))
@@ -306,9 +307,13 @@ def _checked_finite(plan: Plan, inputs: Iterable[GroupInput], index: int, name: 
             read_finite(plan.skeleton, tensor)
         raise UserError(
             f"{plan.path}: block {index}: NaN or inf in the input of '{name}' of the {model} model, in "
-            f"calibration sample {' or '.join(map(str, samples))}; the model overflows in "
+            f"calibration {_describe(samples)}; the model overflows in "
             f"{dtype_name(plan.skeleton.dtype)} on this text: try --dtype bfloat16 or float32, with --restart"
         )
+
+
+def _describe(samples: range) -> str:
+    return f"sample {samples[0]}" if len(samples) == 1 else f"samples {samples[0]} to {samples[-1]}"
 
 
 def _quantize_group(
@@ -325,7 +330,8 @@ def _quantize_group(
         work = partial_call(_quantize_some, run.plan, index, group, statistics, factors)
         results = run.ranks.divide(costs, work)
         if run.ranks.is_main:
-            with ThreadPoolExecutor(len(results)) as pool:  # hashlib releases the interpreter's lock
+            # hashlib releases the interpreter's lock.
+            with ThreadPoolExecutor(min(len(results), HASHING_THREADS)) as pool:
                 digests = pool.map(lambda result: result.weight.digest(), results.values())
                 for (name, result), digest in zip(results.items(), digests, strict=True):
                     run.record_linear(group[name], result, digest, statistics)

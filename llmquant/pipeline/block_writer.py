@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from llmquant.checkpoints.copies import tensor_digest
-from llmquant.errors import UserError
 from llmquant.pipeline.output import pack_part
 from llmquant.pipeline.run import Run
 from llmquant.solver.output_hessian import cross_row_part
@@ -39,7 +38,7 @@ class BlockWriter:
     ) -> None:
         try:
             self.wait()
-        except UserError:
+        except Exception:  # an error of the computation came first, and is the one to report
             if error is None:
                 raise
         finally:

@@ -16,17 +16,19 @@ from typing import Any
 
 import torch
 
+from llmquant.algorithms.gptq import refuses_column_loops
 from llmquant.checkpoints.out_folder import check_no_overlap
 from llmquant.checkpoints.unfinished import check_out_folder, unfinished_request
 from llmquant.checkpoints.writer import PartialCheckpoint
 from llmquant.data.calibration import AUTO_SOURCE, CalibrationTokens, calibration_tokens, preview_calibration
 from llmquant.data.sources import preset_names
+from llmquant.errors import UserError
 from llmquant.estimates.disk import check_disk
 from llmquant.estimates.memory import estimate_memory
 from llmquant.hub import load_tokenizer, resolve_model
 from llmquant.memory import trim_heap
 from llmquant.models.finite import DamagedWeights
-from llmquant.models.reproducible import reproducible_arithmetic
+from llmquant.models.reproducible import has_reproducible_attention, reproducible_arithmetic
 from llmquant.paths import existing_paths, parse_path
 from llmquant.pipeline.block_loop import quantize_blocks, round_blocks
 from llmquant.pipeline.budget import ALLOCATION, choose_allocation, grids_of_allocation, plan_provisionally, with_grids
@@ -50,6 +52,7 @@ from llmquant.progress import OnProgress, Phase, ignore_progress
 from llmquant.report.run_log import RunLog
 from llmquant.report.schema import Report, read_report
 from llmquant.runtime.attention import use_attention
+from llmquant.solver.gradients import num_scores, tokens_at_once
 from llmquant.solver.output_hessian import cross_row_part, network_cross_row_factors, pack_factors
 from llmquant.spec import Options, QuantSpec, Recipe
 
@@ -83,6 +86,8 @@ def quantize(
     command: the command line, for the report.
     Raises UserError for every problem that the user can solve. Once it is solved, the same call continues the run.
     """
+    if options is not None and options.machine is not None:
+        raise UserError(f"machine '{options.machine}': a run uses this machine; give a machine to a dry run only")
     ranks = Ranks.join()
     with ranks.session():
         recipe, options, out = recipe or Recipe(), ranks.options(options or Options()), parse_path(out)
@@ -98,6 +103,7 @@ def quantize(
         run = Run(plan=plan, log=log, on_progress=on_progress, ranks=ranks, tokens=None)
         if ranks.is_main:
             _note_checkpoint(run, out)
+            _note_device(run)
         run = replace(run, tokens=_calibration_tokens(run, on_calibration))
         with reproducible_arithmetic(plan.skeleton.device):
             return _run_main_rank(run, out) if ranks.is_main else _run_other_rank(run)
@@ -166,6 +172,19 @@ def _run_main_rank(run: Run, out: Path) -> Report:
     report = read_report(out)
     run.ranks.send(report)
     return report
+
+
+def _note_device(run: Run) -> None:
+    """Record the steps that a GPU runs in a slower way, or not reproducibly."""
+    plan, device = run.plan, run.plan.skeleton.device
+    if device.type != "cuda":
+        return
+    if plan.recipe.uses_gptq and (reason := refuses_column_loops(device)) is not None:
+        run.log.fallback("solver", f"rounds column by column in PyTorch, which is far slower: {reason}")
+    together = max(1, tokens_at_once(plan) // plan.options.seq_len) if plan.recipe.runs_backward else 1
+    scores = num_scores(plan, together, plan.options.seq_len)
+    if plan.recipe.compensates_across_rows and not has_reproducible_attention(device, scores):
+        run.log.note("gradients", "may differ in last bits between runs: plain attention would take too much memory")
 
 
 def _note_checkpoint(run: Run, out: Path) -> None:

@@ -33,6 +33,7 @@ from llmquant.models.blocks import (
     weight_of,
     with_first_tensor,
 )
+from llmquant.models.reproducible import reproducible_attention
 from llmquant.planning.plan import Plan
 
 MEASURED_TOKENS = 4096
@@ -69,6 +70,13 @@ def bytes_per_token(plan: Plan) -> int:
     return plan.skeleton.dtype.itemsize * (len(blocks) * hidden + 2 * features)
 
 
+def num_scores(plan: Plan, num_sequences: int, seq_len: int) -> int:
+    """Return the attention scores of one block for some sequences: pairs of tokens times heads."""
+    config = plan.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None)
+    return num_sequences * seq_len**2 * (heads if isinstance(heads, int) else 1)
+
+
 class BlockwiseBackprop(ABC):
     """Runs a model forward and backward, block by block. A subclass chooses linears and receives their gradients."""
 
@@ -97,7 +105,11 @@ class BlockwiseBackprop(ABC):
     def run(self, tokens_SL: Tensor, seed: int = 0) -> None:
         """Run some sequences forward and backward. seed: for drawing the labels of the loss."""
         skeleton, body_and_head = self.plan.skeleton, self._body_and_head
-        with _outside_loaded(self.plan), self._blocks_replaced():
+        with (
+            _outside_loaded(self.plan),
+            self._blocks_replaced(),
+            reproducible_attention(skeleton.device, num_scores(self.plan, *tokens_SL.shape)),
+        ):
             self._finds_body = True
             with torch.no_grad():
                 run_model_code(skeleton.model, lambda: body_and_head.find_body(tokens_SL))

@@ -37,11 +37,12 @@ from llmquant.errors import one_line
 from llmquant.hooks import hooked
 from llmquant.models.blocks import first_tensor, linear_shape, with_first_tensor
 from llmquant.models.blockwise_forward import BlockwiseForward
+from llmquant.models.reproducible import reproducible_attention
 from llmquant.models.scale_folding import floating_tensors_in
 from llmquant.planning.linears import LinearPlan
 from llmquant.planning.plan import Plan
 from llmquant.report.run_log import RunLog
-from llmquant.solver.gradients import READS_PER_BLOCK, BlockwiseBackprop, tokens_at_once
+from llmquant.solver.gradients import READS_PER_BLOCK, BlockwiseBackprop, num_scores, tokens_at_once
 from llmquant.solver.reduction import NUM_CHUNKS, chunk_of
 
 GRADIENT_TOKENS = 2048
@@ -75,9 +76,11 @@ def block_cross_row_factors(
     if len(calls) < 2:
         return {}
     hessians = _BlockHessians(plan.skeleton.model.get_submodule(name), linears, seed=index)
+    scores = num_scores(plan, 1, plan.options.seq_len)
     try:
-        for number, (args, kwargs) in enumerate(calls):
-            hessians.add_gradients(args, kwargs, split=number % 2)
+        with reproducible_attention(plan.skeleton.device, scores):
+            for number, (args, kwargs) in enumerate(calls):
+                hessians.add_gradients(args, kwargs, split=number % 2)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:

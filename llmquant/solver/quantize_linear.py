@@ -43,6 +43,7 @@ from llmquant.algorithms.grid import (
 )
 from llmquant.algorithms.statistics import InputStatistics, output_errors
 from llmquant.humanize import dtype_name
+from llmquant.models.finite import all_finite
 from llmquant.planning.plan import Plan
 from llmquant.spec import QuantSpec, Recipe
 from llmquant.weight import QuantizedWeight
@@ -220,6 +221,9 @@ def quantize_linears(
         weight_KN = weights[name].float().T.contiguous()
         is_corrected = name in corrections
         target_KN = weight_KN + shrinkage * corrections.pop(name) if is_corrected else weight_KN
+        if is_corrected and not all_finite(target_KN):
+            is_corrected, target_KN = False, weight_KN
+            fallbacks = [*fallbacks, "the error correction is not finite: left out"]
         result = quantize_linear(weight_KN, target_KN, specs[name], problem, (cross_row or {}).get(name))
         too_small_or_large = scale_range_fallbacks(weights[name], specs[name], limits.scale_dtype)
         result = _with_fallbacks(result, [*fallbacks, *too_small_or_large])
