@@ -338,6 +338,29 @@ def test_rows_on_which_the_search_loses_are_rtn_rows_and_counted(monkeypatch):
     assert round_without_data(weights["b"], specs["b"], StorageLimits(torch.float16)).rtn_rows is None
 
 
+def test_a_correction_that_is_not_finite_is_left_out_and_told(monkeypatch):
+    statistics = InputStatistics(64, torch.device("cpu"))
+    x_TK = correlated_inputs(256, 64)
+    statistics.add(x_TK)
+    plain = quantize_linears({"a": random(16, 64)}, {"a": SPECS[0]}, statistics, Recipe(), StorageLimits(torch.float16))
+    statistics = InputStatistics(64, torch.device("cpu"))
+    statistics.add(x_TK, x_TK + 0.1 * random(256, 64, seed=9))
+    limits = StorageLimits(torch.float16)
+    corrected = quantize_linears({"a": random(16, 64)}, {"a": SPECS[0]}, statistics, Recipe(), limits)
+    assert corrected["a"].correction_shrinkage > 0 and corrected["a"].fallbacks == ()
+
+    def overflowing(factor, moments_KN):
+        correction_KN, terms = fit_correction(factor, moments_KN)
+        correction_KN[3, 2] = float("inf")
+        return correction_KN, terms
+
+    monkeypatch.setattr(quantize_linear, "fit_correction", overflowing)
+    result = quantize_linears({"a": random(16, 64)}, {"a": SPECS[0]}, statistics, Recipe(), limits)["a"]
+    assert result.fallbacks == ("the error correction is not finite: left out",)
+    assert result.correction_shrinkage is None
+    assert torch.equal(result.weight.codes_NK, plain["a"].weight.codes_NK)
+
+
 def test_linears_of_one_input_share_the_shrinkage_of_their_corrections():
     weights = {"a": random(24, 64), "b": random(8, 64, seed=6)}
     specs = {"a": QuantSpec(group_size=32), "b": QuantSpec(bits=8, group_size=32)}

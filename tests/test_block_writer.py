@@ -99,3 +99,25 @@ def test_an_error_of_the_computation_is_not_replaced_by_one_of_the_disk(make_run
     with pytest.raises(UserError, match="NaN in block 1"), BlockWriter(run) as writer:
         writer.write(0, "block-0", {}, {})
         raise UserError("NaN in block 1")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("NaN in block 1")])
+def test_an_interruption_waits_for_the_block_on_the_disk_and_is_reported(make_run, error):
+    run = make_run("cuda")
+    with pytest.raises(type(error)), BlockWriter(run) as writer:
+        writer.write(0, "block-0", {}, {})
+        raise error
+    assert [name for name, *_ in run.checkpoint.parts] == ["block-0"]
+
+
+def test_a_fault_in_the_thread_does_not_replace_an_interruption(make_run, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(block_writer, "pack_part", fail)
+    run = make_run("cuda")
+    with pytest.raises(KeyboardInterrupt), BlockWriter(run) as writer:
+        writer.write(0, "block-0", {}, {})
+        raise KeyboardInterrupt
+    with pytest.raises(RuntimeError, match="out of memory"), BlockWriter(run) as writer:
+        writer.write(0, "block-0", {}, {})

@@ -75,6 +75,39 @@ def test_range_search_gives_the_grid_of_the_torch_form(monkeypatch, spec, dtype,
     assert not torch.equal(grid.scale_GN, unsearched.scale_GN)
 
 
+@pytest.mark.parametrize(("in_features", "out_features"), [(40, 21), (1, 3), (130, 1)])
+def test_column_loops_of_small_weights(monkeypatch, in_features, out_features):
+    weight, hessian = problem(2)
+    weight = weight[:in_features, :out_features].contiguous()
+    hessian = hessian[:in_features, :in_features].contiguous()
+    spec = QuantSpec(bits=4, group_size=-1, symmetric=False)
+    factor = factor_inverse(hessian, column_order(hessian))
+    with by_torch(monkeypatch):
+        grid = find_grid(weight, None, spec, torch.float16)
+        expected = gptq_round(weight, factor, grid, spec)
+    assert torch.equal(gptq_round(weight, factor, grid, spec), expected)
+
+
+def test_a_value_that_is_not_a_number_shows_in_the_levels_of_its_row():
+    weight, hessian = problem()
+    spec = SPECS[0]
+    grid = find_grid(weight, None, spec, torch.float16)
+    weight[2, 4] = float("nan")
+    q = gptq_round(weight, factor_inverse(hessian, column_order(hessian)), grid, spec)
+    assert q[2, 4].isnan() and not q[:, :4].isnan().any() and not q[:, 5:].isnan().any()
+
+
+def test_wrong_arguments_are_refused():
+    weight, hessian = problem()
+    group = torch.zeros(K, dtype=torch.int64)
+    grid = torch.ones(1, N), torch.zeros(1, N)
+    with pytest.raises(AssertionError):
+        solver.round_panel(weight, hessian, group, *grid, 15, torch.empty_like(weight), torch.empty_like(weight))
+    few = weight[:8]
+    with pytest.raises(AssertionError):
+        solver.round_panel(few, hessian[:8, :8].T, group[:8], *grid, 15, few.T.clone().T, torch.empty_like(few))
+
+
 class CountedOperations(TorchDispatchMode):
     """Counts the operations that compute something, which are launches on a GPU. Views compute nothing."""
 
