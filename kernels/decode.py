@@ -1,9 +1,10 @@
 """The small operations of a decode step as Triton kernels, each of which replaces several of PyTorch's.
 
 A decode step of an 8B model reads its weights in a millisecond, so even two microseconds for each of a thousand small
-kernels would dominate. The kernels round to the dtype of their inputs where the modules of transformers round, so their
-results differ from those modules only by the order of sums. The jit functions are in `triton_decode.py`; both files
-need Triton when they are imported.
+kernels would dominate. All kernels except `attend` round to the dtype of their inputs where the modules of transformers
+round, so their results differ from those modules only by the order of sums. `attend` also rounds the probabilities to
+the dtype of the values before it multiplies them. The jit functions are in `triton_decode.py`; both files need Triton
+when they are imported.
 
     rms_norm     root mean square norm; add_rms_norm: of a sum, which is returned too
     rotate       rotary position embedding of queries and keys
@@ -27,7 +28,7 @@ BLOCK_PLACES = 64
 """Places of the cache that one iteration of `attend` reads."""
 MAX_PARTS = 32
 """Largest number of parts into which `attend` splits the places."""
-WANTED_PROGRAMS = 264
+NUM_PROGRAMS = 264
 """Number of programs that `attend` starts if the cache is long enough: two for each multiprocessor of an H100."""
 SILU_COLUMNS = 512
 """Columns of one program of `silu_product`."""
@@ -158,9 +159,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, length: Tensor
     per_head = num_heads // num_kv_heads
     num_pairs = num_sequences * num_kv_heads
     most = min(triton.cdiv(num_places, BLOCK_PLACES), MAX_PARTS)
-    blocks_per_part = triton.cdiv(
-        triton.cdiv(num_places, BLOCK_PLACES), min(most, max(WANTED_PROGRAMS // num_pairs, 1))
-    )
+    blocks_per_part = triton.cdiv(triton.cdiv(num_places, BLOCK_PLACES), min(most, max(NUM_PROGRAMS // num_pairs, 1)))
     places_per_part = blocks_per_part * BLOCK_PLACES
     num_parts = triton.cdiv(num_places, places_per_part)
     sums = q.new_empty((num_pairs, num_parts, per_head, head_dim), dtype=torch.float32)

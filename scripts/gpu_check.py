@@ -3,13 +3,14 @@
 
     scripts/gpu_check.py --out results               # under 8 minutes on an H100 or H200
     scripts/gpu_check.py --only machine,speed --plot speed.png
-    scripts/gpu_check.py --rehearse --out results    # the same steps with tiny problems on a CPU, under 2 minutes
+    scripts/gpu_check.py --rehearse --out results    # the same steps with tiny problems on a CPU, in minutes
 
 It runs from a checkout; the package need not be installed. Each section is a process of its own with a time limit. A
 section that fails, crashes or hangs is recorded, and the next one starts. Every result is a line of OUT/log.jsonl the
 moment it is known, and OUT/sections.log holds all that the sections print. The tables at the end are in
-OUT/summary.txt too, and the last line is JSON. A random Llama checkpoint with the blocks of an 8B model is written and
-the kernels are compiled in the background.
+OUT/summary.txt too, and the last line of stdout is JSON; both also come after SIGTERM or Ctrl-C. A random Llama
+checkpoint with the blocks of an 8B model is written and the kernels are compiled in the background. Sections that
+measure times wait for that, or say in each result that it was still running.
 
 Exit code: 0 if all is well, 1 if a section failed or found a problem, 2 if the machine has no GPU that the backend
 supports. A speed below its goal is reported, but is no problem.
@@ -20,40 +21,44 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
+from functools import partial
+from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from gpu import processes, summary
-from gpu.correctness import check_case, correctness_cases
 from gpu.runs import CONSOLE_FILE, LOG_FILE, REHEARSAL_PATIENCE, SUMMARY_FILE, Log, Run, one_line, read_log
-from gpu.speed import draw, print_table, speed_limit_microseconds, time_linear
 
-from llmquant.kernels import gpu as backend
-from llmquant.kernels.layout import LinearShape
-from llmquant.kernels.tune import graph_microseconds
-from llmquant.spec import QuantSpec
+FUNCTIONS = {
+    "check_case": "gpu.correctness",
+    "correctness_cases": "gpu.correctness",
+    "draw": "gpu.speed",
+    "graph_microseconds": "llmquant.kernels.tune",
+    "print_table": "gpu.speed",
+    "speed_limit_microseconds": "gpu.speed",
+    "time_linear": "gpu.speed",
+}
+"""Functions that the tests call, and their modules. An import error in one of those costs its section only, so they are
+imported at the first use."""
 
-# The tests call these functions.
-__all__ = [
-    "check_case",
-    "correctness_cases",
-    "draw",
-    "graph_microseconds",
-    "print_table",
-    "speed_limit_microseconds",
-    "time_linear",
-]
+
+def __getattr__(name: str) -> Any:
+    """Return one of `FUNCTIONS`."""
+    if name in FUNCTIONS:
+        return getattr(import_module(FUNCTIONS[name]), name)
+    raise AttributeError(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +74,20 @@ class Section:
     """Whether a rehearsal runs it with Triton's interpreter."""
     reproducible: bool = False
     """Whether cuBLAS must work in torch's deterministic mode."""
+    timed: bool = False
+    """Whether it measures times, so that it starts after the sections of the background."""
 
 
 SECTIONS: dict[str, Section] = {
     "machine": Section(run="gpu.machine:section_machine", seconds=20),
     "first": Section(run="gpu.correctness:section_first", seconds=40, interprets=True, reproducible=True),
-    "rounding": Section(run="gpu.rounding:section_rounding", seconds=40, interprets=True),
-    "quantize": Section(run="gpu.quantization:section_quantize", seconds=150),
-    "decode": Section(run="gpu.decoding:section_decode", seconds=75),
-    "speed": Section(run="gpu.speed:section_speed", seconds=70, interprets=True),
-    "profile": Section(run="gpu.profiling:section_profile", seconds=60),
+    "rounding": Section(run="gpu.rounding:section_rounding", seconds=40, interprets=True, timed=True),
+    "quantize": Section(run="gpu.quantization:section_quantize", seconds=190, timed=True),
+    "decode": Section(run="gpu.decoding:section_decode", seconds=90, timed=True),
+    "speed": Section(run="gpu.speed:section_speed", seconds=70, interprets=True, timed=True),
+    "profile": Section(run="gpu.profiling:section_profile", seconds=60, timed=True),
     "correctness": Section(run="gpu.correctness:section_correctness", seconds=60, interprets=True, reproducible=True),
-    "best": Section(run="gpu.quantization:section_best", seconds=60),
+    "best": Section(run="gpu.quantization:section_best", seconds=60, timed=True),
     "ncu": Section(run="gpu.counters:section_ncu", seconds=40, interprets=True),
 }
 """The sections in the order in which they run."""
@@ -89,7 +96,7 @@ BACKGROUND: dict[str, Section] = {
     "checkpoints": Section(run="gpu.checkpoints:section_checkpoints", seconds=120),
     "compile": Section(run="gpu.compiling:section_compile", seconds=120, interprets=True),
 }
-"""Sections that run beside the others from the start."""
+"""Sections that run beside the others. They start after section `machine`, which measures the rates of the GPU."""
 
 INNER: dict[str, Section] = {
     "compile_share": Section(run="gpu.compiling:section_compile_share", seconds=120, interprets=True),
@@ -97,8 +104,14 @@ INNER: dict[str, Section] = {
 }
 """Sections that other sections start."""
 
-NEEDED_BY = {"checkpoints": {"quantize", "profile", "decode", "best"}, "compile": {"first", "speed", "correctness"}}
+NEEDED_BY = {
+    "checkpoints": {"quantize", "profile", "decode", "best"},
+    "compile": {"first", "rounding", "decode", "speed", "correctness"},
+}
 """Section of the background -> the sections that need it."""
+
+BACKGROUND_SECONDS = 75
+"""Seconds after the start of the sections of the background, after which no timed section waits for them any more."""
 
 MIN_SECONDS = 4
 """Time left under which no section is started."""
@@ -116,11 +129,34 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in (LOG_FILE, CONSOLE_FILE, SUMMARY_FILE):
         (options.out / name).unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as temporary:
+    with (
+        sigterm_raises(),
+        tempfile.TemporaryDirectory(prefix="gpu_check-", ignore_cleanup_errors=True) as temporary,
+    ):
         options.scratch = (options.scratch or Path(temporary)).resolve()
         options.scratch.mkdir(parents=True, exist_ok=True)
-        run_all(names, options)
+        try:
+            run_all(names, options)
+        except (KeyboardInterrupt, SystemExit):
+            print("gpu_check: ended early", file=sys.stderr)
+            report(options)
+            return 1
     return report(options)
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Let the signal SIGTERM raise SystemExit once, so that what was started is ended and the results are reported."""
+
+    def end_early(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end_early)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def parse_options() -> argparse.Namespace:
@@ -156,9 +192,23 @@ def chosen_names(options: argparse.Namespace) -> list[str]:
 
 
 def refuse_this_machine() -> str | None:
-    """Return why the check cannot run on this machine, or None if it can."""
+    """Return why the check cannot run on this machine, or None if it can.
+
+    An import error is no reason: the sections find it too, and those that can run do.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported: {one_line(error)}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device; run this on a machine with an NVIDIA GPU, or with --rehearse"
+    try:
+        from llmquant.kernels import gpu as backend
+        from llmquant.kernels.layout import LinearShape
+        from llmquant.spec import QuantSpec
+    except ImportError as error:
+        print(f"gpu_check: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        return None
     device = torch.device("cuda", torch.cuda.current_device())
     refusal = backend.refuses(LinearShape.of_sizes(64, 128, QuantSpec()), device, torch.bfloat16)
     return None if refusal is None else f"the triton backend refuses this machine: {refusal}"
@@ -167,28 +217,51 @@ def refuse_this_machine() -> str | None:
 def run_all(names: list[str], options: argparse.Namespace) -> None:
     """Run the sections one after the other, with those of the background beside them."""
     ends = options.began + options.seconds
-    console = options.out / CONSOLE_FILE
-    background = {
-        name: start_section(name, options, ends, options.scratch / f"{name}.log")
-        for name in BACKGROUND
-        if NEEDED_BY[name] & set(names)
-    }
+    patience = REHEARSAL_PATIENCE if options.rehearse else 1
+    background: dict[str, subprocess.Popen[bytes]] = {}
+    waits_until = 0.0
     try:
-        for name in names:
-            left = ends - time.time()
-            if left < MIN_SECONDS:
-                record(options, name, "not started", None, 0.0, ["the time of the run is over"])
-                continue
-            seconds = min(SECTIONS[name].seconds * (REHEARSAL_PATIENCE if options.rehearse else 1), left)
-            with console.open("a") as output:
-                print(f"\n===== {name}, at most {seconds:.0f} s", file=output)
-            offset = console.stat().st_size
-            ended = processes.wait(start_section(name, options, time.time() + seconds, console), seconds)
-            last = processes.last_lines(console, offset) if ended.status in ("failed", "timed out") else []
-            record(options, name, ended.status, ended.exit_code, ended.seconds, last)
+        for number, name in enumerate(names):
+            if not background and (number > 0 or name != "machine"):
+                needed = [other for other in BACKGROUND if NEEDED_BY[other] & set(names)]
+                for other in needed:
+                    background[other] = start_section(other, options, ends, options.scratch / f"{other}.log")
+                waits_until = min(time.time() + BACKGROUND_SECONDS * patience, ends - MIN_SECONDS)
+            if SECTIONS[name].timed:
+                wait_for_background(background, waits_until)
+            run_section(name, options, ends)
     finally:
         for name, process in background.items():
             finish_background(name, process, options)
+
+
+def wait_for_background(background: dict[str, subprocess.Popen[bytes]], until: float) -> None:
+    """Wait for the sections of the background, but no longer than until this `time.time()`.
+
+    A time that is measured beside them is too long.
+    """
+    while time.time() < until and any(process.poll() is None for process in background.values()):
+        time.sleep(0.05)
+
+
+def run_section(name: str, options: argparse.Namespace, ends: float) -> None:
+    """Run a section in a process of its own, and record how it ended."""
+    left = ends - time.time()
+    if left < MIN_SECONDS:
+        record(options, name, "not started", None, 0.0, ["the time of the run is over"])
+        return
+    console = options.out / CONSOLE_FILE
+    seconds = min(SECTIONS[name].seconds * (REHEARSAL_PATIENCE if options.rehearse else 1), left)
+    with console.open("a") as output:
+        print(f"\n===== {name}, at most {seconds:.0f} s", file=output)
+    offset, began = console.stat().st_size, time.monotonic()
+    try:
+        ended = processes.wait(start_section(name, options, time.time() + seconds, console), seconds)
+    except BaseException:  # Ctrl-C or SIGTERM
+        record(options, name, "ended early", None, time.monotonic() - began, [])
+        raise
+    last = processes.last_lines(console, offset) if ended.status in ("failed", "timed out") else []
+    record(options, name, ended.status, ended.exit_code, ended.seconds, last)
 
 
 def start_section(name: str, options: argparse.Namespace, ends: float, console: Path) -> subprocess.Popen[bytes]:
@@ -200,7 +273,17 @@ def start_section(name: str, options: argparse.Namespace, ends: float, console: 
     environment = processes.environment(
         options.scratch, interpret=section.interprets and options.rehearse, reproducible=section.reproducible
     )
-    return processes.start(command, environment, console)
+    return processes.start(command, environment, console, lock_file(options, name) if name in BACKGROUND else None)
+
+
+def lock_file(options: argparse.Namespace, name: str) -> Path:
+    """Return the file that is locked while a section of the background runs."""
+    return Path(options.scratch) / f"{name}.lock"
+
+
+def running_background(options: argparse.Namespace) -> list[str]:
+    """Return the names of the sections of the background that are running."""
+    return [name for name in BACKGROUND if processes.is_locked(lock_file(options, name))]
 
 
 def finish_background(name: str, process: subprocess.Popen[bytes], options: argparse.Namespace) -> None:
@@ -245,7 +328,8 @@ def run_in_this_process(options: argparse.Namespace) -> int:
 
         use_cpu()
     section = find_section(options.section)
-    log = Log(options.out / LOG_FILE, options.section, options.began)
+    beside = partial(running_background, options) if section.timed or options.section == "machine" else None
+    log = Log(options.out / LOG_FILE, options.section, options.began, beside)
     run = Run(
         out=options.out,
         scratch=options.scratch.resolve(),
@@ -265,29 +349,43 @@ def run_in_this_process(options: argparse.Namespace) -> int:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Print and write the tables and the last line, and return the exit code."""
+    """Print and write the tables and the last line, draw the plot, and return the exit code."""
     log = read_log(options.out)
     speeds = summary.of_kind(log, "speed")
-    if options.plot is not None and speeds:
-        name = next((line["name"] for line in summary.of_kind(log, "gpu") if "name" in line), "")
-        draw(speeds, options.plot, f"4-bit linear, {name}")
-    processes.keep_the_end(options.out / CONSOLE_FILE)
     ended = {line["name"]: line["status"] for line in summary.of_kind(log, "section")}
     findings = len(summary.of_kind(log, "finding"))
     text = summary.summarize(log)
     (options.out / SUMMARY_FILE).write_text(text)
+    missed = [one for one in speeds if one.get("goal") is not None and one["speed_up"] < one["goal"]]
     last = {
         "check": "gpu",
-        "torch": torch.__version__,
+        "torch": installed_torch(),
         "sections": ended,
         "findings": findings,
-        "goals_missed": sum(one["goal"] is not None and one["speed_up"] < one["goal"] for one in speeds),
+        "goals_missed": len(missed) + sum(line["reached"].count(False) for line in summary.of_kind(log, "decode goal")),
         "seconds": round(time.time() - options.began),
     }
     print(text)
-    print(json.dumps(last))
+    print(json.dumps(last), flush=True)
+    try:
+        if options.plot is not None and speeds:
+            from gpu.speed import draw
+
+            name = next((line["name"] for line in summary.of_kind(log, "gpu") if "name" in line), "")
+            draw(speeds, options.plot, f"4-bit linear, {name}")
+        processes.keep_the_end(options.out / CONSOLE_FILE)
+    except Exception as error:
+        print(f"gpu_check: after the report: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
     failed = [name for name, status in ended.items() if status not in ("ok", "still running", "not started")]
     return 1 if failed or findings else 0
+
+
+def installed_torch() -> str | None:
+    """Return the version of torch, without importing it."""
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_table_and_plot_show_the_speedup(tmp_path, capsys):
     for name in ("a.svg", "b.svg"):
         plot_bench(example_result(), tmp_path / name)
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+def test_a_model_on_a_gpu_without_a_graph_is_named(capsys):
+    result = example_result()
+    reasons = ("the model's cache has no layers", "the model is on the device cpu", "CUDA graphs are switched off")
+    for decoding in ("cuda graph", *(f"eager: {reason}" for reason in reasons)):
+        print_bench(replace(result, runs=tuple(replace(run, decoding=decoding) for run in result.runs)))
+        lines = [line for line in capsys.readouterr().out.splitlines() if "without a CUDA graph" in line]
+        expected = [
+            f"folder/small ({run.kernel}): decoded without a CUDA graph: {reasons[0]}"
+            for run in result.runs
+            if reasons[0] in decoding
+        ]
+        assert lines == expected
 
 
 @pytest.mark.slow

@@ -9,9 +9,12 @@ import gc
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
@@ -20,14 +23,19 @@ import torch
 from paths import ROOT
 from tiny_models import ARCHITECTURES, EOS, random_model, tiny_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import llmquant
 from llmquant.errors import UserError
-from llmquant.runtime import decoding
-from llmquant.runtime.decode_graph import MAX_GRAPHS, cache_places, graphs_of, release_graphs
+from llmquant.pipeline import sample_texts
+from llmquant.runtime import decode_graph, decoding, fused_step, plugin
+from llmquant.runtime.decode_graph import MAX_GRAPHS, DecodeGraph, cache_places, graphs_of, release_graphs
 from llmquant.runtime.decoding import refuses_graph, sample
-from llmquant.runtime.generate import SamplingParams, TimedRun, generate, run_timed, settings_of
+from llmquant.runtime.fused_step import FusedStep
+from llmquant.runtime.generate import GenerationResult, SamplingParams, TimedRun, generate, run_timed, settings_of
 
 SUPPORT = Path(__file__).parent / "support"
 GRAPH_FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt_neox", "falcon", "cohere2")
@@ -57,7 +65,13 @@ def fresh_llama(llama):
 
 
 def run(
-    model: Any, lengths: tuple[int, ...] = (9,), new: int = 12, *, cuda_graph: bool = True, **changes: Any
+    model: Any,
+    lengths: tuple[int, ...] = (9,),
+    new: int = 12,
+    *,
+    cuda_graph: bool = True,
+    streamer: Any = None,
+    **changes: Any,
 ) -> TimedRun:
     """Generate from random prompts of these lengths, which are padded on the left, and seed the sampling."""
     generator = torch.Generator().manual_seed(sum(lengths))
@@ -72,7 +86,7 @@ def run(
         setattr(settings, name, value)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        return run_timed(model, tokens_SL, mask_SL, settings, cuda_graph=cuda_graph)
+        return run_timed(model, tokens_SL, mask_SL, settings, streamer, cuda_graph=cuda_graph)
 
 
 def assert_same_tokens(model: Any, *arguments: Any, **changes: Any) -> TimedRun:
@@ -91,7 +105,7 @@ def test_replayed_steps_give_the_tokens_of_transformers(family):
     # The random models repeat themselves under greedy decoding, which would hide wrong positions.
     different: dict[str, Any] = {"eos_token_id": None, "repetition_penalty": 1.3}
     for lengths in ((9,), (70,), (50, 60)):
-        assert_same_tokens(model, lengths, 20, **different)
+        assert_same_tokens(model, lengths, 15, **different)
     assert graphs_of(model).num_captures == 2
 
 
@@ -144,7 +158,14 @@ def test_texts_end_as_in_transformers(fresh_llama):
     assert stopped.tokens_SL.shape[1] < tokens.shape[1]
     later = assert_same_tokens(fresh_llama, (9, 4), 30, eos_token_id=ends, repetition_penalty=1.3, min_new_tokens=25)
     assert later.tokens_SL.shape[1] >= 9 + 25
-    assert assert_same_tokens(fresh_llama, (9,), 1).tokens_SL.shape[1] == 10
+    unpadded = assert_same_tokens(fresh_llama, (9, 4), 30, eos_token_id=ends, repetition_penalty=1.3, pad_token_id=None)
+    assert unpadded.tokens_SL[0, -1] == ends[0] and unpadded.tokens_SL.shape == stopped.tokens_SL.shape
+
+
+def test_one_token_is_not_decoded_by_a_graph(fresh_llama):
+    result = run(fresh_llama, (9,), 1)
+    assert result.tokens_SL.shape[1] == 10 and result.decoding == "eager: no text has a second token"
+    assert graphs_of(fresh_llama).num_captures == 0
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +220,7 @@ class OutsideTensors(TorchDispatchMode):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
 def test_every_step_uses_the_same_memory(family, monkeypatch):
-    """A CUDA graph reads and writes the addresses of the capture, whatever Python has made of its variables."""
+    """A CUDA graph reads and writes the addresses of the capture, also after Python assigns other tensors."""
     steps: list[set[int]] = []
 
     def watch(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -256,6 +277,39 @@ def test_reasons_for_decoding_without_a_graph(llama, monkeypatch):
     assert refuses_graph(llama, settings) == "the model is on the device cpu"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_return_sequences", 2), ("return_dict_in_generate", True), ("use_cache", False)]
+)
+def test_settings_that_need_transformers_loop(name, value, llama):
+    settings = settings_of(llama, SamplingParams(temperature=1.0))
+    setattr(settings, name, value)
+    assert refuses_graph(llama, settings) == f"the generation settings set {name}"
+
+
+def test_models_whose_python_code_runs_for_every_token_decode_without_a_graph(llama, monkeypatch):
+    settings = settings_of(llama, SamplingParams())
+    for register in (llama.lm_head.register_forward_hook, llama.lm_head.register_forward_pre_hook):
+        with register(lambda *arguments: None):
+            assert refuses_graph(llama, settings) == "the module 'lm_head' has hooks, which a replay does not call"
+    with torch.nn.modules.module.register_module_forward_hook(lambda *arguments: None):
+        assert "has hooks" in str(refuses_graph(llama, settings))
+    with torch.no_grad():
+        llama(torch.tensor([[3]]), output_hidden_states=True)  # leaves hooks of transformers behind
+    assert refuses_graph(llama, settings) is None
+    for name in ("generate", "_sample"):
+        monkeypatch.setattr(llama, name, getattr(llama, name), raising=False)
+        assert refuses_graph(llama, settings) == "LlamaForCausalLM has a method of its own for generating"
+        monkeypatch.undo()
+        decoding.CAPTURES["cpu"] = call_again
+        own = type("Own", (type(llama),), {name: lambda self: None})
+        monkeypatch.setattr(llama, "__class__", own)
+        assert refuses_graph(llama, settings) == "Own has a method of its own for generating"
+        monkeypatch.undo()
+        decoding.CAPTURES["cpu"] = call_again
+    monkeypatch.setattr(llama, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
+    assert refuses_graph(llama, settings) == "the model is spread over 2 devices"
+
+
 def test_a_cache_without_a_fixed_size_decodes_without_a_graph(tiny_model):
     """Mamba's cache holds states instead of keys and values."""
     pytest.importorskip("transformers.models.mamba")
@@ -277,6 +331,206 @@ def test_a_graph_of_replaced_weights_is_not_used(fresh_llama):
     finally:
         fresh_llama.lm_head.weight = head
     assert graphs_of(fresh_llama).num_captures == 2
+
+
+def test_a_changed_model_is_captured_anew(fresh_llama, monkeypatch):
+    assert_same_tokens(fresh_llama)
+    monkeypatch.setattr(fresh_llama.config, "num_hidden_layers", 1)
+    assert_same_tokens(fresh_llama)
+    monkeypatch.setattr(fresh_llama.config, "_attn_implementation_internal", "eager")
+    assert_same_tokens(fresh_llama)
+    assert_same_tokens(fresh_llama)
+    monkeypatch.setattr(fresh_llama.lm_head, "active_adapters", ["one"], raising=False)
+    assert_same_tokens(fresh_llama)
+    assert graphs_of(fresh_llama).num_captures == 4
+
+
+def test_failures_are_kept_until_the_model_changes_unless_memory_was_missing(fresh_llama, monkeypatch):
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), ValueError("a step that cannot be captured")]
+
+    def refuse(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        raise errors[0]
+
+    monkeypatch.setitem(decoding.CAPTURES, "cpu", refuse)
+    assert run(fresh_llama).decoding == "eager: OutOfMemoryError: CUDA out of memory"
+    assert not graphs_of(fresh_llama).failures
+    del errors[0]
+    assert run(fresh_llama).decoding == "eager: ValueError: a step that cannot be captured"
+    monkeypatch.setitem(decoding.CAPTURES, "cpu", call_again)
+    assert run(fresh_llama).decoding == "eager: ValueError: a step that cannot be captured"
+    monkeypatch.setattr(fresh_llama.config, "_attn_implementation_internal", "eager")
+    assert_same_tokens(fresh_llama)
+
+
+def test_a_prompt_without_memory_runs_again_without_the_graphs(fresh_llama, monkeypatch):
+    expected = run(fresh_llama, (7,), cuda_graph=False).tokens_SL
+    original, failures = fresh_llama.forward, []
+
+    def short_of_memory(*args: Any, **options: Any) -> Any:
+        outputs = original(*args, **options)  # the cache holds keys and values when the error is raised
+        if options["input_ids"].shape[1] == 7 and len(failures) < most:
+            failures.append(len(graphs_of(fresh_llama).graphs))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return outputs
+
+    short_of_memory.__signature__ = signature(original)  # type: ignore[attr-defined]
+    monkeypatch.setattr(fresh_llama, "forward", short_of_memory)
+    most = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        run(fresh_llama, (7,))  # there are no graphs to free
+    most = 2
+    run(fresh_llama, (9,))
+    result = run(fresh_llama, (7,))
+    assert failures == [0, 1] and torch.equal(result.tokens_SL, expected)
+    most = 4
+    with pytest.raises(torch.OutOfMemoryError):
+        run(fresh_llama, (7,))
+    assert failures == [0, 1, 1, 0]
+
+
+def test_the_cache_of_the_prompt_is_freed_before_decoding(fresh_llama, monkeypatch):
+    alive: list[bool] = []
+    start = DecodeGraph.start
+
+    def watch(graph: DecodeGraph, cache: Any, *arguments: Any) -> None:
+        keys = ref(cache.layers[0].keys)
+        start(graph, cache, *arguments)
+        step = graph.step
+        graph.step = lambda token_S: (alive.append(keys() is not None), step(token_S))[1]  # type: ignore[method-assign]
+
+    monkeypatch.setattr(DecodeGraph, "start", watch)
+    run(fresh_llama, (9,), 3)
+    assert alive == [False, False]
+
+
+@pytest.mark.parametrize("broken", ["layers", "no layers", "address", "start"])
+def test_an_unknown_cache_or_tensor_decodes_without_a_graph(broken, fresh_llama, monkeypatch):
+    expected = run(fresh_llama, cuda_graph=False).tokens_SL
+
+    def fail(*arguments: Any) -> None:
+        raise NotImplementedError("of another library")
+
+    if broken == "address":
+        monkeypatch.setattr(decode_graph, "fingerprint", fail)
+    elif broken == "start":
+        monkeypatch.setattr(DecodeGraph, "start", fail)
+    else:
+        graph_for = decode_graph.ModelGraphs.graph_for
+        other = SimpleNamespace(**({"layers": []} if broken == "no layers" else {}))
+        monkeypatch.setattr(
+            decode_graph.ModelGraphs,
+            "graph_for",
+            lambda graphs, model, cache, *rest: graph_for(graphs, model, other, *rest),
+        )
+    for _ in range(2):
+        result = run(fresh_llama)
+        assert result.decoding.startswith("eager: ") and "in use" not in result.decoding
+        assert torch.equal(result.tokens_SL, expected)
+
+
+def test_a_streamer_may_generate_with_the_same_model(fresh_llama):
+    inner: list[TimedRun] = []
+
+    class Streamer(BaseStreamer):
+        num_calls = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.num_calls += 1
+            if self.num_calls in (4, 7):
+                inner.append(run(fresh_llama, (5,)))
+
+        def end(self) -> None: ...
+
+    expected = [run(fresh_llama, lengths, cuda_graph=False).tokens_SL for lengths in ((9,), (5,), (5,))]
+    outer = run(fresh_llama, (9,), streamer=Streamer())
+    assert outer.decoding == "cuda graph"
+    assert [each.decoding for each in inner] == ["eager: its graph is in use"] * 2
+    for each, tokens_SL in zip((outer, *inner), expected, strict=True):
+        assert torch.equal(each.tokens_SL, tokens_SL)
+    assert_same_tokens(fresh_llama, (5,))
+    assert graphs_of(fresh_llama).num_captures == 1
+
+
+def test_a_second_thread_decodes_without_the_graph(fresh_llama):
+    started, may_go_on = threading.Event(), threading.Event()
+
+    class Streamer(BaseStreamer):
+        num_calls = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.num_calls += 1
+            if self.num_calls == 5:
+                started.set()
+                assert may_go_on.wait(60)
+
+        def end(self) -> None: ...
+
+    expected = [run(fresh_llama, lengths, cuda_graph=False).tokens_SL for lengths in ((9,), (5,))]
+    results: list[TimedRun] = []
+    thread = threading.Thread(target=lambda: results.append(run(fresh_llama, (9,), streamer=Streamer())))
+    thread.start()
+    assert started.wait(60)
+    results.append(run(fresh_llama, (5,)))
+    may_go_on.set()
+    thread.join()
+    assert [each.decoding for each in results] == ["eager: its graph is in use", "cuda graph"]
+    assert torch.equal(results[0].tokens_SL, expected[1]) and torch.equal(results[1].tokens_SL, expected[0])
+
+
+def test_a_graph_is_free_again_after_an_exception(fresh_llama):
+    class Streamer(BaseStreamer):
+        num_calls = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.num_calls += 1
+            if self.num_calls == 5:
+                raise KeyboardInterrupt
+
+        def end(self) -> None: ...
+
+    with pytest.raises(KeyboardInterrupt):
+        run(fresh_llama, streamer=Streamer())
+    assert_same_tokens(fresh_llama)
+
+
+def test_tokens_are_awaited_on_the_stream_of_the_model(monkeypatch):
+    """The model may be on another GPU than the current one."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
+    tokens_SL = torch.ones(1, 3, dtype=torch.int64)
+    criteria = StoppingCriteriaList([MaxLengthCriteria(9)])
+    chooser = decoding._Chooser(lambda tokens, scores: scores, criteria, GenerationConfig(), tokens_SL)
+    streams: list[Any] = []
+    chooser._copied = SimpleNamespace(record=lambda stream=None: streams.append(stream))  # type: ignore[assignment]
+    chooser.choose(torch.randn(1, 20))
+    assert streams == [("stream of", tokens_SL.device)]
+
+
+def test_sample_texts_are_cut_when_the_capture_took_the_time(monkeypatch):
+    made = GenerationResult(
+        texts=("a",), num_prompt_tokens=1, num_new_tokens=1, prefill_seconds=0.1, decode_seconds=0.1,
+        capture_seconds=sample_texts.MAX_GENERATION_SECONDS,
+    )  # fmt: skip
+    monkeypatch.setattr("llmquant.runtime.load.load", lambda *arguments, **options: None)
+    monkeypatch.setattr("llmquant.runtime.generate.generate", lambda *arguments, **options: made)
+    plan: Any = SimpleNamespace(
+        skeleton=SimpleNamespace(device="cpu"), options=SimpleNamespace(trust_remote_code=False)
+    )
+    assert sample_texts._answers(Path("a"), plan, None, ("a",), False, 8).was_cut
+    made = replace(made, capture_seconds=0.0)
+    assert not sample_texts._answers(Path("a"), plan, None, ("a",), False, 8).was_cut
+
+
+def test_from_pretrained_shares_launches_before_it_enables_saving(monkeypatch):
+    calls: list[str] = []
+    monkeypatch.setattr(plugin, "share_launches", lambda model: calls.append("share"))
+    monkeypatch.setattr(plugin, "enable_saving", lambda model, config: calls.append("save"))
+    quantizer = plugin.LLMQuantizer(plugin.LLMQuantConfig())
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    quantizer._process_model_after_weight_loading(model)
+    assert calls == ["share", "save"]
+    model[0]._hf_hook = None  # as with a device map of several devices
+    quantizer._process_model_after_weight_loading(model)
+    assert calls == ["share", "save", "save"]
 
 
 def test_old_graphs_are_freed(fresh_llama):
@@ -305,6 +559,165 @@ def test_a_cache_has_enough_places_and_few_more(num_tokens):
     places = cache_places(num_tokens)
     assert num_tokens <= places <= max(512, num_tokens + 512, 1.25 * num_tokens) and places % 512 == 0
     assert cache_places(places) == places
+
+
+class TorchKernels:
+    """What `kernels.decode` computes, in PyTorch."""
+
+    NORM_KINDS = (0, 1, 2)
+
+    def __init__(self, **wrong: Callable) -> None:
+        self.threads: set[int] = set()
+        vars(self).update({name: wrong.get(name, getattr(self, name)) for name in KERNEL_NAMES})
+        for name in ("can_attend", "can_rotate", "can_store"):
+            setattr(self, name, lambda *arguments: True)
+
+    def rms_norm(self, x: torch.Tensor, weight_W: torch.Tensor, eps: float, kind: int) -> torch.Tensor:
+        self.threads.add(threading.get_ident())
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+        if kind == 0:
+            return weight_W * normed.to(x.dtype)
+        return (normed * (weight_W.float() + (kind == 1))).to(x.dtype)
+
+    def add_rms_norm(self, x: torch.Tensor, added: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + added, self.rms_norm(x + added, *rest)
+
+    def silu_product(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.silu(gate) * up
+
+    def rotate(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        return apply_rotary_pos_emb(q, k, cos, sin)
+
+    def store(self, key: torch.Tensor, value: torch.Tensor, keys: Any, values: Any, length: torch.Tensor) -> None:
+        keys.index_copy_(2, length, key)
+        values.index_copy_(2, length, value)
+
+    def attend(self, q: torch.Tensor, keys: Any, values: Any, mask: Any, length: Any, scale: float) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+        ).transpose(1, 2)
+
+
+KERNEL_NAMES = ("add_rms_norm", "attend", "rms_norm", "rotate", "silu_product", "store")
+RIGHT = TorchKernels()
+
+
+def visible(change: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable:
+    """Return an attention whose mask a function of (places [T] as bool, length [1]) changes."""
+
+    def attend(q: torch.Tensor, keys: Any, values: Any, mask: torch.Tensor, length: Any, scale: float) -> torch.Tensor:
+        mask = mask.clone()
+        change(mask, length)
+        return RIGHT.attend(q, keys, values, mask, length, scale)
+
+    return attend
+
+
+WRONG: dict[str, dict[str, Callable]] = {
+    "add_rms_norm": {
+        "total": lambda x, added, *rest: (x * 1.05 + added, RIGHT.rms_norm(x + added, *rest)),
+        "branch": lambda x, added, *rest: (x + 0.5 * added, RIGHT.rms_norm(x + 0.5 * added, *rest)),
+    },
+    "attend": {
+        "scale": lambda q, keys, values, mask, length, scale: RIGHT.attend(q, keys, values, mask, length, 1.1 * scale),
+        "newest": visible(lambda mask, length: mask.index_fill_(-1, length, False)),
+        "after": visible(lambda mask, length: mask.index_fill_(-1, length + 1, True)),
+        "first": visible(lambda mask, length: mask.index_fill_(-1, torch.tensor([3]), False)),
+        "padding": visible(lambda mask, length: mask.index_fill_(-1, torch.tensor([2]), True)),
+    },
+    "rms_norm": {"eps": lambda x, weight_W, eps, kind: RIGHT.rms_norm(x, weight_W, eps + 0.1, kind)},
+    "rotate": {"order": lambda q, k, cos, sin: RIGHT.rotate(q, k, sin, cos)},
+    "silu_product": {"order": lambda gate, up: RIGHT.silu_product(up, gate)},
+    "store": {"place": lambda key, value, keys, values, length: RIGHT.store(key, value, keys, values, length - 1)},
+}
+
+
+@pytest.mark.parametrize(("name", "mistake"), [("none", ""), *((name, each) for name in WRONG for each in WRONG[name])])
+def test_a_kernel_with_a_mistake_is_not_used(name, mistake, monkeypatch):
+    """In bfloat16 and with a long cache, where rounding hides more."""
+    kernels = TorchKernels(**({name: WRONG[name][mistake]} if mistake else {}))
+    monkeypatch.setattr(fused_step, "FUSED_DEVICES", {"cpu"})
+    monkeypatch.setattr(fused_step, "_import_kernels", lambda: kernels)
+    monkeypatch.setattr(decode_graph, "MIN_PLACES", 4096)
+    model = random_model(ARCHITECTURES["llama"]()).bfloat16()
+    result = run(model, (6, 9), 4)
+    assert result.decoding == "cuda graph"
+    (graph,) = graphs_of(model).graphs.values()
+    wrong = {name} if mistake else set()
+    if name == "rms_norm":
+        wrong |= {"add_rms_norm"}  # which needs the kind of its norm
+    assert set(graph.fused.refusals) == wrong and graph.fused.used == set(KERNEL_NAMES) - wrong
+
+
+def test_a_kernel_that_fails_is_not_used(monkeypatch):
+    def fail(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(fused_step, "FUSED_DEVICES", {"cpu"})
+    monkeypatch.setattr(fused_step, "_import_kernels", lambda: TorchKernels(silu_product=fail))
+    model = random_model(ARCHITECTURES["llama"]())
+    assert "-silu_product: RuntimeError: no compiler" in run(model, (9,), 3).fused
+    monkeypatch.setattr(fused_step, "_import_kernels", lambda: "ImportError: no Triton")
+    release_graphs(model)
+    result = run(model, (9,), 3)
+    assert result.decoding == "cuda graph" and result.fused == ("-all: ImportError: no Triton",)
+
+
+def test_modules_with_other_numbers_are_checked_again(monkeypatch):
+    """A second layer with another factor keeps its own formula."""
+    monkeypatch.setattr(fused_step, "FUSED_DEVICES", {"cpu"})
+    monkeypatch.setattr(fused_step, "_import_kernels", TorchKernels)
+    model = random_model(ARCHITECTURES["llama"]())
+    layer = model.model.layers[1]
+
+    class Scaled(type(layer)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+            added = super().forward(hidden_states, **options) - hidden_states
+            return hidden_states + self.factor * added
+
+    for each, factor in zip(model.model.layers, (1.0, 0.5), strict=True):
+        each.__class__, each.factor = Scaled, factor
+    assert_same_tokens(model, repetition_penalty=1.3)
+    (graph,) = graphs_of(model).graphs.values()
+    assert "add_rms_norm" in graph.fused.used and "add_rms_norm" in graph.fused.refusals
+
+
+def test_norms_and_feed_forwards_with_further_inputs_keep_their_own(llama, monkeypatch):
+    monkeypatch.setattr(fused_step, "FUSED_DEVICES", {"cpu"})
+    monkeypatch.setattr(fused_step, "_import_kernels", TorchKernels)
+    fused = FusedStep(llama, torch.device("cpu"))
+    x = torch.randn(1, 1, 64)
+    calls: list[Any] = []
+    for replacement, module in ((fused._norm, llama.model.norm), (fused._feed_forward, llama.model.layers[0].mlp)):
+        replacement(module, lambda *args, **options: calls.append((args, options)), x, "gate", more=1)
+        assert calls.pop() == ((x, "gate"), {"more": 1})
+    assert set(fused.refusals) == {"rms_norm", "silu_product"}
+
+
+def test_other_threads_and_caches_keep_the_functions_of_transformers(llama, monkeypatch):
+    kernels = TorchKernels()
+    monkeypatch.setattr(fused_step, "FUSED_DEVICES", {"cpu"})
+    monkeypatch.setattr(fused_step, "_import_kernels", lambda: kernels)
+    fused = FusedStep(llama, torch.device("cpu"))
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    states = [torch.randn(1, 4, 1, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)]
+    mask, module = torch.ones(1, 1, 1, 8, dtype=torch.bool), llama.model.layers[0].self_attn
+    expected = attend(module, *states, mask)[0]
+    with torch.inference_mode(), fused.active(torch.tensor([7])):
+        thread = threading.Thread(target=lambda: llama(torch.tensor([[3, 4]])))
+        thread.start()
+        thread.join()
+        assert not kernels.threads
+        llama.model.norm(torch.randn(1, 1, 64))
+        assert kernels.threads == {threading.get_ident()}
+        assert torch.equal(ALL_ATTENTION_FUNCTIONS["sdpa"](module, *states, mask)[0], expected)
+        assert "attend" in fused.refusals and "attend" not in fused.used
+        fused.add_cache(states[1])
+        ALL_ATTENTION_FUNCTIONS["sdpa"](module, *states, mask)
+        assert "attend" in fused.used
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
 
 
 @pytest.mark.slow

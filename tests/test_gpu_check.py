@@ -1,10 +1,12 @@
-"""scripts/gpu_check.py without a GPU: sections that fail, crash, hang or pass, and what is made of their results."""
+"""scripts/gpu_check.py without a GPU: sections that fail, crash, hang or pass, and the tables of their results."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from paths import ROOT
 from script_modules import load_script
 
 SCRIPT = f"""
-import os, sys, time
+import os, signal, sys, time
 sys.path.insert(0, {str(ROOT / "scripts")!r})
 import gpu_check
 
@@ -36,9 +38,23 @@ def dies(run):
 def finds(run):
     run.log.finding("a planted problem")
 
-functions = [raises, hangs, dies, finds, passes]
-gpu_check.SECTIONS = {{f.__name__: gpu_check.Section(run=f, seconds=5 if f is hangs else 60) for f in functions}}
-gpu_check.BACKGROUND = {{}}
+def stops(run):
+    run.log.write("process", pid=os.getpid())
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(300)
+
+def waits(run):
+    run.log.write("process", pid=os.getpid())
+    time.sleep(300)
+
+functions = [raises, hangs, dies, finds, passes, stops]
+gpu_check.SECTIONS = {{
+    f.__name__: gpu_check.Section(run=f, seconds=3 if f is hangs else 60, timed=f is passes) for f in functions
+}}
+gpu_check.BACKGROUND = {{"waits": gpu_check.Section(run=waits, seconds=60)}}
+gpu_check.BACKGROUND_SECONDS = 3
+gpu_check.NEEDED_BY = {{"waits": {{"stops"}}}}
+gpu_check.refuse_this_machine = lambda: None
 raise SystemExit(gpu_check.main())
 """
 """A script with sections of its own, each in a process that this script is started in again."""
@@ -57,7 +73,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_script(script: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(script), "--rehearse", "--out", str(out), *options]
+    command = [sys.executable, str(script), "--out", str(out), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
@@ -69,7 +85,7 @@ def log_lines(out: Path, what: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def planted(script: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
     out = tmp_path_factory.mktemp("results")
-    return run_script(script, out), out
+    return run_script(script, out, "--skip", "stops"), out
 
 
 @pytest.mark.slow
@@ -111,17 +127,149 @@ def test_the_last_table_names_every_section(planted):
 
 
 @pytest.mark.slow
-def test_chosen_sections_that_pass_end_with_exit_code_0(script, tmp_path):
-    done = run_script(script, tmp_path, "--only", "passes,raises", "--skip", "raises")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert [line["name"] for line in log_lines(tmp_path, "section")] == ["passes"]
+def test_after_sigterm_all_processes_are_ended_and_the_results_reported(script, tmp_path):
+    done = run_script(script, tmp_path, "--only", "passes,stops")
+    ended = {line["name"]: line["status"] for line in log_lines(tmp_path, "section")}
+    assert ended == {"passes": "ok", "stops": "ended early", "waits": "still running"} and done.returncode == 1
+    assert json.loads(done.stdout.splitlines()[-1])["sections"] == ended
+    for line in log_lines(tmp_path, "process"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(line["pid"], 0)
+    # `passes` is timed: it waited for the background, which did not end, and its results say so.
+    (answer,) = log_lines(tmp_path, "answer")
+    assert answer["beside"] == ["waits"] and answer["at"] > 3
+    assert "passes       ok" in done.stdout and "beside waits" in done.stdout
+
+
+def options_of(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, *options: str) -> Any:
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--rehearse", "--out", str(out), *options])
+    return gpu_check.parse_options()
+
+
+def test_chosen_sections_keep_their_order_without_the_skipped_ones(gpu_check, monkeypatch, tmp_path):
+    options = options_of(gpu_check, monkeypatch, tmp_path, "--only", "speed,best,first", "--skip", "best")
+    assert gpu_check.chosen_names(options) == ["first", "speed"]
+
+
+def test_no_section_starts_after_the_time_of_the_run(gpu_check, monkeypatch, tmp_path):
+    options = options_of(gpu_check, monkeypatch, tmp_path, "--only", "speed", "--seconds", "1", "--scratch", "unused")
+    gpu_check.run_section("speed", options, time.time() + 1)
+    (line,) = log_lines(tmp_path, "section")
+    assert (line["name"], line["status"]) == ("speed", "not started") and gpu_check.report(options) == 0
+
+
+def test_the_rates_are_measured_before_the_background_starts(gpu_check, monkeypatch, tmp_path):
+    options = options_of(gpu_check, monkeypatch, tmp_path, "--scratch", str(tmp_path))
+    order = []
+    process = SimpleNamespace(poll=lambda: 0)
+    monkeypatch.setattr(gpu_check, "start_section", lambda name, *_: order.append(name) or process)
+    monkeypatch.setattr(gpu_check, "run_section", lambda name, *_: order.append(name))
+    monkeypatch.setattr(gpu_check, "finish_background", lambda name, *_: order.append(f"end of {name}"))
+    gpu_check.run_all(["machine", "first", "quantize"], options)
+    background = ["checkpoints", "compile"]
+    assert order == ["machine", *background, "first", "quantize", *(f"end of {name}" for name in background)]
+
+
+def test_a_file_is_locked_as_long_as_the_process_runs(gpu_check, tmp_path):
+    lock = tmp_path / "lock"
+    assert not gpu_check.processes.is_locked(lock)
+    process = gpu_check.processes.start(["sleep", "300"], dict(os.environ), tmp_path / "console", lock)
+    assert gpu_check.processes.is_locked(lock)
+    gpu_check.processes.end(process)
+    assert not gpu_check.processes.is_locked(lock)
+
+
+def test_damaged_lines_of_the_log_are_left_out(gpu_check, tmp_path):
+    good = {"at": 1.0, "section": "speed", "what": "note"}
+    (tmp_path / "log.jsonl").write_text('{"at": 1,, }\n[1]\n{"what": "speed"}\n' + json.dumps(good) + '\n{"at": 2')
+    assert gpu_check.read_log(tmp_path) == [good]
+
+
+@pytest.fixture
+def run(gpu_check: ModuleType, tmp_path: Path) -> Any:
+    log = gpu_check.Log(tmp_path / "log.jsonl", "a section", time.time())
+    return gpu_check.Run(out=tmp_path, scratch=tmp_path, rehearse=True, ends=time.time() + 100, log=log)
+
+
+def test_a_quantization_without_a_report_does_not_end_the_section(run, monkeypatch):
+    from gpu import quantization
+    from gpu.processes import CommandResult
+
+    monkeypatch.setattr(quantization, "run_command", lambda *_: CommandResult(0, 1.0, "", []))
+    monkeypatch.setattr(quantization, "wait_for_checkpoints", lambda run: (run.scratch, run.scratch))
+    quantization.section_best(run)
+    assert [line["name"] for line in log_lines(run.out, "quantize")] == ["best", "target-bpw"]
+    assert [line["text"][:35] for line in log_lines(run.out, "finding")] == ["quantize report: FileNotFoundError:"] * 2
+
+
+def test_a_kernel_that_raises_costs_one_record(run, monkeypatch):
+    from gpu import correctness
+
+    calls = []
+
+    def fail(x_MK: torch.Tensor, *_: Any) -> torch.Tensor:
+        calls.append(len(x_MK))
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(correctness, "BACKENDS", {"triton": SimpleNamespace(matmul=fail)})
+    monkeypatch.setattr(correctness.gpu, "dequantize", fail)
+    shape = correctness.LinearShape.of_sizes(64, 128, correctness.QuantSpec(group_size=64))
+    problems = correctness.check_case(shape, torch.bfloat16, torch.device("cpu"), (1, 3))
+    assert calls[1:] == [1, 3] and len(problems) == 3 and all("shared memory" in line for line in problems)
+
+    def check() -> list[str]:
+        raise ValueError("a compile error")
+
+    correctness.find_problems(run, "a case", check)
+    assert [line["text"] for line in log_lines(run.out, "finding")] == ["a case: ValueError: a compile error"]
+
+
+def test_refused_and_missing_fused_kernels_are_named(gpu_check):
+    from gpu.graphs import EXPECTED_KERNELS, kernel_problems
+
+    assert kernel_problems(EXPECTED_KERNELS) == []
+    problems = kernel_problems(("attend", "rms_norm", "rotate", "silu_product", "-store: its results differ"))
+    assert problems == ["fused kernel refused: store: its results differ", "fused kernel add_rms_norm is not used"]
+    assert len(kernel_problems(("-all: ImportError: no triton",))) == 1
 
 
 @pytest.mark.slow
-def test_no_section_starts_after_the_time_of_the_run(script, tmp_path):
-    done = run_script(script, tmp_path, "--only", "passes", "--seconds", "1")
-    (line,) = log_lines(tmp_path, "section")
-    assert (line["name"], line["status"]) == ("passes", "not started") and done.returncode == 0
+def test_graph_decoding_is_compared_with_eager_decoding(run, monkeypatch):
+    from gpu import graphs
+    from gpu.rehearsal import capture_on_cpu
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmquant.runtime import decoding
+
+    monkeypatch.setattr(decoding, "CAPTURES", dict(decoding.CAPTURES))
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=97)).eval()
+    capture_on_cpu()
+    right = graphs.check_graph(run, "tiny", model, (9, 5))
+    assert right["logits_error"] < 1e-5 and right["first_different_tokens"] == []
+    run.log.write("rates", copy_bytes_per_second=1e9, bf16_flops=1e9)
+    timed = graphs.time_graph(run, "tiny", model)
+    assert timed["fused ms_per_step"] > 0 and "unfused ms_per_block" in timed
+    embedding = 97 * 32
+    assert timed["step_bytes"] >= 4 * (sum(each.numel() for each in model.parameters()) - embedding)
+    assert log_lines(run.out, "finding") == []
+    # A replay that computes nothing leaves the logits of the capture.
+    decoding.CAPTURES["cpu"] = lambda step, device: step() or (lambda: None)
+    graphs.check_graph(run, "tiny", model, (9, 5))
+    texts = [line["text"] for line in log_lines(run.out, "finding")]
+    assert "the logits of the first step differ" in texts[0] and "another token" in texts[1]
+
+
+def test_the_goals_of_decoding_are_logged_and_shown(gpu_check, run):
+    from gpu.graphs import log_goal
+
+    quantized = {"blocks": 4, "fused ms_per_step": 0.4, "fused bandwidth_share": 0.55, "fused ms_of_goal": 2.0}
+    log_goal(run, quantized, {"unfused ms_per_step": 1.2, "unfused ms_of_goal": 6.4})
+    (goal,) = log_lines(run.out, "decode goal")
+    assert goal["speed_up"] == 3.0 and goal["reached"] == [True, False] and goal["goal_blocks"]["speed_up"] == 3.2
+    text = gpu_check.summary.summarize(gpu_check.read_log(run.out))
+    assert "0.4 ms, bf16 1.2 ms: 3.00x (goal 2.5x), 55%! of the copy bandwidth (goal 60%)" in text
 
 
 def test_unknown_section_is_refused_in_one_line(gpu_check, monkeypatch, capsys, tmp_path):
@@ -143,6 +291,12 @@ def test_tables_fit_into_the_limit_and_keep_the_first_lines(gpu_check):
     text = gpu_check.summary.summarize(log)
     assert len(text) <= gpu_check.summary.MAX_CHARACTERS
     assert text.startswith("sections\n  speed        ok ")
+
+
+def test_the_tables_end_before_the_first_line_that_does_not_fit(gpu_check, monkeypatch):
+    monkeypatch.setattr(gpu_check.summary, "MAX_CHARACTERS", 60)
+    monkeypatch.setattr(gpu_check.summary, "PARTS", (lambda log: ["a" * 40, "b" * 40, "c"], lambda log: ["d"]))
+    assert gpu_check.summary.summarize([]) == "a" * 40 + "\n"
 
 
 def test_a_damaged_line_of_the_log_costs_one_table(gpu_check):

@@ -22,7 +22,10 @@ ACCENT, OTHER, ORIGINAL, INK, FAINT = "#0b7285", "#9cc3cb", "#d5dade", "#343a40"
 
 
 def print_bench(result: BenchmarkResult) -> None:
-    """Print one row per model and kernel, with its speed relative to the original if there is one."""
+    """Print one row per model and kernel, with its speed relative to the original if there is one.
+
+    A line below the table names each model on a GPU that was decoded without a CUDA graph.
+    """
     table = new_table("model", "kernel", ">weights", ">peak", ">load", ">prefill/s", ">decode/s")
     for run in result.runs:
         peak = "" if run.peak_bytes is None else format_bytes(run.peak_bytes)
@@ -30,6 +33,21 @@ def print_bench(result: BenchmarkResult) -> None:
         table.add_row(run.model, run.kernel, format_bytes(run.weight_bytes), peak, f"{run.load_seconds:.1f} s", *rates)
     screen().print(table)
     screen().print(_conditions(result), style="dim")
+    for line in _eager_lines(result):
+        screen().print(line, style="dim", markup=False, soft_wrap=True)
+
+
+def _eager_lines(result: BenchmarkResult) -> list[str]:
+    """Return one line for each model on a GPU that could not be decoded by a CUDA graph, with the reason."""
+    from llmquant.runtime.decoding import NOT_ON_GPU
+    from llmquant.runtime.generate import SWITCHED_OFF
+
+    lines = []
+    for run in result.runs:
+        reason = run.decoding.removeprefix("eager: ")
+        if reason != run.decoding and reason != SWITCHED_OFF and not reason.startswith(NOT_ON_GPU):
+            lines.append(f"{run.model} ({run.kernel}): decoded without a CUDA graph: {reason}")
+    return lines
 
 
 def _rate(result: BenchmarkResult, run: BenchmarkRun, name: str) -> str:

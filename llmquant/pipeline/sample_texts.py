@@ -151,4 +151,5 @@ def _answers(path: Path, plan: Plan, tokenizer: Any, prompts: Sequence[str], is_
     made = generate(model, tokenizer, prompts, sampling, chat=is_chat)
     del model
     trim_heap()
-    return Answers(made.texts, was_cut=made.prefill_seconds + made.decode_seconds >= MAX_GENERATION_SECONDS)
+    seconds = made.prefill_seconds + made.capture_seconds + made.decode_seconds
+    return Answers(made.texts, was_cut=seconds >= MAX_GENERATION_SECONDS)

@@ -85,7 +85,7 @@ class BenchmarkRun:
     decoding: str = "eager"
     """How the tokens after the first were computed: `cuda graph`, or `eager: ` and the reason."""
     fused: tuple[str, ...] = ()
-    """The `decode_kernels` in the graph, and "-name: reason" for those that are not."""
+    """The kernels of `kernels.decode` in the graph, and "-name: reason" for those that are not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Decoding with CUDA graphs: one forward pass of one token per sequence, captured once and replayed for every token.
 
-Eager decoding launches about 1500 kernels for each token of an 8B model, which takes ten times as long on the CPU as
-the kernels take on the GPU. A CUDA graph launches all of them with one call. Its kernels always read and write the same
-addresses, so everything that changes from token to token lives in tensors of fixed shape:
+Eager decoding of one token by a Llama of 32 layers executes about 1300 PyTorch operations that launch kernels (counted
+with transformers 5.23; views are not counted). The CPU needs longer to launch the kernels than the GPU needs to run
+them. A CUDA graph launches all of them with one call. Its kernels always read and write the same addresses, so
+everything that changes from token to token lives in tensors of fixed shape:
 
 ```
 token_S1, position_S1   the newest token of each sequence, and its position without padding
@@ -15,12 +16,16 @@ logits_SV               the result, float32
 T is the sum of prompt and new tokens, rounded up (`cache_places`), so prompts of many lengths share one graph. The
 prompt itself runs without a graph. Layers with sliding windows also keep T places; the model's mask hides old ones.
 
+A graph serves one call at a time, because its tensors hold the texts of that call. Captures take place one after the
+other in the whole process, because `FusedStep.active` replaces functions of modules during a capture.
+
 Letters: S sequences, T places of the cache, G key and value heads, D head dimension, V vocabulary.
 """
 
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,7 +69,8 @@ def capture_cuda_graph(step: Callable[[], None], device: torch.device) -> Replay
     """Capture the kernels that `step` launches on a CUDA device, and return a function that launches them again.
 
     `step` runs three times, or four, before the capture: kernels are compiled, libraries allocate their workspaces, and
-    a step that waits for the GPU raises here, because a failure during a capture can leave errors behind.
+    a step that waits for the GPU raises here, because a failure during a capture can leave errors behind. During that
+    one run, PyTorch's check holds for all threads: another thread that waits for a GPU in it gets a RuntimeError.
     Raises RuntimeError if the step cannot be captured.
     """
     stream = torch.cuda.Stream(device)
@@ -109,6 +115,7 @@ class FixedLayer(StaticLayer):
         self.keys = _zeros_like_places(like.keys, num_places)
         self.values = _zeros_like_places(like.values, num_places)
         self.is_initialized = True
+        fused.add_cache(self.keys)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the key and the value [S, G, 1, D] of one token, and return those of all places [S, G, T, D]."""
@@ -148,6 +155,8 @@ class DecodeGraph:
         num_sequences, device = layers[0].keys.shape[0], layers[0].keys.device
         self._model = ref(model)
         self.num_places = num_places
+        self.in_use = False
+        """Whether a call of `generate` decodes with this graph."""
         self.length = torch.zeros(1, dtype=torch.int64, device=device)
         self.token_S1 = torch.zeros(num_sequences, 1, dtype=torch.int64, device=device)
         self.position_S1 = torch.zeros_like(self.token_S1)
@@ -156,7 +165,7 @@ class DecodeGraph:
         self.mask_ST = torch.ones(num_sequences, num_places, dtype=torch.int64, device=device)
         self.logits_SV = torch.zeros(0, device=device)
         self.fused = FusedStep(model, device)
-        self.weights = weight_addresses(model)
+        self.fingerprint = fingerprint(model)
         # Mixtures of experts have another implementation for few tokens, which transformers uses in decoding too.
         prepare = getattr(model, "_optimize_model_for_decode", nullcontext)
         try:
@@ -164,8 +173,8 @@ class DecodeGraph:
             self.cache = Cache(layers=list(self._layers))
             with prepare():
                 self.replay = capture(self._step, device)
-        except Exception as error:  # too little memory, or whatever the model's code raises
-            raise GraphUnavailable(_reason(error)) from error
+        except Exception as error:  # too little memory, or any exception of the model's code
+            raise GraphUnavailable(describe_failure(error)) from error
 
     def _step(self) -> None:
         """Compute `logits_SV` for `token_S1`, store the keys and values of the token, and advance by one place."""
@@ -199,8 +208,10 @@ class DecodeGraph:
         return self.logits_SV
 
 
-def _reason(error: BaseException) -> str:
-    """Describe an exception. An error inside a capture makes the end of the capture fail too, and hides behind that."""
+def describe_failure(error: BaseException) -> str:
+    """Return why a graph failed. An error inside a capture makes the end of the capture fail too, which hides it."""
+    if isinstance(error, GraphUnavailable):
+        return str(error)
     reason = f"{type(error).__name__}: {one_line(error)}"
     first = error.__context__
     return reason if first is None else f"{reason} (after {type(first).__name__}: {one_line(first)})"
@@ -213,9 +224,28 @@ def _checked(layer: Any) -> Any:
     return layer
 
 
-def weight_addresses(model: Any) -> tuple[int, ...]:
-    """Return the addresses of a model's tensors, which a graph has captured. A model that is moved has other ones."""
-    return tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
+def fingerprint(model: Any) -> tuple[Any, ...]:
+    """Return what a graph has captured of a model. A graph is used only while this does not change.
+
+    It consists of the addresses of all tensors, the attention implementation, the number of layers, and the adapters.
+    """
+    config = model.config.get_text_config(decoder=True)
+    adapters = tuple(
+        (*names, bool(module.disable_adapters), bool(module.merged), str(module.scaling))
+        if all(hasattr(module, name) for name in ("disable_adapters", "merged", "scaling"))
+        else tuple(names)
+        for module in model.modules()
+        if isinstance(names := getattr(module, "active_adapters", None), list)
+    )
+    addresses = tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))
+    return config._attn_implementation, getattr(config, "num_hidden_layers", None), adapters, addresses
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an exception, or one that led to it, says that the GPU has too little memory."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class ModelGraphs:
@@ -223,7 +253,8 @@ class ModelGraphs:
 
     def __init__(self) -> None:
         self.graphs: dict[tuple[int, int], DecodeGraph] = {}
-        self.failures: dict[tuple[int, int], str] = {}
+        self.failures: dict[tuple[int, int], tuple[tuple[Any, ...], str]] = {}
+        """`fingerprint` of the model whose step could not be captured, and the reason."""
         self.num_captures = 0
         """Number of graphs captured so far."""
 
@@ -232,36 +263,67 @@ class ModelGraphs:
     ) -> DecodeGraph:
         """Return a graph for sequences of `num_tokens` tokens. A new one is captured if there is none.
 
-        Raises GraphUnavailable if the step cannot be captured, now or before.
+        The graph's `in_use` is set. The caller clears it when the texts are complete.
+        Raises GraphUnavailable if the step cannot be captured, now or before, or if another call uses the graph.
         """
+        if not cache.layers:
+            raise GraphUnavailable("the model's cache has no layers")
         key = (_checked(cache.layers[0]).keys.shape[0], cache_places(num_tokens))
-        if key in self.failures:
-            raise GraphUnavailable(self.failures[key])
-        graph = self.graphs.pop(key, None)
-        if graph is not None and graph.weights != weight_addresses(model):
-            graph = None
-        if graph is None:
-            while len(self.graphs) >= MAX_GRAPHS:
-                del self.graphs[next(iter(self.graphs))]
-            gc.collect()
-            try:
-                graph = DecodeGraph(model, cache, key[1], inputs, capture)
-            except GraphUnavailable as error:
-                self.failures[key] = str(error)
-                raise
-            self.num_captures += 1
-        self.graphs[key] = graph  # the newest last
+        with _LOCK:
+            now = fingerprint(model)
+            if key in self.failures and self.failures[key][0] == now:
+                raise GraphUnavailable(self.failures[key][1])
+            graph = self.graphs.get(key)
+            if graph is not None and graph.fingerprint == now and graph.in_use:
+                raise GraphUnavailable("its graph is in use")
+            self.graphs.pop(key, None)
+            if graph is None or graph.fingerprint != now:
+                del graph
+                graph = self._capture(key, (model, cache, key[1], inputs, capture), now)
+            self.graphs[key] = graph  # the newest last
+            graph.in_use = True
+            return graph
+
+    def _capture(
+        self, key: tuple[int, int], arguments: tuple[Any, Cache, int, dict[str, Any], Capture], now: tuple[Any, ...]
+    ) -> DecodeGraph:
+        """Capture a graph, and remember the reason if that fails for another reason than too little memory."""
+        while len(self.graphs) >= MAX_GRAPHS:
+            del self.graphs[next(iter(self.graphs))]
+        if arguments[0].device.type == "cuda":
+            gc.collect()  # the memory of graphs that are no longer used: each refers to itself
+        try:
+            graph = DecodeGraph(*arguments)
+        except GraphUnavailable as error:
+            if not _ran_out_of_memory(error):
+                self.failures[key] = (now, str(error))
+            raise
+        self.failures.pop(key, None)
+        self.num_captures += 1
         return graph
 
 
 _GRAPHS: WeakKeyDictionary[Any, ModelGraphs] = WeakKeyDictionary()
+_LOCK = threading.RLock()
+"""Is held while a graph is looked up or captured."""
 
 
 def graphs_of(model: Any) -> ModelGraphs:
     """Return the graphs of a model. They live as long as the model, or until `release_graphs`."""
-    return _GRAPHS.setdefault(model, ModelGraphs())
+    with _LOCK:
+        return _GRAPHS.setdefault(model, ModelGraphs())
+
+
+def has_graphs(model: Any) -> bool:
+    """Return whether graphs of a model take memory."""
+    with _LOCK:
+        return model in _GRAPHS and bool(_GRAPHS[model].graphs)
 
 
 def release_graphs(model: Any) -> None:
-    """Free the memory of a model's graphs and their caches, and forget failures."""
-    _GRAPHS.pop(model, None)
+    """Free the memory of a model's graphs and their caches, and forget failures.
+
+    The memory of a graph that another call uses is freed at the end of that call.
+    """
+    with _LOCK:
+        _GRAPHS.pop(model, None)

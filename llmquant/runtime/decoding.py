@@ -16,14 +16,18 @@ Letters: S sequences, L tokens so far with padding, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from time import perf_counter
 from typing import Any, Protocol
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from llmquant.runtime.decode_graph import (
@@ -32,7 +36,10 @@ from llmquant.runtime.decode_graph import (
     DecodeGraph,
     GraphUnavailable,
     capture_cuda_graph,
+    describe_failure,
     graphs_of,
+    has_graphs,
+    release_graphs,
 )
 
 CAPTURES: dict[str, Capture] = {"cuda": capture_cuda_graph}
@@ -41,6 +48,12 @@ OLDEST_TRANSFORMERS = (5, 17)
 """Older releases of transformers pass positions to caches and masks in other ways."""
 ATTENTIONS = ("sdpa", "eager")
 """Attention implementations that read a cache of fixed size with a mask."""
+NOT_ON_GPU = "the model is on the device"
+"""Beginning of the reason for decoding without a graph on devices that have none."""
+NO_SECOND_TOKEN = "eager: no text has a second token"
+"""The decoding of a run that ended with the first token."""
+HARMLESS_HOOKS = "transformers.utils.output_capturing"
+"""Module of hooks that do nothing unless a call asks for the outputs of inner layers."""
 KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 """Inputs of a forward pass that a graph supports. Others could change from token to token."""
 
@@ -61,11 +74,16 @@ def refuses_graph(model: Any, settings: Any) -> str | None:
         "token_healing": bool(settings.token_healing),
     }
     if model.device.type not in CAPTURES:
-        return f"the model is on the device {model.device.type}"
+        return f"{NOT_ON_GPU} {model.device.type}"
     if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST_TRANSFORMERS:
         return f"transformers {transformers.__version__} is older than {'.'.join(map(str, OLDEST_TRANSFORMERS))}"
     if not getattr(model, "_can_compile_fullgraph", False) or model.config.is_encoder_decoder:
         return f"the forward pass of {type(model).__name__} depends on data that is not in tensors"
+    if _has_own_loop(model):
+        return f"{type(model).__name__} has a method of its own for generating"
+    if any(map(_has_hooks, model.modules())):
+        hooked = next(name for name, module in model.named_modules() if _has_hooks(module))
+        return f"the module '{hooked or type(model).__name__}' has hooks, which a replay does not call"
     if len(devices) > 1:
         return f"the model is spread over {len(devices)} devices"
     if implementation not in ATTENTIONS:
@@ -73,6 +91,26 @@ def refuses_graph(model: Any, settings: Any) -> str | None:
     if (mode := settings.get_generation_mode().value) not in ("greedy_search", "sample"):
         return f"the generation settings select {mode}"
     return next((f"the generation settings set {name}" for name, is_set in unusual.items() if is_set), None)
+
+
+def _has_own_loop(model: Any) -> bool:
+    """Return whether a model replaces transformers' `generate` or its decoding loop."""
+    return any(
+        name in vars(model) or getattr(type(model), name, None) is not getattr(GenerationMixin, name)
+        for name in ("generate", "_sample")
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Return whether hooks run in the forward pass of a module: PyTorch's, or those of Accelerate."""
+    registries = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+    )
+    hooks = [hook for registry in registries for hook in registry.values()]
+    return hasattr(module, "_hf_hook") or any(getattr(hook, "__module__", "") != HARMLESS_HOOKS for hook in hooks)
 
 
 class _Steps(Protocol):
@@ -104,8 +142,8 @@ class GraphDecoding:
     def __init__(self, streamer: BaseStreamer | None = None) -> None:
         """streamer: receives each new token; transformers passes the prompt to it."""
         self._streamer = streamer
-        self.decoding = CUDA_GRAPH
-        """How the tokens were decoded: `CUDA_GRAPH`, or "eager: " and the reason."""
+        self.decoding = NO_SECOND_TOKEN
+        """How the tokens after the first were decoded: `CUDA_GRAPH`, or "eager: " and the reason."""
         self.fused: tuple[str, ...] = ()
         """The kernels of `kernels.decode` in the graph, and "-name: reason" for those that are not."""
         self.setup_seconds = 0.0
@@ -127,16 +165,19 @@ class GraphDecoding:
         Raises RuntimeError if the predictions for a token that is sampled are not finite.
         """
         tokens_SL = input_ids
-        logits_SV, model_kwargs = _prefill(model, tokens_SL, model_kwargs)
+        logits_SV, model_kwargs = _prefill_or_make_room(model, tokens_SL, model_kwargs)
         chooser = _Chooser(logits_processor, stopping_criteria, generation_config, tokens_SL)
         token_S = chooser.choose(logits_SV)
         must_stop = self._read(chooser)
         if not must_stop:
             optimize = getattr(model, "_optimize_model_for_decode", nullcontext)
             steps = self._prepare_steps(model, tokens_SL, model_kwargs, stopping_criteria.max_length)
-            del model_kwargs  # the cache of the prompts
-            with optimize() if isinstance(steps, _EagerSteps) else nullcontext():
-                self._decode(steps, token_S, chooser)
+            try:
+                with optimize() if isinstance(steps, _EagerSteps) else nullcontext():
+                    self._decode(steps, token_S, chooser)
+            finally:
+                if isinstance(steps, DecodeGraph):
+                    steps.in_use = False
         if self._streamer is not None:
             self._streamer.end()
         return chooser.tokens_SL
@@ -165,10 +206,10 @@ class GraphDecoding:
         start = perf_counter()
         try:
             graph = _start_graph(model, tokens_SL, model_inputs, max_length)
-            self.fused = graph.fused.describe()
+            self.decoding, self.fused = CUDA_GRAPH, graph.fused.describe()
             return graph
-        except GraphUnavailable as error:
-            self.decoding = f"eager: {error}"
+        except Exception as error:  # also those of unknown caches and tensors: the model may run without a graph
+            self.decoding = f"eager: {describe_failure(error)}"
             return _EagerSteps(model, tokens_SL, model_inputs)
         finally:
             if model.device.type == "cuda":
@@ -184,8 +225,32 @@ def _prefill(model: Any, tokens_SL: Tensor, model_inputs: dict[str, Any]) -> tup
     return logits_SV, model._update_model_kwargs_for_generation(outputs, model_inputs)
 
 
+def _prefill_or_make_room(model: Any, tokens_SL: Tensor, model_inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Do what `_prefill` does. If the GPU has too little memory, free the model's graphs and try once more.
+
+    Raises torch.OutOfMemoryError if there are no graphs, or if the memory does not suffice without them either.
+    """
+    cache = model_inputs.get("past_key_values")
+    if not has_graphs(model) or cache is None or cache.get_seq_length() > 0:
+        return _prefill(model, tokens_SL, model_inputs)
+    empty_cache = deepcopy(cache)
+    try:
+        return _prefill(model, tokens_SL, model_inputs)
+    except torch.OutOfMemoryError:
+        cache.layers.clear()
+    # Here the exception, which refers to the tensors of the failed pass, no longer exists.
+    release_graphs(model)
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return _prefill(model, tokens_SL, model_inputs | {"past_key_values": empty_cache})
+
+
 def _start_graph(model: Any, tokens_SL: Tensor, model_inputs: dict[str, Any], max_length: int) -> DecodeGraph:
-    """Return a graph that continues the prompts. Raises GraphUnavailable if the step cannot be captured."""
+    """Return a graph that continues the prompts, and empty the cache of the prompts.
+
+    Raises GraphUnavailable if the step cannot be captured.
+    """
     cache, mask_SL = model_inputs.get("past_key_values"), model_inputs.get("attention_mask")
     positions_SL = model_inputs.get("position_ids")
     if unknown := [name for name, value in model_inputs.items() if name not in KNOWN_INPUTS and value is not None]:
@@ -200,7 +265,14 @@ def _start_graph(model: Any, tokens_SL: Tensor, model_inputs: dict[str, Any], ma
     num_tokens = tokens_SL.shape[1]
     mask_SL = torch.ones_like(tokens_SL) if mask_SL is None else mask_SL[:, :num_tokens]
     position_S1 = torch.full_like(tokens_SL[:, :1], num_tokens) if positions_SL is None else positions_SL[:, -1:]
-    graph.start(cache, mask_SL, position_S1)
+    try:
+        graph.start(cache, mask_SL, position_S1)
+    except BaseException:
+        graph.in_use = False
+        raise
+    # The graph has its own copy of the keys and values. transformers refers to the cache until `generate` returns, so
+    # only removing its layers frees their memory.
+    cache.layers.clear()
     return graph
 
 
@@ -209,7 +281,10 @@ class _Chooser:
 
     def __init__(self, process: Callable, criteria: Any, settings: Any, tokens_SL: Tensor) -> None:
         self._process, self._criteria = process, criteria
-        self._samples, self._pad = bool(settings.do_sample), settings.pad_token_id or 0
+        self._samples = bool(settings.do_sample)
+        # transformers pads with the first end token if the settings have no padding token.
+        pad = getattr(settings, "_pad_token_tensor", None)
+        self._pad = 0 if pad is None else pad.to(tokens_SL.device)
         self._has_ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self._unfinished_S = torch.ones_like(tokens_SL[:, 0])
         on_gpu = tokens_SL.device.type == "cuda"
@@ -237,7 +312,8 @@ class _Chooser:
         state_3S = torch.stack([token_S, self._unfinished_S, is_invalid_S])
         self._state_3S.copy_(state_3S, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            # Without a stream, `record` takes that of the current device, which may not be the model's.
+            self._copied.record(torch.cuda.current_stream(self.tokens_SL.device))
         self.has_unread = True
         return token_S
 

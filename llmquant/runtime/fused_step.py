@@ -1,7 +1,8 @@
 """Fewer and larger kernels for the decode step of a transformers model, by `kernels.decode`.
 
-A norm of transformers launches eight kernels, a rotary embedding ten and an attention with its cache nine. During the
-capture of a decode step, `FusedStep.active` replaces them by one kernel each, in four places:
+In the Llama of transformers 5.23, a norm executes eight PyTorch operations that launch kernels, and a rotary embedding
+ten (counted; views are not). During the capture of a decode step, `FusedStep.active` replaces each by one kernel, and
+an attention over a cache by two. It does so in four places:
 
     forward of RMS norms, of feed-forward layers down(silu(gate(x)) * up(x)), and of blocks x + attention(norm(x)), in
     which that sum and the next norm are one kernel
@@ -12,11 +13,17 @@ capture of a decode step, `FusedStep.active` replaces them by one kernel each, i
 A replacement is used only if it is right: before its first use with a shape, it and the original run on the same random
 input, and their results must agree within rounding. Models whose norms or embeddings follow another formula keep their
 own.
+
+While `active` lasts, the functions are replaced in the whole process, so only one capture may take place at a time.
+Other threads, and attention over any other cache, still get the original functions. Code that replaces the same
+functions in another thread at the same time is not supported.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -30,8 +37,12 @@ from llmquant.errors import one_line
 
 FUSED_DEVICES = {"cuda"}
 """Types of devices on which decode steps use `kernels.decode`."""
+POSITION_NAMES = ("layer_idx", "layer_id", "_group_index")
+"""Attributes that hold the position of a module, and not what it computes."""
 ROTARY_FUNCTION = "apply_rotary_pos_emb"
 """The function of a model's module that rotates queries and keys."""
+BRANCH_SCALE = 1 / 64
+"""Scale of the input for which the sum in a block is so small that the results show its other parts."""
 SILU_CLASSES = ("SiLUActivation", "SiLU")
 """Names of the classes of silu."""
 
@@ -49,6 +60,10 @@ class FusedStep:
         """Why a kernel is not used for some shape: name of the kernel -> reason."""
         if isinstance(self._kernels, str):
             self.refusals["all"], self._kernels = self._kernels, None
+        self._thread: int | None = None
+        """The thread that captures; None outside of captures."""
+        self._caches: set[int] = set()
+        """Addresses of the keys over which `attend` may be used."""
         modules = list(model.modules())
         self._norms = [module for module in modules if _is_norm(module)]
         self._feed_forwards = [module for module in modules if _is_feed_forward(module)]
@@ -58,8 +73,15 @@ class FusedStep:
         files = {sys.modules.get(type(module).__module__) for module in modules}
         self._files = [file for file in files if callable(getattr(file, ROTARY_FUNCTION, None))]
 
+    def add_cache(self, keys: Tensor) -> None:
+        """Allow `attend` for the cache [S, G, T, D] of a layer, of which the step writes the place `length`."""
+        self._caches.add(keys.data_ptr())
+
     def describe(self) -> tuple[str, ...]:
-        """Return the names of the kernels in use, then "-name: reason" for those that are not used for some shape."""
+        """Return the names of the kernels in use, then "-name: reason" for those that are not used for some shape.
+
+        Kernels for which the model has no layer of the kind that they replace are in neither list.
+        """
         return (*sorted(self.used), *(f"-{name}: {reason}" for name, reason in sorted(self.refusals.items())))
 
     @contextmanager
@@ -68,18 +90,33 @@ class FusedStep:
         if self._kernels is None:
             yield
             return
-        with ExitStack() as stack:
-            for norm in self._norms:
-                stack.enter_context(_replaced(norm, "forward", partial(self._norm, norm, norm.forward)))
-            for layer in self._feed_forwards:
-                stack.enter_context(_replaced(layer, "forward", partial(self._feed_forward, layer, layer.forward)))
-            for block in self._blocks:
-                stack.enter_context(_replaced(block, "forward", partial(self._block, block, block.forward)))
-            for file in self._files:
-                original = getattr(file, ROTARY_FUNCTION)
-                stack.enter_context(_replaced(file, ROTARY_FUNCTION, partial(self._rotate, original)))
-            stack.enter_context(self._registered_attention(length))
-            yield
+        self._thread = threading.get_ident()
+        try:
+            with ExitStack() as stack:
+                for method, modules in (
+                    (self._norm, self._norms),
+                    (self._feed_forward, self._feed_forwards),
+                    (self._block, self._blocks),
+                ):
+                    for module in modules:
+                        forward = self._in_this_thread(module.forward, partial(method, module, module.forward))
+                        stack.enter_context(_replaced(module, "forward", forward))
+                for file in self._files:
+                    original = getattr(file, ROTARY_FUNCTION)
+                    rotate = self._in_this_thread(original, partial(self._rotate, original))
+                    stack.enter_context(_replaced(file, ROTARY_FUNCTION, rotate))
+                stack.enter_context(self._registered_attention(length))
+                yield
+        finally:
+            self._thread = None
+
+    def _in_this_thread(self, original: Callable, replacement: Callable) -> Callable:
+        """Return a function that calls the replacement in the thread that captures, and the original in others."""
+
+        def call(*args: Any, **options: Any) -> Any:
+            return (replacement if threading.get_ident() == self._thread else original)(*args, **options)
+
+        return call
 
     def _is_right(self, name: str, key: tuple[Any, ...], check: Callable[[], Any]) -> Any:
         """Return the result of `check`, which is computed once per key. It is None if the check raises."""
@@ -103,15 +140,16 @@ class FusedStep:
         values = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
         return torch.empty_like(tensor).copy_(values)
 
-    def _norm(self, norm: Any, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _norm(self, norm: Any, original: Callable, x: Tensor, *args: Any, **options: Any) -> Any:
         weight_W, eps = norm.weight, _epsilon(norm)
-        if x.dtype != weight_W.dtype or x.shape[-1] != weight_W.shape[0]:
-            return original(x)
+        if args or options or x.dtype != weight_W.dtype or x.shape[-1] != weight_W.shape[0]:
+            self.refusals.setdefault("rms_norm", "a norm has further inputs, or a weight of another dtype or width")
+            return original(x, *args, **options)
         kernels: Any = self._kernels
 
         def best_kind() -> int | None:
             sample = self._random_like(x)
-            # A weight of ones would not show whether the norm adds one to it.
+            # With a weight of ones, kind 0 and kind 2 give the same results, so either may be chosen.
             truth, results = original(sample), {}
             for kind in kernels.NORM_KINDS:
                 result = kernels.rms_norm(sample, weight_W, eps, kind)
@@ -119,7 +157,7 @@ class FusedStep:
                     results[kind] = (truth.float() - result.float()).abs().sum().item()
             return min(results, key=lambda kind: results[kind]) if results else None
 
-        kind = self._is_right("rms_norm", (type(norm), x.shape, x.dtype), best_kind)
+        kind = self._is_right("rms_norm", (_formula(norm), x.shape, x.dtype), best_kind)
         if kind is None:
             return original(x)
         self._kinds[id(norm)] = kind
@@ -137,17 +175,25 @@ class FusedStep:
 
         def check() -> bool:
             # The original comes first: it also finds the kind of the norm. Both write the same place of the cache.
-            sample = self._random_like(hidden_states)
-            truth = original(sample, **options)
-            return isinstance(truth, Tensor) and id(norm) in self._kinds and _agree(truth, fused(sample))
+            x = self._random_like(hidden_states)
+            truth = original(x, **options)
+            if not isinstance(truth, Tensor) or id(norm) not in self._kinds or not _agree(truth, fused(x)):
+                return False
+            # The norms give almost the same output for a small x, so its block shows factors of what is added to x.
+            x *= BRANCH_SCALE
+            ulp = torch.finfo(x.dtype).eps * x.float().abs().max()
+            return _agree(original(x, **options).float() - x, fused(x).float() - x, x.dtype, ulp)
 
-        key = (type(block), type(block.mlp), type(block.self_attn), hidden_states.shape, hidden_states.dtype)
+        key = (*map(_formula, block.modules()), hidden_states.shape, hidden_states.dtype)
         if args or not self._is_right("add_rms_norm", key, check) or id(norm) not in self._kinds:
             return original(hidden_states, *args, **options)
         return fused(hidden_states)
 
-    def _feed_forward(self, layer: Any, original: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def _feed_forward(self, layer: Any, original: Callable, x: Tensor, *args: Any, **options: Any) -> Any:
         kernels: Any = self._kernels
+        if args or options:
+            self.refusals.setdefault("silu_product", "a feed-forward layer has further inputs")
+            return original(x, *args, **options)
 
         def fused(x: Tensor) -> Tensor:
             return layer.down_proj(kernels.silu_product(layer.gate_proj(x), layer.up_proj(x)))
@@ -156,11 +202,13 @@ class FusedStep:
             sample = self._random_like(x)
             return _agree(original(sample), fused(sample))
 
-        return fused(x) if self._is_right("silu_product", (type(layer), x.shape, x.dtype), check) else original(x)
+        key = (*map(_formula, layer.modules()), x.shape, x.dtype)
+        return fused(x) if self._is_right("silu_product", key, check) else original(x)
 
     def _rotate(self, original: Callable, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kw: Any) -> Any:
         kernels: Any = self._kernels
         if args or kw or not kernels.can_rotate(q, k, cos, sin):
+            self.refusals.setdefault("rotate", "the model's rotary embedding has further inputs or other shapes")
             return original(q, k, cos, sin, *args, **kw)
 
         def check() -> bool:
@@ -178,7 +226,12 @@ class FusedStep:
     def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, length: Tensor) -> bool:
         """Write a key and a value [S, G, 1, D] into caches [S, G, T, D], and return whether that was done."""
         kernels: Any = self._kernels
-        if kernels is None or not kernels.can_store(key, value, keys, values):
+        if kernels is None:
+            return False
+        if not kernels.can_store(key, value, keys, values):
+            self.refusals.setdefault(
+                "store", "the model's keys and values have shapes, strides or dtypes of another kind"
+            )
             return False
 
         def check() -> bool:
@@ -201,7 +254,7 @@ class FusedStep:
 
         original = registry["sdpa"]
         local = registry._local_mapping.get("sdpa")
-        registry["sdpa"] = partial(self._attend, original, length)
+        registry["sdpa"] = self._in_this_thread(original, partial(self._attend, original, length))
         try:
             yield
         finally:
@@ -217,18 +270,23 @@ class FusedStep:
         """Return the attention [S, 1, H, D] of query [S, H, 1, D] over caches [S, G, T, D], as transformers' "sdpa"."""
         kernels: Any = self._kernels
         extras = ("position_bias", "cache", "softcap", "s_aux")
-        has_extras = dropout or any(options.get(name) is not None for name in extras)
+        has_extras = bool(dropout) or any(options.get(name) is not None for name in extras)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
         def check() -> bool:
-            states = [self._random_like(tensor, seed) for seed, tensor in enumerate((query, key, value))]
             places = torch.arange(key.shape[2], device=key.device)
             last = torch.full_like(length, key.shape[2] - 5)
             mask = ((places <= last) & (places > 2)).expand(query.shape[0], 1, 1, -1).contiguous()
-            truth, _ = original(module, *states, mask, dropout=0.0, scaling=scaling, **options)
-            return _agree(truth, kernels.attend(*states, mask, last, scale))
+            states = [self._random_like(tensor, seed) for seed, tensor in enumerate((query, key, value))]
+            for _ in range(2):
+                truth, _ = original(module, *states, mask, dropout=0.0, scaling=scaling, **options)
+                if not _agree(truth, kernels.attend(*states, mask, last, scale)):
+                    return False
+                _emphasize(states, [2, 3, key.shape[2] - 5, key.shape[2] - 4], scale)
+            return True
 
-        shapes = (query.shape, key.shape, query.dtype, scale)
+        shapes = (_formula(module), query.shape, key.shape, query.dtype, scale)
+        has_extras = has_extras or key.data_ptr() not in self._caches
         if has_extras or not kernels.can_attend(query, key, value, attention_mask):
             self.refusals.setdefault("attend", "the model's attention has extras, or a mask or shape of another kind")
         elif self._is_right("attend", shapes, check):
@@ -273,6 +331,31 @@ def _is_plain(module: nn.Module) -> bool:
     return "forward" not in module.__dict__
 
 
+def _formula(module: nn.Module) -> tuple[Any, ...]:
+    """Return the class and the numbers of a module, such as an epsilon, which decide what it computes."""
+    values = sorted((name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float))
+    return type(module), *((name, value) for name, value in values if name not in POSITION_NAMES)
+
+
+def _emphasize(states: list[Tensor], places: list[int], scale: float) -> None:
+    """Give the keys of some places such large scores that the attention to all others is small.
+
+    states: query [S, H, 1, D], keys and values [S, G, T, D], which change. The values of the places become large. In
+    bfloat16, one of thousands of places with random keys has no visible effect on the result.
+    """
+    query, keys, values = states
+    num_sequences, num_kv_heads, num_places, head_dim = keys.shape
+    # The heads that share keys get similar queries, so one key has a large score with all of them.
+    heads = query.reshape(num_sequences, num_kv_heads, -1, head_dim).float()
+    base = heads[:, :, :1]
+    query.copy_((base + 0.2 * heads).reshape(query.shape))
+    score = math.log(num_places) + 3
+    decisive = base * score / (scale * 1.2 * base.square().sum(dim=-1, keepdim=True))
+    for index, place in enumerate(places):
+        keys[:, :, place] = decisive[:, :, 0].to(keys.dtype)
+        values[:, :, place] *= 2 + index
+
+
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Set an attribute in an object's own dictionary, and restore the dictionary afterwards."""
@@ -288,9 +371,12 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
             owner.__dict__[name] = before
 
 
-def _agree(truth: Tensor, result: Tensor) -> bool:
-    """Return whether two results agree within a few roundings of their largest value."""
+def _agree(truth: Tensor, result: Tensor, dtype: torch.dtype | None = None, slack: Tensor | float = 0.0) -> bool:
+    """Return whether two results agree within a few roundings of their largest value, and `slack`.
+
+    dtype: the dtype to which they were rounded, if it is not their own.
+    """
     if truth.shape != result.shape or truth.dtype != result.dtype:
         return False
-    tolerance = max(4 * torch.finfo(truth.dtype).eps, 1e-5) * truth.float().abs().max()
+    tolerance = max(4 * torch.finfo(dtype or truth.dtype).eps, 1e-5) * truth.float().abs().max() + slack
     return bool(((truth.float() - result.float()).abs().max() <= tolerance).item())

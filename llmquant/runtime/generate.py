@@ -28,6 +28,9 @@ from llmquant.models.skeleton import context_length
 from llmquant.runtime.decoding import GraphDecoding, refuses_graph
 from llmquant.runtime.generation_settings import GENERATION_CONFIG_FILE, merge_settings
 
+SWITCHED_OFF = "CUDA graphs are switched off"
+"""Reason for decoding without a graph if the caller chose that."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -46,7 +49,8 @@ class SamplingParams:
     seed: int = 0
     """Seed of the random generator. The same seed gives the same text."""
     max_seconds: float | None = None
-    """Time in seconds after which generation stops. None means no limit, unless the checkpoint sets one."""
+    """Time in seconds after which generation stops. It includes the prefill and the capture of a CUDA graph. None means
+    no limit, unless the checkpoint sets one."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -95,7 +99,7 @@ class GenerationResult:
     decoding: str = "eager"
     """How the tokens after the first were computed: `cuda graph`, or `eager: ` and the reason."""
     fused: tuple[str, ...] = ()
-    """The `decode_kernels` in the graph, and "-name: reason" for those that are not."""
+    """The kernels of `kernels.decode` in the graph, and "-name: reason" for those that are not."""
     capture_seconds: float = 0.0
     """Time for capturing the CUDA graph, which later runs reuse, and for filling its cache."""
 
@@ -224,7 +228,7 @@ class TimedRun(NamedTuple):
     decoding: str
     """`cuda graph`, or `eager: ` and the reason."""
     fused: tuple[str, ...]
-    """The `decode_kernels` in the graph, and "-name: reason" for those that are not."""
+    """The kernels of `kernels.decode` in the graph, and "-name: reason" for those that are not."""
     capture_seconds: float
     """Time for capturing a CUDA graph and filling its cache."""
 
@@ -247,7 +251,7 @@ def run_timed(
     Raises UserError if sampling fails because the model's predictions are not finite.
     """
     timer = _TokenTimer(text_streamer)
-    refusal = refuses_graph(model, settings) if cuda_graph else "CUDA graphs are switched off"
+    refusal = refuses_graph(model, settings) if cuda_graph else SWITCHED_OFF
     graph_decoding = GraphDecoding(timer) if refusal is None else None
     options = _generate_options(settings, tokenizer, graph_decoding)
     start = perf_counter()

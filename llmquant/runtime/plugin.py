@@ -33,6 +33,7 @@ from llmquant.models.skeleton import check_num_blocks, loaded_dtypes, name_trans
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import find_linear
 from llmquant.runtime.save import enable_saving
+from llmquant.runtime.shared_launch import share_launches
 
 METHOD = "llmquant"
 """The name of our quantizer in transformers' registry."""
@@ -149,6 +150,9 @@ class LLMQuantizer(HfQuantizer):
                     add_hook_to_module(linear, hook)  # type: ignore[arg-type]
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, linear)
+        # The hooks of a device map may move weights, so linears with hooks keep weights of their own.
+        if not any(hasattr(module, "_hf_hook") for module in model.modules()):
+            share_launches(model)
         enable_saving(model, self.stored_config)
         return model
 

@@ -6,13 +6,14 @@ New memory is filled with NaN. Two runs must agree to the bit, split-K must leav
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from gpu.runs import Run
+from gpu.runs import Run, device_is_lost, one_line
 from llmquant.kernels import gpu
 from llmquant.kernels.dispatch import BACKENDS
 from llmquant.kernels.layout import LinearShape
@@ -45,12 +46,39 @@ def section_first(run: Run) -> None:
     for group_size in (128, 64):
         spec = QuantSpec(group_size=group_size, symmetric=False)
         shape = LinearShape.of_sizes(out_features, in_features, spec)
-        for record in compare_rows(shape, torch.bfloat16, run.device, tuple(rows)):
-            run.log.write("first", group_size=group_size, **record)
-            for problem in problems_of(record):
-                run.log.finding(problem)
+
+        def check_and_log(shape: LinearShape = shape, group_size: int = group_size) -> list[str]:
+            problems = []
+            for record in compare_rows(shape, torch.bfloat16, run.device, tuple(rows)):
+                run.log.write("first", group_size=group_size, **record)
+                problems += problems_of(record)
+            return problems
+
+        find_problems(run, shape.describe(), check_and_log)
     if not run.rehearse:
         run.attempt("cuda graph", lambda: check_cuda_graph(run.device))
+
+
+def find_problems(run: Run, what: str, check: Callable[[], list[str]]) -> list[str]:
+    """Log the problems that a check returns as findings, or its exception, and return them.
+
+    Raises the exception again if the GPU is lost.
+    """
+    try:
+        problems = check()
+    except Exception as error:
+        run.log.finding(describe_failure(what, error))
+        if device_is_lost(run.device):
+            raise
+        return [str(error)]
+    for problem in problems:
+        run.log.finding(problem)
+    return problems
+
+
+def describe_failure(what: str, error: Exception) -> str:
+    """Return a line about an exception, as when a program needs more shared memory than the GPU has."""
+    return f"{what}: {type(error).__name__}: {one_line(error, 200)}"
 
 
 def section_correctness(run: Run) -> None:
@@ -59,26 +87,31 @@ def section_correctness(run: Run) -> None:
     cases = [] if run.rehearse else ordered_cases()
     if run.rehearse:
         cases = [(LinearShape.of_sizes(72, 200, QuantSpec(bits=8, group_size=64)), torch.bfloat16)]
-    for problem in check_one_hot(run.device, 1 if run.rehearse else len(ONE_HOT_WIDTHS)):
-        run.log.finding(problem)
-    run.log.write("one-hot", widths=ONE_HOT_WIDTHS)
+    widths = ONE_HOT_WIDTHS[: 1 if run.rehearse else None]
+    for bits, group_size in widths:
+        in_features = 128 if run.rehearse else 640
+        shape = LinearShape.of_sizes(192, in_features, QuantSpec(bits=bits, group_size=group_size, symmetric=False))
+        find_problems(run, f"one-hot rows, {shape.describe()}", partial(check_one_hot, shape, run.device))
+    run.log.write("one-hot", widths=widths)
     num_checked = 0
     for shape, dtype in cases:
         if run.seconds_left < COMPILE_SECONDS:
             break
         large = shape.in_features * shape.out_features > 1 << 24
         rows = (1, 33, 513) if large else (3,) if run.rehearse else (1, 5, 16, 17, 64, 100, 200, 400)
-        for problem in check_case(shape, dtype, run.device, rows):
-            run.log.finding(problem)
+        find_problems(run, f"{shape.describe()} {dtype}", partial(check_case, shape, dtype, run.device, rows))
         num_checked += 1
         if num_checked % 20 == 0:
             run.log.write("cases so far", checked=num_checked, of=len(cases))
     run.log.write("correctness", checked=num_checked, of=len(cases), findings=run.log.num_findings)
     fill_new_memory_with_nan(False)
     modes: tuple[dict[str, Any], ...] = ({"mode": "default"}, {"mode": "reduce-overhead"})
-    problems = check_compiled(run.device, modes) if not run.rehearse else rehearse_compiled(run.device)
-    for problem in problems:
-        run.log.finding(problem)
+    if run.rehearse:  # a tiny linear, and a compiler that generates no code
+        modes = ({"backend": "eager"},)
+    sizes = (64, 128) if run.rehearse else (512, 1024)
+    problems: list[str] = []
+    for mode in modes:
+        problems += find_problems(run, f"torch.compile, {mode}", partial(check_compiled, run.device, mode, sizes))
     run.log.write("torch.compile", problems=len(problems))
 
 
@@ -135,22 +168,40 @@ def compare_rows(
     prepared = gpu.prepare(weight, dtype, device)
     case = f"{shape.describe()} {str(dtype).removeprefix('torch.')}"
     dense_NK = weight.dequantize(dtype)
-    yield {"case": case, "dense_error": relative_error(gpu.dequantize(prepared, shape, dtype), dense_NK.double())}
-    for num_rows in rows:
+
+    def dense_error() -> dict[str, Any]:
+        return {"dense_error": relative_error(gpu.dequantize(prepared, shape, dtype), dense_NK.double())}
+
+    def compare(num_rows: int) -> dict[str, Any]:
         x_MK = torch.randn(num_rows, shape.in_features, device=device, generator=generator).to(dtype)
         truth = exact_product(x_MK, weight, bias_N)
         plain = relative_error(F.linear(x_MK, dense_NK, bias_N), truth)
-        record: dict[str, Any] = {"case": case, "rows": num_rows, "plain_error": plain}
         # 8-bit codes consist of two planes, whose weights are rounded separately.
-        record["allowed_error"] = (1.35 if shape.bits == 8 else 1.1) * plain
+        record: dict[str, Any] = {"plain_error": plain, "allowed_error": (1.35 if shape.bits == 8 else 1.1) * plain}
         for name in ("triton", "triton-invariant"):
             first, second = (BACKENDS[name].matmul(x_MK, prepared, bias_N, shape) for _ in range(2))
             record[name] = {"error": relative_error(first, truth), "same_bits": torch.equal(first, second)}
         alone = gpu.matmul_invariant(x_MK[-1:], prepared, bias_N, shape)
         together = gpu.matmul_invariant(x_MK, prepared, bias_N, shape)
-        record["same_bits_alone"] = torch.equal(together[-1:], alone)
-        yield record
+        return record | {"same_bits_alone": torch.equal(together[-1:], alone)}
+
+    yield {"case": case} | values_or_failure(device, dense_error)
+    for num_rows in rows:
+        yield {"case": case, "rows": num_rows} | values_or_failure(device, partial(compare, num_rows))
     yield {"case": case, "counters_left": int(prepared[2].count_nonzero())}
+
+
+def values_or_failure(device: torch.device, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the values of a measurement, or its exception under the key `failure`.
+
+    Raises the exception again if the GPU is lost.
+    """
+    try:
+        return measure()
+    except Exception as error:
+        if device_is_lost(device):
+            raise
+        return {"failure": f"{type(error).__name__}: {one_line(error, 200)}"}
 
 
 def problems_of(record: dict[str, Any]) -> list[str]:
@@ -161,9 +212,11 @@ def problems_of(record: dict[str, Any]) -> list[str]:
         problems.append(f"{case}: the dense kernel writes a different weight")
     if record.get("counters_left"):
         problems.append(f"{case}: split-K left a counter that is not zero")
+    where = f"{case}, {record['rows']} rows" if "rows" in record else f"{case}, dense kernel"
+    if "failure" in record:
+        return [f"{where}: {record['failure']}"]
     if "rows" not in record:
         return problems
-    where = f"{case}, {record['rows']} rows"
     for name in ("triton", "triton-invariant"):
         error, plain = record[name]["error"], record["plain_error"]
         if not error <= record["allowed_error"]:
@@ -180,45 +233,34 @@ def check_case(shape: LinearShape, dtype: torch.dtype, device: torch.device, row
     return [problem for record in compare_rows(shape, dtype, device, rows) for problem in problems_of(record)]
 
 
-def check_one_hot(device: torch.device, num_widths: int = len(ONE_HOT_WIDTHS)) -> list[str]:
+def check_one_hot(shape: LinearShape, device: torch.device) -> list[str]:
     """Return the problems of multiplying one-hot rows, which must give the columns of the weight to the bit."""
     problems = []
-    in_features = 640 if num_widths == len(ONE_HOT_WIDTHS) else 128
-    for bits, group_size in ONE_HOT_WIDTHS[:num_widths]:
-        shape = LinearShape.of_sizes(192, in_features, QuantSpec(bits=bits, group_size=group_size, symmetric=False))
-        weight = random_weight(shape, device, torch.Generator(device).manual_seed(bits))
-        for dtype in (torch.bfloat16, torch.float16):
-            prepared = gpu.prepare(weight, dtype, device)
-            for rows in torch.eye(in_features, dtype=dtype, device=device).split(100):
-                y_MN = gpu.matmul(rows, prepared, None, shape)
-                if not torch.equal(y_MN, weight.dequantize(dtype).T[rows.argmax(dim=1)]):
-                    problems.append(f"one-hot rows, {shape.describe()} {dtype}: not the weight")
+    weight = random_weight(shape, device, torch.Generator(device).manual_seed(shape.bits))
+    for dtype in (torch.bfloat16, torch.float16):
+        prepared = gpu.prepare(weight, dtype, device)
+        for rows in torch.eye(shape.in_features, dtype=dtype, device=device).split(100):
+            y_MN = gpu.matmul(rows, prepared, None, shape)
+            if not torch.equal(y_MN, weight.dequantize(dtype).T[rows.argmax(dim=1)]):
+                problems.append(f"one-hot rows, {shape.describe()} {dtype}: not the weight")
     return problems
 
 
-def rehearse_compiled(device: torch.device) -> list[str]:
-    """Return the result of `check_compiled` for a tiny linear and a compiler that generates no code."""
-    return check_compiled(device, ({"backend": "eager"},), sizes=(64, 128))
-
-
-def check_compiled(
-    device: torch.device, options: tuple[dict[str, Any], ...], sizes: tuple[int, int] = (512, 1024)
-) -> list[str]:
+def check_compiled(device: torch.device, options: dict[str, Any], sizes: tuple[int, int]) -> list[str]:
     """Return the differences between torch.compile (no graph breaks; also with CUDA graphs) and the eager results.
 
-    options: the arguments of each torch.compile. sizes: (out_features, in_features).
+    options: the arguments of torch.compile. sizes: (out_features, in_features).
     """
     shape = LinearShape.of_sizes(*sizes, QuantSpec(symmetric=False))
     weight = random_weight(shape, device, torch.Generator(device).manual_seed(0))
     linear = QuantizedLinear(weight, None, dtype=torch.bfloat16, device=device, backend="triton")
     problems = []
-    for arguments in options:
-        compiled = torch.compile(linear, fullgraph=True, **arguments)
-        with torch.inference_mode():
-            for _ in range(4):
-                x = torch.randn(3, sizes[1], device=device, dtype=torch.bfloat16)
-                if not torch.equal(compiled(x).clone(), linear(x)):
-                    problems.append(f"torch.compile with {arguments}: not the eager result")
+    compiled = torch.compile(linear, fullgraph=True, **options)
+    with torch.inference_mode():
+        for _ in range(4):
+            x = torch.randn(3, sizes[1], device=device, dtype=torch.bfloat16)
+            if not torch.equal(compiled(x).clone(), linear(x)):
+                problems.append(f"torch.compile with {options}: not the eager result")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Run the quantized model and its original: prefill, decoding in batches, and the commands bench, eval and generate."""
+"""Run the quantized model and its original: with and without CUDA graphs, and by bench, eval and generate."""
 
 from __future__ import annotations
 
@@ -12,37 +12,56 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gpu.checkpoints import wait_for_checkpoints
+from gpu.graphs import check_graph, fewer_blocks, log_goal, time_graph
 from gpu.processes import llmquant_command, run_command
 from gpu.profiling import events_of, kernel_table
 from gpu.quantization import RECIPES, failure, quantize, quantized_folder
-from gpu.runs import Run, seconds_of
+from gpu.runs import Run
 
 BATCHES = (1, 8)
 """Numbers of sequences that are decoded together."""
+
+BENCH_TOKENS = 128
+"""New tokens of a run of `llmquant bench`. With few tokens, the time of the first ones would count too much."""
+
+MAX_OVERHEAD = 1.2
+"""Milliseconds of a token in `llmquant bench` over those of a replay, from which the CPU is said to limit the speed."""
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 60
 """The text of the evaluation: repeated, since its perplexity only has to be finite."""
 
 
 def section_decode(run: Run) -> None:
-    """Log the speed of the quantized model, then of the original, then what the commands report."""
+    """Check graph decoding, log the speed with graphs, and then what the commands report and the speed without."""
     large, _ = wait_for_checkpoints(run)
+    if run.rehearse:
+        from gpu.rehearsal import capture_on_cpu
+
+        capture_on_cpu()
     if quantized_folder(run) is None:
         quantize(run, "rtn", large, *RECIPES["rtn"])
     if (quantized := quantized_folder(run)) is None:
         run.log.finding("decode: there is no quantized model to run")
         return
-    measure_model(run, "quantized", quantized)
-    run_bench(run, quantized, large)
-    run.attempt("decode graph", partial(time_graph, run, "quantized", quantized))
-    measure_model(run, "dense", large)
+    models: dict[str, Any] = {}
+    graphs: dict[str, dict[str, Any] | None] = {"quantized": None, "dense": None}
+    for name, folder in (("quantized", quantized), ("dense", large)):
+        if (model := load_model(run, name, folder)) is None:
+            continue
+        models[name] = model
+        if name == "quantized":
+            for lengths in ((12, 7), (9,)) if run.rehearse else ((600, 431), (33,)):
+                run.attempt("decode checked", partial(check_graph, run, name, model, lengths))
+        graphs[name] = run.attempt("decode graph", partial(time_graph, run, name, model))
+    log_goal(run, graphs["quantized"], graphs["dense"])
+    run_bench(run, quantized, large, graphs["quantized"] or {})
+    for name, model in models.items():
+        measure_model(run, name, model)
     run_commands(run, quantized, large)
 
 
-def measure_model(run: Run, name: str, folder: Path) -> None:
-    """Load a model and log its prefill and decoding, with all blocks and with one; then profile a few steps."""
-    if (model := load_model(run, name, folder)) is None:
-        return
+def measure_model(run: Run, name: str, model: Any) -> None:
+    """Log a model's prefill and decoding without graphs, with all blocks and with one; then profile a few steps."""
     prompt = 64 if run.rehearse else 512
     for batch in BATCHES:
         record = run.attempt("decode", partial(decode_rates, run, model, batch, prompt, name))
@@ -51,39 +70,6 @@ def measure_model(run: Run, name: str, folder: Path) -> None:
             run.attempt("decode of a block", partial(block_milliseconds, run, name, model, milliseconds, prompt))
     if run.seconds_left > 10:
         run.attempt("decode profile", partial(profile_steps, run, name, model, prompt))
-    del model
-    if not run.rehearse:
-        torch.cuda.empty_cache()
-
-
-def time_graph(run: Run, name: str, folder: Path) -> dict[str, Any]:
-    """Return the milliseconds of a decoding step as one CUDA graph, with and without the fused kernels."""
-    from llmquant.runtime import fused_step
-    from llmquant.runtime.decode_graph import graphs_of, release_graphs
-    from llmquant.runtime.generate import SamplingParams, run_timed, settings_of
-
-    if (model := load_model(run, name, folder)) is None:
-        return {"model": name}
-    prompt_SL = torch.ones(1, 64 if run.rehearse else 512, dtype=torch.int64, device=run.device)
-    settings = settings_of(model, SamplingParams(max_new_tokens=run.sizes.new_tokens, greedy=True))
-    settings.min_new_tokens, settings.pad_token_id = run.sizes.new_tokens, 0
-    result: dict[str, Any] = {"model": name, "blocks": model.config.num_hidden_layers}
-    for key in ("fused", "unfused"):
-        timed = run_timed(model, prompt_SL, torch.ones_like(prompt_SL), settings)
-        result |= {f"{key} decoding": timed.decoding, f"{key} kernels": timed.fused}
-        result[f"{key} capture_seconds"] = round(timed.capture_seconds, 3)
-        if graphs := list(graphs_of(model).graphs.values()):
-            graphs[0].length.fill_(prompt_SL.shape[1])
-            replay = partial(_replay_often, graphs[0], 50)
-            result[f"{key} ms_per_step"] = round(1e3 * min(seconds_of(run, replay) for _ in range(3)) / 50, 4)
-        release_graphs(model)
-        fused_step.FUSED_DEVICES.discard("cuda")
-    return result
-
-
-def _replay_often(graph: Any, count: int) -> None:
-    for _ in range(count):
-        graph.replay()
 
 
 def load_model(run: Run, name: str, folder: Path) -> Any:
@@ -94,6 +80,8 @@ def load_model(run: Run, name: str, folder: Path) -> Any:
             import llmquant
 
             model = llmquant.load(folder, device=run.device.type)
+            if run.rehearse:  # on a CPU, llmquant has an attention of its own, which no graph supports
+                model.set_attn_implementation("sdpa")
         else:
             from transformers import AutoModelForCausalLM
 
@@ -154,11 +142,8 @@ def _step(model: Any, cache: Any, token_S1: torch.Tensor) -> torch.Tensor:
 def block_milliseconds(run: Run, name: str, model: Any, all_milliseconds: float, prompt: int) -> dict[str, Any]:
     """Return the milliseconds of a step per block: the difference between all blocks and one, over their number."""
     blocks = model.config.num_hidden_layers
-    model.config.num_hidden_layers = 1
-    try:
+    with fewer_blocks(model, 1):
         one = decode_rates(run, model, 1, prompt, name)["ms_per_token"]
-    finally:
-        model.config.num_hidden_layers = blocks
     return {"model": name, "ms_one_block": one, "ms_per_block": round((all_milliseconds - one) / (blocks - 1), 4)}
 
 
@@ -176,19 +161,25 @@ def profile_steps(run: Run, name: str, model: Any, prompt: int, steps: int = 4) 
     return {"model": name, "steps": steps, "launches_per_step": table["launches"] / steps} | table
 
 
-def run_bench(run: Run, quantized: Path, original: Path) -> None:
-    """Log what `llmquant bench` reports for one sequence and for several."""
-    prompt = "32" if run.rehearse else "512"
+def run_bench(run: Run, quantized: Path, original: Path, graph: dict[str, Any]) -> None:
+    """Log what `llmquant bench` reports for one sequence and for several. graph: the result of `time_graph`."""
+    prompt, new_tokens = ("32", 4) if run.rehearse else ("512", BENCH_TOKENS)
     for batch in BATCHES[: 1 if run.rehearse else None]:
         arguments = ["--against", original, "--batch-size", batch, "--prompt-tokens", prompt]
-        arguments += ["--new-tokens", max(run.sizes.new_tokens, 4), "--device", run.device.type, "--json", "--quiet"]
+        arguments += ["--new-tokens", new_tokens, "--device", run.device.type, "--json", "--quiet"]
         result = run_command(run, llmquant_command("bench", quantized, *arguments), 25)
-        values: dict[str, Any] = {"batch": batch, **result.describe()}
+        values: dict[str, Any] = {"batch": batch, "new_tokens": new_tokens, **result.describe()}
         if result.exit_code == 0:
             values["runs"] = json.loads(result.stdout)["runs"]
             for each in values["runs"]:
                 if not run.rehearse and each["decoding"] != "cuda graph":
                     run.log.finding(f"bench, batch {batch}: {each['kernel']} decoded by {each['decoding']:.200}")
+            step = graph.get("fused ms_per_step")
+            if batch == 1 and step is not None:
+                # A model of few blocks decodes faster than the CPU chooses tokens.
+                milliseconds = 1e3 / values["runs"][0]["decode_tokens_per_second"]
+                values |= {"ms_per_token": round(milliseconds, 4), "ms_per_replay": step}
+                values["cpu_bound"] = milliseconds > MAX_OVERHEAD * step
         else:
             run.log.finding(f"bench, batch {batch}: {failure(result)}")
         run.log.write("bench", **values)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from gpu.processes import find_program, llmquant_command, run_command
+from gpu.rates import copy_bandwidth, product_rate
 from gpu.runs import Run, one_line, seconds_of
-from gpu.speed import copy_bandwidth, product_rate
 from llmquant.kernels import gpu, tune
 
 PACKAGES = (

@@ -6,6 +6,7 @@ starts form one process group, which ends with it.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -61,13 +62,32 @@ def environment(scratch: Path, *, interpret: bool = False, reproducible: bool = 
     return {**os.environ, **values}
 
 
-def start(command: Sequence[str], environment: dict[str, str], console: Path) -> subprocess.Popen[bytes]:
-    """Start a process in a new group in the checkout's root. Its output is appended to the file `console`."""
-    with console.open("ab") as output:
+def start(
+    command: Sequence[str], environment: dict[str, str], console: Path, lock: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a process in a new group in the checkout's root. Its output is appended to the file `console`.
+
+    lock: a file that stays locked as long as the process runs (`is_locked`).
+    """
+    with console.open("ab") as output, (lock or Path(os.devnull)).open("ab") as held:
+        if lock is not None:
+            fcntl.flock(held, fcntl.LOCK_EX)
         return subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-            start_new_session=True,
+            start_new_session=True, pass_fds=() if lock is None else (held.fileno(),),
         )  # fmt: skip
+
+
+def is_locked(lock: Path) -> bool:
+    """Return whether the process still runs that `start` was given this file for."""
+    if not lock.exists():
+        return False
+    with lock.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -95,7 +115,7 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> Ended:
     except BaseException:  # Ctrl-C
         end(process)
         raise
-    end(process)  # what the section left running
+    end(process)  # the section may have left processes running
     status = {0: "ok", 1: "findings"}.get(code, "failed")
     return Ended(status, code, time.monotonic() - began)
 

@@ -1,8 +1,7 @@
 """Profile the quantization of one block: kernels and launches, Python functions, and operators on the CPU.
 
-The three profiles are three runs, since together they would slow a run down by much. If the time is short, they are
-made of the attention linears only. torch's own tables take minutes for a million events, so the raw events are summed
-up here.
+The three profiles are three runs, because each of them slows a run down. If the time is short, they are made of the
+attention linears only. torch's own tables take minutes for a million events, so the raw events are summed up here.
 """
 
 from __future__ import annotations

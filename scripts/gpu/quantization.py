@@ -14,10 +14,13 @@ from gpu.runs import Run
 
 RECIPES: dict[str, tuple[list[str], float]] = {
     "rtn": (["--method", "rtn"], 25),
-    "fast": (["--effort", "fast"], 45),
-    "default": ([], 80),
+    "default": ([], 100),
+    "fast": (["--effort", "fast"], 50),
 }
-"""Name -> (options, seconds at most) of the runs on the larger checkpoint."""
+"""Name -> (options, seconds at most) of the runs on the larger checkpoint, in their order."""
+
+BEST_FIRST = ("default", "fast", "rtn")
+"""The same names, the best result first."""
 
 SMALL_RECIPES: dict[str, tuple[list[str], float]] = {
     "best": (["--effort", "best"], 40),
@@ -27,7 +30,7 @@ SMALL_RECIPES: dict[str, tuple[list[str], float]] = {
 
 
 def section_quantize(run: Run) -> None:
-    """Quantize all blocks: rounded to nearest, with little effort, and with the default recipe."""
+    """Quantize all blocks: rounded to nearest, with the default recipe, and with little effort."""
     large, _ = wait_for_checkpoints(run)
     for name, (options, seconds) in RECIPES.items():
         if run.rehearse and name == "fast":
@@ -44,7 +47,7 @@ def section_best(run: Run) -> None:
 
 def quantized_folder(run: Run) -> Path | None:
     """Return the folder of the best result of section `quantize`; None if there is none."""
-    folders = [run.scratch / name for name in reversed(RECIPES)]
+    folders = [run.scratch / name for name in BEST_FIRST]
     return next((folder for folder in folders if (folder / "config.json").exists()), None)
 
 
@@ -58,12 +61,15 @@ def quantize(run: Run, name: str, checkpoint: Path, options: list[str], seconds:
     arguments += ["--calibration", "python-docs", "--device", run.device.type, "--json"]
     result = run_command(run, llmquant_command("quantize", checkpoint, out, *arguments, every_block=True), seconds)
     values = result.describe() | {"block_seconds": block_seconds(result)}
-    if result.exit_code == 0 or (out / "quantize_report.json").exists():
-        values |= report_values(json.loads((out / "quantize_report.json").read_text()))
-    else:
+    report = out / "quantize_report.json"
+    # After a verification that found the result too bad, there is a report, and the exit code is not 0.
+    has_report = result.exit_code == 0 or report.exists()
+    if not has_report:
         values["last_progress"] = [line for _, line in result.lines][-1:]
         run.log.finding(f"quantize {name}: {failure(result)}")
     run.log.write("quantize", name=name, options=options, **values)
+    if has_report:
+        run.attempt("quantize report", lambda: {"name": name} | report_values(json.loads(report.read_text())))
 
 
 def failure(result: CommandResult) -> str:

@@ -19,6 +19,17 @@ def use_cpu() -> None:
     torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment,return-value]
 
 
+def capture_on_cpu() -> None:
+    """Let decoding with CUDA graphs run on a CPU: a replay calls the step again."""
+    from llmquant.runtime.decoding import CAPTURES
+
+    def call_again(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        step()
+        return step
+
+    CAPTURES["cpu"] = call_again
+
+
 def wall_microseconds(calls: Sequence[Callable[[], Any]], **_: int) -> float:
     """Return the wall microseconds of the first call."""
     start = time.perf_counter()

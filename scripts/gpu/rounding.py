@@ -7,7 +7,7 @@ differ only at ties, so the output errors must agree. The large shape is timed w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from llmquant.algorithms.gptq import column_order, damped, factor_inverse, gptq_
 from llmquant.algorithms.grid import QuantParams, find_grid, round_to_nearest, values_on_grid
 from llmquant.algorithms.statistics import InputStatistics, output_errors
 from llmquant.kernels import solver
+from llmquant.models.reproducible import has_reproducible_attention, reproducible_attention
 from llmquant.spec import QuantSpec
 
 MAX_ERROR_CHANGE = 2e-3
@@ -38,6 +39,7 @@ def section_rounding(run: Run) -> None:
         run.attempt("panel rows", lambda rows=rows: {"rows": rows} | time_panels(run, *small, rows))  # type: ignore[misc]
     run.attempt("solver steps", lambda: {"shape": large} | time_steps(run, *large))
     run.attempt("output Hessians", lambda: time_output_hessians(run, large[0]))
+    run.attempt("attention gradients", lambda: time_attention_gradients(run))
 
 
 def problem(run: Run, in_features: int, out_features: int) -> tuple[Tensor, Tensor, QuantSpec]:
@@ -181,3 +183,33 @@ def time_output_hessians(run: Run, out_features: int) -> dict[str, float]:
 
     times = {"add": milliseconds(run, add), "factors": milliseconds(run, lambda: hessian.validated_factors(2))}
     return {"out_features": out_features} | times
+
+
+def time_attention_gradients(run: Run) -> dict[str, Any]:
+    """Return the milliseconds of causal attention, forward and backward, on one sequence of the model, with plain
+    attention (`reproducible_attention`) and with PyTorch's choice, and whether two runs give the same gradients.
+    """
+    sizes = run.sizes
+    heads, tokens = sizes.num_heads, sizes.seq_len
+    num_scores = tokens**2 * heads
+    generator = torch.Generator(run.device).manual_seed(0)
+    shape = (1, heads, tokens, sizes.hidden_size // heads)
+    q, k, v, gradient = (
+        torch.randn(shape, device=run.device, generator=generator, dtype=torch.bfloat16).requires_grad_(index < 3)
+        for index in range(4)
+    )
+
+    def gradients() -> tuple[Tensor, ...]:
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return torch.autograd.grad(out, (q, k, v), gradient)
+
+    values: dict[str, Any] = {"tokens": tokens, "heads": heads}
+    for name in ("plain", "chosen by PyTorch"):
+        used = reproducible_attention(run.device, num_scores) if name == "plain" else nullcontext()
+        with used:
+            values[f"{name} ms"] = milliseconds(run, gradients)
+            same = all(map(torch.equal, gradients(), gradients()))
+        values[f"{name} same_bits"] = same
+        if name == "plain" and has_reproducible_attention(run.device, num_scores) and not same:
+            run.log.finding("rounding: two runs of plain attention have different gradients")
+    return values

@@ -1,7 +1,8 @@
 """What a section of gpu_check receives: the sizes of its problems, folders, the log, and the time that is left.
 
 The log is a file of JSON lines. Every line has `at` (seconds since the start of the script), `section`, and `what` (the
-kind of the result); the other keys belong to the kind. Several processes append to it, so each line is one write.
+kind of the result); the other keys belong to the kind. In sections that measure times, it also has `beside`: the names
+of the sections of the background that ran at that moment. Several processes append to the log, each line in one write.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 LOG_FILE, CONSOLE_FILE, SUMMARY_FILE = "log.jsonl", "sections.log", "summary.txt"
 """Files in the folder of the results: every result, all that the sections printed, and the tables that come last."""
@@ -82,14 +84,17 @@ REHEARSAL_SIZES = Sizes(
 class Log:
     """Appends the results of one section to the log, each at once."""
 
-    def __init__(self, file: Path, section: str, began: float) -> None:
-        """began: `time.time()` at the start of the script."""
+    def __init__(self, file: Path, section: str, began: float, beside: Callable[[], list[str]] | None = None) -> None:
+        """began: `time.time()` at the start of the script. beside: returns the sections of the background that run now,
+        which every line then names.
+        """
         self.began, self.num_findings = began, 0
-        self._file, self._section = file, section
+        self._file, self._section, self._beside = file, section, beside
 
     def write(self, what: str, **values: Any) -> dict[str, Any]:
         """Append one line to the log, print it, and return it."""
         line = {"at": round(time.time() - self.began, 2), "section": self._section, "what": what} | values
+        line |= {"beside": self._beside()} if self._beside is not None else {}
         text = json.dumps(line, default=str)
         descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -106,10 +111,19 @@ class Log:
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the lines of the log in a folder. A line that a killed process left unfinished is left out."""
+    """Return the lines of the log in a folder. A line that is damaged or that a killed process did not finish is left
+    out.
+    """
     file = folder / LOG_FILE
-    texts = file.read_text(errors="replace").splitlines() if file.exists() else []
-    return [json.loads(text) for text in texts if text.startswith("{") and text.endswith("}")]
+    lines = []
+    for text in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and {"at", "section", "what"} <= line.keys():
+            lines.append(line)
+    return lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +153,8 @@ class Run:
     @property
     def device(self) -> torch.device:
         """The device of the measurements."""
+        import torch
+
         return torch.device("cpu") if self.rehearse else torch.device("cuda", torch.cuda.current_device())
 
     @property
@@ -154,6 +170,8 @@ class Run:
     def synchronize(self) -> None:
         """Wait until the device has finished."""
         if not self.rehearse:
+            import torch
+
             torch.cuda.synchronize(self.device)
 
     def results(self, what: str) -> list[dict[str, Any]]:
@@ -161,12 +179,33 @@ class Run:
         return [line for line in read_log(self.out) if line["what"] == what]
 
     def attempt(self, what: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """Log the result of a measurement. An exception becomes a finding, and the section goes on."""
+        """Log the result of a measurement, and return it. An exception becomes a finding, and None is returned.
+
+        Raises the exception again if the GPU is lost.
+        """
         try:
             return self.log.write(what, **measure())
         except Exception as error:
             self.log.finding(f"{what}: {type(error).__name__}: {one_line(error)}")
+            if device_is_lost(self.device):
+                raise
             return None
+
+
+def device_is_lost(device: torch.device) -> bool:
+    """Return whether this process cannot use its GPU any more, as after an access outside of its memory."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    try:
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        return False
+    except RuntimeError:
+        return True
+    return False
 
 
 def one_line(error: object, length: int = 300) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from gpu.runs import Run, one_line
+from gpu.rates import measured_limits
+from gpu.runs import Run, device_is_lost, one_line
 from llmquant.kernels import gpu, tune
 from llmquant.kernels.layout import LinearShape
 from llmquant.runtime.linear import QuantizedLinear
@@ -60,7 +61,7 @@ def section_speed(run: Run) -> None:
             run.log.write("speed", **timed[shape].record(rows))
         except Exception as error:
             run.log.finding(f"{shape.describe()}, {rows} rows: {type(error).__name__}: {one_line(error, 200)}")
-            if _is_lost(error):
+            if device_is_lost(run.device):
                 raise
     print_table(run.results("speed"), bandwidth)
 
@@ -88,37 +89,6 @@ def call_microseconds(run: Run, calls: int = 400) -> dict[str, Any]:
     return values
 
 
-def measured_limits(run: Run) -> tuple[float, float]:
-    """Return the copy bandwidth in bytes per second and the bf16 rate in FLOP/s, of section `machine` if it ran."""
-    values = {
-        key: line[key]
-        for line in run.results("rates")
-        for key in ("copy_bytes_per_second", "bf16_flops")
-        if key in line
-    }
-    if len(values) < 2:
-        values = {"copy_bytes_per_second": copy_bandwidth(run), "bf16_flops": product_rate(run, torch.bfloat16)}
-        run.log.write("rates", **values)
-    return values["copy_bytes_per_second"], values["bf16_flops"]
-
-
-def copy_bandwidth(run: Run) -> float:
-    """Return the bytes per second that a copy reads and writes, added together."""
-    if not run.rehearse:
-        return tune.copy_bandwidth(run.device)
-    source = torch.zeros(1 << 16, dtype=torch.uint8)
-    return 2e6 * source.nbytes / tune.graph_microseconds([partial(torch.empty_like(source).copy_, source)])
-
-
-def product_rate(run: Run, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a square product of random matrices in this dtype."""
-    size = run.sizes.product_size
-    factors = [torch.randn(size, size, device=run.device, dtype=dtype) for _ in range(2)]
-    calls, replays = (8, 10) if dtype == torch.bfloat16 else (2, 3)
-    microseconds = tune.graph_microseconds([partial(torch.mm, *factors)], min_calls=calls, replays=replays)
-    return 2e6 * size**3 / microseconds
-
-
 class TimedShape:
     """A linear of one shape with its copies of the weight, quantized, dense, and prepared by other kernels."""
 
@@ -134,7 +104,8 @@ class TimedShape:
             for _ in range(tune.copies_needed(2 * shape.in_features * shape.out_features, cache))
         ]
         others = {"tinygemm": tinygemm_calls} | ({"gemlite": gemlite_calls} if gemlite else {})
-        self.others = {name: make(shape, len(self.copies), device) for name, make in others.items()}
+        made = {name: make(shape, len(self.copies), device) for name, make in others.items()}
+        self.others = {name: calls for name, calls in made.items() if calls is not None}
 
     def record(self, rows: int) -> dict[str, Any]:
         """Return the times of all kernels for this number of rows, the speed-up, the bandwidth and the limit."""
@@ -157,8 +128,9 @@ class TimedShape:
             "goal": goal(rows, shape),
         }
         for name, calls in self.others.items():
-            if calls is not None and rows <= OTHERS_UP_TO_ROWS:
-                record[f"{name}_us"] = round(tune.graph_microseconds([partial(call, x_MK) for call in calls]), 2)
+            if rows <= OTHERS_UP_TO_ROWS:
+                x = x_MK.half() if name == "gemlite" else x_MK
+                record[f"{name}_us"] = round(tune.graph_microseconds([partial(call, x) for call in calls]), 2)
         return record
 
 
@@ -195,7 +167,7 @@ def tinygemm_calls(shape: LinearShape, num_copies: int, device: torch.device) ->
 
 
 def gemlite_calls(shape: LinearShape, num_copies: int, device: torch.device) -> list[Callable[..., Any]] | None:
-    """Return calls of gemlite with random weights, in float16, or None if it is not installed."""
+    """Return calls of gemlite with random weights for x in float16, or None if it is not installed."""
     try:
         from gemlite.core import DType, GemLiteLinearTriton
     except ImportError as error:
@@ -208,7 +180,7 @@ def gemlite_calls(shape: LinearShape, num_copies: int, device: torch.device) -> 
         codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
         scale = torch.rand(n * k // group_size, 1, device=device).half() * 0.01
         linear.pack(codes, scale, torch.full_like(scale, 8), None)
-        calls.append(lambda x, linear=linear: linear(x.half()))
+        calls.append(linear)
     return calls
 
 
@@ -257,8 +229,3 @@ def draw(records: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-
-
-def _is_lost(error: Exception) -> bool:
-    """Whether an exception means that the process can use the GPU no more."""
-    return "CUDA error" in str(error) or "illegal memory" in str(error)

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_CHARACTERS = 8800
-"""Limit of all tables together. A longer table loses its last lines."""
+"""Limit of all tables together. The text ends before the first line that does not fit."""
 
 Lines = list[dict[str, Any]]
 
 
 def summarize(log: Lines) -> str:
-    """Return all tables. Each gets the characters that the more important ones before it have left."""
+    """Return the tables, the most important first, up to the first line that does not fit."""
     text = ""
     for part in PARTS:
         try:
@@ -22,8 +22,10 @@ def summarize(log: Lines) -> str:
         except Exception as error:  # a line of the log that is not as expected
             lines = [f"{part.__name__}: {type(error).__name__}: {error!s:.100}"]
         for line in lines:
-            if len(text) + len(line[:170]) + 1 <= MAX_CHARACTERS:
-                text += line[:170].rstrip() + "\n"
+            added = line[:170].rstrip() + "\n"
+            if len(text) + len(added) > MAX_CHARACTERS:
+                return text
+            text += added
     return text
 
 
@@ -33,11 +35,14 @@ def of_kind(log: Lines, what: str) -> Lines:
 
 
 def section_lines(log: Lines) -> list[str]:
-    """Return a line for each section: how it ended, and its last output if it failed."""
+    """Return a line for each section: how it ended, what ran beside it, and its last output if it failed."""
     lines = ["sections"]
     for line in of_kind(log, "section"):
         last = "" if line["status"] in ("ok", "findings") else "; ".join(line.get("last_lines", [])[-1:])
-        lines.append(f"  {line['name']:<12} {line['status']:<10} {line['seconds']:>6.1f} s  {last:.120}")
+        of_section = [one for one in log if one.get("section") == line["name"]]
+        beside = sorted({name for one in of_section for name in one.get("beside", [])})
+        note = f"beside {', '.join(beside)}  " if beside else ""
+        lines.append(f"  {line['name']:<12} {line['status']:<10} {line['seconds']:>6.1f} s  {note}{last:.120}")
     return lines
 
 
@@ -106,7 +111,9 @@ def correctness_lines(log: Lines) -> list[str]:
 def quantize_lines(log: Lines) -> list[str]:
     """Return the seconds of each quantization by step."""
     lines = []
+    reports = {one["name"]: one for one in of_kind(log, "quantize report")}
     for line in of_kind(log, "quantize"):
+        line = line | reports.get(line["name"], {})
         steps = sorted(line.get("steps", {}).items(), key=lambda pair: -pair[1])[:9]
         peak = line.get("peak_device_bytes", 0) / 1e9
         verdict = line.get("verdict", line.get("last_progress", ""))
@@ -135,6 +142,37 @@ def profile_lines(log: Lines) -> list[str]:
     return lines
 
 
+def goal_lines(log: Lines) -> list[str]:
+    """Return the speed of a decode step with CUDA graphs beside its goals, and the checks of its tokens."""
+    lines = []
+    for line in of_kind(log, "decode goal"):
+        goals, marks = line["goals"], ["" if reached else "!" for reached in line["reached"]]
+        lines.append(
+            f"decode step, batch 1, {line['blocks']} blocks, CUDA graphs: {line['ms_per_step']} ms, bf16 "
+            f"{line['dense_ms_per_step']} ms: {line['speed_up']:.2f}x{marks[0]} (goal {goals['speed_up']}x), "
+            f"{line['bandwidth_share']:.0%}{marks[1]} of the copy bandwidth (goal {goals['bandwidth_share']:.0%})"
+        )
+        if (whole := line.get("goal_blocks")) is not None:
+            lines.append(f"  computed for {whole['blocks']} blocks: {whole['ms']} ms, {whole['speed_up']:.2f}x bf16")
+    for line in of_kind(log, "decode graph"):
+        for key in ("fused", "unfused"):
+            if f"{key} ms_per_step" in line:
+                lines.append(
+                    f"  {line['model']:<9} {key:<7} {line[f'{key} ms_per_step']} ms a step, "
+                    f"{line.get(f'{key} ms_per_block')} ms a block, {line[f'{key} bandwidth_share']:.0%}, "
+                    f"capture {line[f'{key} capture_seconds']} s"
+                )
+            else:
+                lines.append(f"  {line['model']:<9} {key:<7} {line.get(f'{key} decoding', '')}")
+        lines.append(f"  {line['model']:<9} kernels {', '.join(line.get('fused kernels', [])) or 'none'}")
+    return lines + [
+        f"  checked {line['model']}, prompts of {line['lengths']}: logits differ by {line['logits_error']:.1e}, "
+        f"tokens {line['first_different_tokens'] or 'equal'}"
+        for line in of_kind(log, "decode checked")
+        if "logits_error" in line
+    ]
+
+
 def decode_lines(log: Lines) -> list[str]:
     """Return the speed of the models, eager and as the commands report it."""
     lines = [
@@ -152,7 +190,8 @@ def decode_lines(log: Lines) -> list[str]:
         for line in of_kind(log, "decode profile")
     ]
     for line in of_kind(log, "bench"):
-        lines.append(f"bench batch {line['batch']}: exit {line['exit']}, {line['seconds']} s")
+        bound = f", the CPU limits it: a replay takes {line['ms_per_replay']} ms" if line.get("cpu_bound") else ""
+        lines.append(f"bench batch {line['batch']}: exit {line['exit']}, {line['seconds']} s{bound}")
         lines += [f"  {describe_bench(one)}" for one in line.get("runs", [])]
     lines += [
         f"generate {line['prompt_characters']} characters: exit {line['exit']}, "
@@ -178,7 +217,7 @@ def rounding_lines(log: Lines) -> list[str]:
     lines = []
     for line in log:
         if line["section"] == "rounding" and line["what"] not in ("finding", "section"):
-            values = {key: value for key, value in line.items() if key not in ("at", "section", "what")}
+            values = {key: value for key, value in line.items() if key not in ("at", "section", "what", "beside")}
             text = f"{line['what']}: " + json.dumps(values).replace('"', "")
             lines += textwrap.wrap(text, 165, subsequent_indent="  ")
     return lines
@@ -195,7 +234,7 @@ def counter_lines(log: Lines) -> list[str]:
 
 
 PARTS: tuple[Callable[[Lines], list[str]], ...] = (
-    section_lines, machine_lines, speed_lines, finding_lines, correctness_lines, quantize_lines, decode_lines,
-    rounding_lines, counter_lines, profile_lines,
+    section_lines, machine_lines, finding_lines, goal_lines, speed_lines, correctness_lines, quantize_lines,
+    decode_lines, rounding_lines, counter_lines, profile_lines,
 )  # fmt: skip
 """The tables in the order in which they are printed."""
