@@ -137,8 +137,11 @@ def test_quantize(name, gpu, short_runs, tiny_model, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["rtn", "gptq"])
 def test_the_codes_are_those_of_the_cpu(name, short_runs, tiny_model, tmp_path, monkeypatch):
-    """The arithmetic is the same, but a sum may have another order."""
-    model = tiny_model("llama", dtype=torch.bfloat16)
+    """With float32 inputs, the arithmetic is the same, but a sum may have another order.
+
+    With bfloat16 inputs, a GPU sums the moments of the corrections in float32, and a CPU rounds each to bfloat16.
+    """
+    model = tiny_model("llama", dtype=torch.float32)
     monkeypatch.setitem(RUNS, name, (*RUNS[name], "--no-verify"))
     quantize(model, tmp_path / "cpu", monkeypatch, name, "cpu")
     with pretend_gpu():
@@ -146,7 +149,7 @@ def test_the_codes_are_those_of_the_cpu(name, short_runs, tiny_model, tmp_path, 
     expected, found = (load_file(tmp_path / device / "model.safetensors") for device in ("cpu", "gpu"))
     words = [key for key in expected if key.endswith("qweight")]
     same = sum(int((expected[key] == found[key]).sum()) for key in words)
-    assert same >= 0.9 * sum(expected[key].numel() for key in words)
+    assert same >= 0.99 * sum(expected[key].numel() for key in words)
 
 
 @pytest.fixture(scope="module")

@@ -469,9 +469,12 @@ def _replace_kernels(patch: pytest.MonkeyPatch) -> None:
     """Replace the launches of Triton kernels by PyTorch."""
     from llmquant.algorithms import coordinate_descent, gptq
     from llmquant.kernels import gpu, solver
+    from llmquant.models import reproducible
     from llmquant.runtime import fused_step
 
     patch.setattr(fused_step, "FUSED_DEVICES", set())
+    # Plain attention makes its causal mask in C++, on the CPU for a pretend tensor.
+    patch.setattr(reproducible, "sdpa_kernel", lambda backends: nullcontext())
     patch.setattr(gpu, "launch", _as_kernel(pretend_kernels.launch))
     patch.setattr(gpu, "_dense_weight", _as_kernel(pretend_kernels.dense_weight))
     patch.setattr(solver, "round_panel", _as_kernel(gptq.round_panel_torch))
