@@ -39,15 +39,11 @@ def print_bench(result: BenchmarkResult) -> None:
 
 def _eager_lines(result: BenchmarkResult) -> list[str]:
     """Return one line for each model on a GPU that could not be decoded by a CUDA graph, with the reason."""
-    from llmquant.runtime.decoding import NOT_ON_GPU
-    from llmquant.runtime.generate import SWITCHED_OFF
-
-    lines = []
-    for run in result.runs:
-        reason = run.decoding.removeprefix("eager: ")
-        if reason != run.decoding and reason != SWITCHED_OFF and not reason.startswith(NOT_ON_GPU):
-            lines.append(f"{run.model} ({run.kernel}): decoded without a CUDA graph: {reason}")
-    return lines
+    return [
+        f"{run.model} ({run.kernel}): decoded without a CUDA graph: {run.why_eager}"
+        for run in result.runs
+        if run.why_eager is not None
+    ]
 
 
 def _rate(result: BenchmarkResult, run: BenchmarkRun, name: str) -> str:

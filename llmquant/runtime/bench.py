@@ -32,11 +32,22 @@ from llmquant.memory import peak_resident_bytes, resident_bytes, trim_heap
 from llmquant.models.blocks import parse_device
 from llmquant.models.skeleton import build_empty, read_config
 from llmquant.progress import OnProgress, Phase, Progress, ignore_progress
+from llmquant.runtime.decoding import NOT_ON_GPU
 from llmquant.runtime.explain import explain_backends
-from llmquant.runtime.generate import SamplingParams, TimedRun, check_length, run_timed, settings_of, vocabulary_size_of
+from llmquant.runtime.generate import (
+    SWITCHED_OFF,
+    SamplingParams,
+    TimedRun,
+    check_length,
+    run_timed,
+    settings_of,
+    vocabulary_size_of,
+)
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.runtime.load import load
 
+EAGER = "eager: "
+"""Start of `BenchmarkRun.decoding` without a CUDA graph."""
 DENSE = "dense"
 """Kernel name of a model without quantized linears."""
 
@@ -86,6 +97,13 @@ class BenchmarkRun:
     """How the tokens after the first were computed: `cuda graph`, or `eager: ` and the reason."""
     fused: tuple[str, ...] = ()
     """The kernels of `kernels.decode` in the graph, and "-name: reason" for those that are not."""
+
+    @property
+    def why_eager(self) -> str | None:
+        """Why a model on a GPU was decoded without a CUDA graph; None with one, if that was requested, and on a CPU."""
+        reason = self.decoding.removeprefix(EAGER)
+        expected = reason == SWITCHED_OFF or reason.startswith(NOT_ON_GPU)
+        return None if reason == self.decoding or expected else reason
 
 
 @dataclass(frozen=True, kw_only=True)
