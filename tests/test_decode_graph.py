@@ -297,15 +297,13 @@ def test_models_whose_python_code_runs_for_every_token_decode_without_a_graph(ll
         llama(torch.tensor([[3]]), output_hidden_states=True)  # leaves hooks of transformers behind
     assert refuses_graph(llama, settings) is None
     for name in ("generate", "_sample"):
-        monkeypatch.setattr(llama, name, getattr(llama, name), raising=False)
-        assert refuses_graph(llama, settings) == "LlamaForCausalLM has a method of its own for generating"
-        monkeypatch.undo()
-        decoding.CAPTURES["cpu"] = call_again
+        with monkeypatch.context() as patch:
+            patch.setattr(llama, name, getattr(llama, name), raising=False)
+            assert refuses_graph(llama, settings) == "LlamaForCausalLM has a method of its own for generating"
         own = type("Own", (type(llama),), {name: lambda self: None})
-        monkeypatch.setattr(llama, "__class__", own)
-        assert refuses_graph(llama, settings) == "Own has a method of its own for generating"
-        monkeypatch.undo()
-        decoding.CAPTURES["cpu"] = call_again
+        with monkeypatch.context() as patch:
+            patch.setattr(llama, "__class__", own)
+            assert refuses_graph(llama, settings) == "Own has a method of its own for generating"
     monkeypatch.setattr(llama, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
     assert refuses_graph(llama, settings) == "the model is spread over 2 devices"
 

@@ -312,6 +312,14 @@ def _checked_finite(plan: Plan, inputs: Iterable[GroupInput], index: int, name: 
         )
 
 
+def _digests(plan: Plan, results: Mapping[str, LinearResult]) -> list[str]:
+    """Return the digests of quantized weights; on a GPU in threads, because a CPU is busy with the computation."""
+    if plan.skeleton.device.type != "cuda":
+        return [result.weight.digest() for result in results.values()]
+    with ThreadPoolExecutor(min(len(results), HASHING_THREADS)) as pool:  # hashlib releases the interpreter's lock
+        return list(pool.map(lambda result: result.weight.digest(), results.values()))
+
+
 def _describe(samples: range) -> str:
     return f"sample {samples[0]}" if len(samples) == 1 else f"samples {samples[0]} to {samples[-1]}"
 
@@ -330,11 +338,8 @@ def _quantize_group(
         work = partial_call(_quantize_some, run.plan, index, group, statistics, factors)
         results = run.ranks.divide(costs, work)
         if run.ranks.is_main:
-            # hashlib releases the interpreter's lock.
-            with ThreadPoolExecutor(min(len(results), HASHING_THREADS)) as pool:
-                digests = pool.map(lambda result: result.weight.digest(), results.values())
-                for (name, result), digest in zip(results.items(), digests, strict=True):
-                    run.record_linear(group[name], result, digest, statistics)
+            for (name, result), digest in zip(results.items(), _digests(run.plan, results), strict=True):
+                run.record_linear(group[name], result, digest, statistics)
     install_dequantized(run.plan, group, {name: result.weight for name, result in results.items()})
     trim_heap()
     mean_error = sum(result.error for result in results.values()) / len(results)
