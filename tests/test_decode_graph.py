@@ -668,11 +668,12 @@ def test_modules_with_other_numbers_are_checked_again(monkeypatch):
     monkeypatch.setattr(fused_step, "FUSED_DEVICES", {"cpu"})
     monkeypatch.setattr(fused_step, "_import_kernels", TorchKernels)
     model = random_model(ARCHITECTURES["llama"]())
-    layer = model.model.layers[1]
+    plain = type(model.model.layers[1])
+    plain_forward = plain.forward
 
-    class Scaled(type(layer)):  # type: ignore[misc]
+    class Scaled(plain):  # type: ignore[misc]
         def forward(self, hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
-            added = super().forward(hidden_states, **options) - hidden_states
+            added = plain_forward(self, hidden_states, **options) - hidden_states
             return hidden_states + self.factor * added
 
     for each, factor in zip(model.model.layers, (1.0, 0.5), strict=True):
