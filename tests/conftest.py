@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
@@ -70,7 +72,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(architecture: str, **options: object) -> Path:
         key = (architecture, *sorted((name, repr(value)) for name, value in options.items()))
         if key not in folders:
-            folders[key] = save_tiny_model(tmp_path_factory.mktemp(architecture), architecture, **options)
+            with redirect_stderr(io.StringIO()):  # else the progress bar of saving is part of the output under test
+                folders[key] = save_tiny_model(tmp_path_factory.mktemp(architecture), architecture, **options)
         return folders[key]
 
     return make
@@ -89,7 +92,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
     def make(model_type: str, **fields: object) -> Path:
         key = (model_type, repr(sorted(fields.items())))
         if key not in folders:
-            folders[key] = save_small_model(tmp_path_factory.mktemp(model_type), model_type, **fields)
+            with redirect_stderr(io.StringIO()):
+                folders[key] = save_small_model(tmp_path_factory.mktemp(model_type), model_type, **fields)
         return folders[key]
 
     return make
