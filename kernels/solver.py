@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ PANEL_ROWS = 16
 SEARCH_ROWS, SEARCH_COLUMNS = 32, 32
 """Rows of one program of the range search, and columns that it reads at a time."""
 
-_SCALE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SCALE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Dtypes of scales, as the kernel of the range search numbers them."""
 
 
 def can_run(weight: Tensor) -> bool:
@@ -48,54 +50,43 @@ def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def round_panel(
-    values_BN: Tensor,
-    upper_BB: Tensor,
-    group_B: Tensor,
-    scale_GN: Tensor,
-    zero_GN: Tensor,
-    max_code: int,
-    q_BN: Tensor,
-    error_BN: Tensor,
-) -> None:
+class PanelGrid(NamedTuple):
+    """The grid of the columns of one panel."""
+
+    group_B: Tensor
+    """Group of each column, int64."""
+    scale_GN: Tensor
+    """Scales of all groups, float32, contiguous."""
+    zero_GN: Tensor
+    """Zero-points of all groups, float32, contiguous."""
+    max_code: int
+    """Largest code."""
+
+
+def round_panel(values_BN: Tensor, upper_BB: Tensor, grid: PanelGrid, q_BN: Tensor, error_BN: Tensor) -> None:
     """Round the columns of one panel with GPTQ, one after the other (`algorithms/gptq.py:round_panel_torch`).
 
     values_BN, q_BN, error_BN: float32 [B, N], contiguous, with at most PANEL_COLUMNS columns. upper_BB: float32 with
-    contiguous rows. group_B: int64.
+    contiguous rows.
     """
-    _launch_panel(values_BN, upper_BB, group_B, scale_GN, zero_GN, max_code, None, q_BN, error_BN)
+    _launch_panel(values_BN, upper_BB, grid, None, q_BN, error_BN)
 
 
 def descend_panel(
-    descent_BN: Tensor,
-    hessian_BB: Tensor,
-    group_B: Tensor,
-    scale_GN: Tensor,
-    zero_GN: Tensor,
-    max_code: int,
-    q_BN: Tensor,
-    new_q_BN: Tensor,
-    change_BN: Tensor,
+    descent_BN: Tensor, hessian_BB: Tensor, grid: PanelGrid, q_BN: Tensor, new_q_BN: Tensor, change_BN: Tensor
 ) -> None:
     """Round the columns of one panel again (`algorithms/coordinate_descent.py:descend_panel_torch`).
 
     descent_BN, q_BN, new_q_BN, change_BN: float32 [B, N], contiguous, with at most PANEL_COLUMNS columns. hessian_BB:
-    float32, symmetric, with contiguous rows. group_B: int64.
+    float32, symmetric, with contiguous rows.
     """
-    _launch_panel(descent_BN, hessian_BB, group_B, scale_GN, zero_GN, max_code, q_BN, new_q_BN, change_BN)
+    _launch_panel(descent_BN, hessian_BB, grid, q_BN, new_q_BN, change_BN)
 
 
 def _launch_panel(
-    values_BN: Tensor,
-    matrix_BB: Tensor,
-    group_B: Tensor,
-    scale_GN: Tensor,
-    zero_GN: Tensor,
-    max_code: int,
-    old_q_BN: Tensor | None,
-    q_BN: Tensor,
-    error_BN: Tensor,
+    values_BN: Tensor, matrix_BB: Tensor, grid: PanelGrid, old_q_BN: Tensor | None, q_BN: Tensor, error_BN: Tensor
 ) -> None:
+    group_B, scale_GN, zero_GN, max_code = grid
     num_columns, num_rows = values_BN.shape
     assert num_columns <= PANEL_COLUMNS and matrix_BB.stride(1) == 1 and group_B.dtype == torch.int64
     tensors = (values_BN, scale_GN, zero_GN, q_BN, error_BN, values_BN if old_q_BN is None else old_q_BN)
@@ -162,7 +153,7 @@ def search_ranges(
             float(mid_code),
             *scale_limits,
             SYMMETRIC=symmetric,
-            DTYPE=_SCALE_DTYPES[scale_dtype],
+            DTYPE=SCALE_DTYPES[scale_dtype],
             C=SEARCH_COLUMNS,
             R=SEARCH_ROWS,
             num_warps=1,

@@ -30,8 +30,9 @@ from llmquant.algorithms.statistics import InputStatistics
 from llmquant.errors import UserError
 from llmquant.pipeline import nodes
 from llmquant.pipeline.block_loop import _num_searched
-from llmquant.pipeline.distributed import Ranks, _pickled_without_tensors, _unpickled, divide_tasks
+from llmquant.pipeline.distributed import Ranks, _pickled_without_tensors, _unpickled
 from llmquant.pipeline.nodes import LOOPBACK
+from llmquant.solver.division import divide_tasks
 from llmquant.solver.reduction import NUM_CHUNKS, NUM_PIECES, chunk_of, piece_of, split_of
 from llmquant.spec import Options, Recipe
 

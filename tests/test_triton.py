@@ -54,6 +54,15 @@ def sass() -> ModuleType:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_of_the_quantizer_do_not_spill_registers(sass, capability):
+    codes = sass.compile_solver(capability)
+    assert len(codes) == 5
+    for name, code in codes.items():
+        assert code.spills == 0 and 0 < code.registers < 255, (name, code)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "rows", "blocks_per_tile", "dtype"),
     [

@@ -55,10 +55,7 @@ def descend(
         descend_panel(
             descent_KN[start:stop],
             hessian_KK[start:stop, start:stop],
-            group_K[start:stop],
-            scale_GN,
-            zero_GN,
-            spec.max_code,
+            solver.PanelGrid(group_K[start:stop], scale_GN, zero_GN, spec.max_code),
             q_KN[start:stop],
             new_q_KN[start:stop],
             change_BN,
@@ -68,29 +65,21 @@ def descend(
 
 
 def descend_panel_torch(
-    descent_BN: Tensor,
-    hessian_BB: Tensor,
-    group_B: Tensor,
-    scale_GN: Tensor,
-    zero_GN: Tensor,
-    max_code: int,
-    q_BN: Tensor,
-    new_q_BN: Tensor,
-    change_BN: Tensor,
+    descent_BN: Tensor, hessian_BB: Tensor, grid: solver.PanelGrid, q_BN: Tensor, new_q_BN: Tensor, change_BN: Tensor
 ) -> None:
     """Round the columns of one panel again, one after the other, by PyTorch operations.
 
     On a GPU, `solver.descend_panel` replaces this. descent_BN: rows of H (W - Q), which are overwritten. hessian_BB:
-    block of H on the diagonal. group_B: group of each column. q_BN: integer levels so far. new_q_BN, change_BN: receive
-    the new levels and the changes of the weight.
+    block of H on the diagonal. q_BN: integer levels so far. new_q_BN, change_BN: receive the new levels and the changes
+    of the weight.
     """
-    lowest_GN, highest_GN = -zero_GN, max_code - zero_GN
-    groups, curvatures = group_B.tolist(), hessian_BB.diagonal().tolist()
+    lowest_GN, highest_GN = -grid.zero_GN, grid.max_code - grid.zero_GN
+    groups, curvatures = grid.group_B.tolist(), hessian_BB.diagonal().tolist()
     for column, (group, curvature) in enumerate(zip(groups, curvatures, strict=True)):
         old_N = q_BN[column]
-        new_N = torch.addcdiv(old_N, descent_BN[column], scale_GN[group], value=1 / curvature)
+        new_N = torch.addcdiv(old_N, descent_BN[column], grid.scale_GN[group], value=1 / curvature)
         new_N.round_().clamp_(min=lowest_GN[group], max=highest_GN[group])
-        change_N = torch.mul(new_N - old_N, scale_GN[group], out=change_BN[column])
+        change_N = torch.mul(new_N - old_N, grid.scale_GN[group], out=change_BN[column])
         new_q_BN[column] = new_N
         # Only the later columns of the panel need the update now; columns before this one are already rounded.
         descent_BN[column + 1 :].addr_(hessian_BB[column + 1 :, column], change_N, alpha=-1)

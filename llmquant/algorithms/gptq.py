@@ -175,10 +175,7 @@ def gptq_round(
         round_panel(
             remaining_KN[start:stop],
             upper_KK[start:stop, start:stop],
-            group_K[start:stop],
-            scale_GN,
-            zero_GN,
-            spec.max_code,
+            solver.PanelGrid(group_K[start:stop], scale_GN, zero_GN, spec.max_code),
             ordered_q_KN[start:stop],
             error_BN,
         )
@@ -192,24 +189,17 @@ def refuses_column_loops(device: torch.device) -> str | None:
 
 
 def round_panel_torch(
-    values_BN: Tensor,
-    upper_BB: Tensor,
-    group_B: Tensor,
-    scale_GN: Tensor,
-    zero_GN: Tensor,
-    max_code: int,
-    q_BN: Tensor,
-    error_BN: Tensor,
+    values_BN: Tensor, upper_BB: Tensor, grid: solver.PanelGrid, q_BN: Tensor, error_BN: Tensor
 ) -> None:
     """Round the columns of one panel, one after the other, by PyTorch operations.
 
     On a GPU, `solver.round_panel` replaces this. values_BN: the values to round, which are overwritten. upper_BB: block
-    of U on the diagonal. group_B: group of each column. q_BN, error_BN: receive the integer levels and the errors e.
+    of U on the diagonal. q_BN, error_BN: receive the integer levels and the errors e.
     """
-    lowest_GN, highest_GN = -zero_GN, max_code - zero_GN
-    groups, pivots = group_B.tolist(), upper_BB.diagonal().tolist()
+    lowest_GN, highest_GN = -grid.zero_GN, grid.max_code - grid.zero_GN
+    groups, pivots = grid.group_B.tolist(), upper_BB.diagonal().tolist()
     for column, (group, pivot) in enumerate(zip(groups, pivots, strict=True)):
-        value_N, scale_N = values_BN[column], scale_GN[group]
+        value_N, scale_N = values_BN[column], grid.scale_GN[group]
         q_N = torch.div(value_N, scale_N, out=q_BN[column])
         q_N.round_().clamp_(min=lowest_GN[group], max=highest_GN[group])
         error_N = torch.addcmul(value_N, q_N, scale_N, value=-1, out=error_BN[column])

@@ -27,15 +27,15 @@ from llmquant.data.calibration import num_held_out
 from llmquant.errors import UserError
 from llmquant.estimates.duration import FORWARD_BACKWARD, input_groups
 from llmquant.estimates.machines import Machine, largest_share, on_machine
-from llmquant.estimates.memory import side_by_side_tokens
 from llmquant.models.blocks import weight_of
-from llmquant.models.blockwise_forward import SEQUENCES_AT_ONCE
+from llmquant.models.blockwise_forward import PASS_TOKENS, SEQUENCES_AT_ONCE
 from llmquant.planning.held_out import num_windows, window_length
 from llmquant.planning.linears import LinearPlan
 from llmquant.planning.plan import Plan
-from llmquant.solver.gradients import MEASURED_TOKENS, READS_PER_BLOCK
+from llmquant.solver.division import divide_tasks
+from llmquant.solver.gradients import MEASURED_TOKENS, READS_PER_BLOCK, tokens_at_once
 from llmquant.solver.output_hessian import num_gradient_sequences
-from llmquant.solver.reduction import piece_of
+from llmquant.solver.reduction import NUM_CHUNKS, NUM_PIECES, piece_of
 
 COLUMN_SECONDS = 0.4e-6
 """Time of one column in the kernel of the column loop, which handles all rows at once: the latency of its chain of
@@ -45,14 +45,14 @@ PANEL_SECONDS = 60e-6
 LAUNCH_SECONDS = 10e-6
 """Time that the processor takes to launch one operation of PyTorch."""
 BLOCK_PASS_SECONDS = 1.0e-3
-"""Time that the processor takes to launch a decoder block for one sequence. A Llama block alone takes half of that."""
+"""Time that the processor takes to launch a decoder block for one pass. A Llama block alone takes half of that."""
 LINEAR_LAUNCHES = 150
 """Operations of PyTorch for a linear besides its panels."""
 STATISTICS_LAUNCHES = 25
 """Operations of PyTorch to add the inputs of a few sequences."""
-SLICE_SECONDS = 8e-3
-"""Time to factor the output-side Hessian of one row slice and to test it on the other split: six Cholesky
-factorizations or triangular solves of at most 1024 rows, which are bound by latency."""
+FACTORING_SECONDS = 8e-3
+"""Time to factor the output-side Hessians of a linear's row slices of one size, and to test them on the other split:
+six batches of Cholesky factorizations or triangular solves of at most 1024 rows, which are bound by latency."""
 COMPENSATED = ("q_proj", "k_proj")
 """Linears for which cross-row compensation by the block is assumed to be confirmed, as on SmolLM2-135M."""
 MATMUL_EFFICIENCY = 0.7
@@ -150,8 +150,8 @@ class _Model:
         groups = input_groups(self.plan, index)
         steps: dict[str, float] = {}
         if self.recipe.needs_data:
-            passes = self.sequences * (2 if self.recipe.needs_original else 1) + 1
-            steps["forward"] = passes * self._pass_seconds(index)
+            networks = 2 if self.recipe.needs_original else 1
+            steps["forward"] = networks * self._forward(index) + self._pass_seconds(index)
             if self.recipe.compensates_across_rows:
                 steps["output Hessians"] = self._output_hessians(index)
             steps["statistics"] = sum(map(self._statistics, groups))
@@ -160,12 +160,27 @@ class _Model:
         else:
             weights = sum(map(_num_weights, self.plan.linears_of_block(index).values()))
             steps["rounding"] = weights * ROUNDING_BYTES / self.machine.memory.per_second
-        steps["digests, packing, writing"] = self._writing(index)
-        # The next block is read while this one is quantized.
+        steps["digests and copies"] = self._digests(index)
+        # The next block is read, and the last one packed and written, while this one is quantized.
         num_bytes = self.num_bytes[index]
-        waiting = max(num_bytes / self.machine.disk_read.per_second - sum(steps.values()), 0.0)
-        steps["reading"] = num_bytes / self.machine.host.per_second + waiting
+        reading, writing = num_bytes / self.machine.disk_read.per_second, self._writing(index)
+        busy = sum(steps.values())
+        steps["reading"] = num_bytes / self.machine.host.per_second + max(reading - busy, 0.0)
+        steps["waiting for writing"] = max(writing - busy, 0.0)
         return {name: seconds for name, seconds in steps.items() if seconds > 0}
+
+    @property
+    def _passes(self) -> tuple[int, int]:
+        """The passes of one sequence, and those of several, of the rank that has most samples (`block_loop.py`)."""
+        single = min(self.sequences, -(-self.num_samples // NUM_CHUNKS))
+        several = max(1, min(PASS_TOKENS // self.seq_len, self.num_samples // NUM_PIECES))
+        return single, -(-(self.sequences - single) // several)
+
+    def _forward(self, index: int) -> float:
+        """Return the seconds of all forward passes of one network through a block."""
+        operations = 2 * self.parameters[index] * self.seq_len * self.sequences
+        each = max(self.num_bytes[index] / self.machine.memory.per_second, BLOCK_PASS_SECONDS)
+        return max(operations / self._matmul_rate, sum(self._passes) * each)
 
     def _pass_seconds(self, index: int) -> float:
         """Return the seconds of one forward pass of one sequence through a block."""
@@ -182,7 +197,8 @@ class _Model:
             # A linear that writes to the residual stream: its drift, and two pieces of its moment.
             moment = 6 * tokens * _num_weights(group[0]) if writes_residual else 2 * tokens * in_features**2
             operations, num_sums = operations + moment, 2
-        adds = max(-(-self.sequences // SEQUENCES_AT_ONCE), -(-self._num_pieces // self.machine.cards))
+        single, several = self._passes
+        adds = max(-(-single // SEQUENCES_AT_ONCE) + several, -(-self._num_pieces // self.machine.cards))
         pieces = -(-self._num_pieces // self.machine.cards)
         moved = (8 * adds + 12 * pieces) * num_sums * in_features**2 + STATISTICS_BYTES * tokens * in_features
         seconds = operations / self._matmul_rate + moved / self.machine.memory.per_second
@@ -196,22 +212,22 @@ class _Model:
             return sum(4 * rows**2 for rows in slices) / self.machine.disk_read.per_second
         sequences = num_gradient_sequences(self.num_samples, self.seq_len)
         drawn = sequences * self.seq_len * self._hidden / DRAWN_PER_SECOND
-        return sequences * FORWARD_BACKWARD * self._pass_seconds(index) + drawn + len(slices) * SLICE_SECONDS
+        return sequences * FORWARD_BACKWARD * self._pass_seconds(index) + drawn + _factoring_seconds(linears)
 
     def _solving(self, group: list[LinearPlan]) -> dict[str, float]:
         """Return the seconds of quantizing one input group on the rank with most work."""
         in_features = group[0].in_features
         square, machine = in_features**2, self.machine
         steps: dict[str, float] = {}
-        # Every rank factors the Hessian (K^3 / 3 operations and a triangular solve of K^3), and fits all corrections.
-        steps["factors"] = 4 / 3 * in_features**3 / machine.float64.per_second + 60 * square / machine.memory.per_second
+        # Every rank factors the Hessian (K^3 / 3 operations, and as many for the inverse), and fits all corrections.
+        steps["factors"] = 2 / 3 * in_features**3 / machine.float64.per_second + 60 * square / machine.memory.per_second
         if self.recipe.needs_original:
             products = 3 if len(group) == 1 else 5
             weights = sum(map(_num_weights, group))
             steps["corrections"] = 2 * products * in_features * weights / machine.float32.per_second
         each = {linear.name: self._linear(linear) for linear in group}
         costs = {linear.name: _num_weights(linear) for linear in group}
-        shares = (_added(each[name] for name in names) for names in _divided(costs, machine.cards))
+        shares = (_added(each[name] for name in names) for names in divide_tasks(costs, machine.cards))
         return _added([steps, max(shares, key=lambda share: sum(share.values()))])
 
     def _linear(self, linear: LinearPlan) -> dict[str, float]:
@@ -265,12 +281,19 @@ class _Model:
         sums = 4 * (in_features**2 + (2 * moment if self.recipe.needs_original else 0))
         return cards * sums / self.machine.link.per_second + sum(map(_num_weights, group)) / RESULTS_PER_SECOND
 
+    def _digests(self, index: int) -> float:
+        """Return the seconds of the digests of a block, of which threads compute one for each linear of a group, and of
+        copying its codes to main memory and back."""
+        groups = input_groups(self.plan, index)
+        hashed = sum(max(map(_num_weights, group)) for group in groups)
+        codes = sum(_num_weights(linear) for group in groups for linear in group)
+        return hashed / self.machine.hashing.per_second + 2 * codes / (PAGEABLE_FRACTION * self.machine.host.per_second)
+
     def _writing(self, index: int) -> float:
-        """Return the seconds of the digests of a block, and of packing, hashing and writing it."""
+        """Return the seconds of packing, hashing and writing a block."""
         linears = self.plan.linears_of_block(index).values()
         codes, packed = sum(map(_num_weights, linears)), sum(map(self.plan.packed_bytes, linears))
-        copies = (3 * codes + packed) / (PAGEABLE_FRACTION * self.machine.host.per_second)
-        return codes / self.machine.hashing.per_second + copies + self._write_seconds(packed)
+        return (codes + packed) / (PAGEABLE_FRACTION * self.machine.host.per_second) + self._write_seconds(packed)
 
     # --- before and after the blocks ----------------------------------------------------------------------------------
 
@@ -291,14 +314,14 @@ class _Model:
 
     def _gradients(self) -> float:
         """Return the seconds of running the whole model backward on rank 0, with sums of each block on disk."""
-        at_once = side_by_side_tokens(self.plan, self.machine.memory_bytes) // self.seq_len
+        at_once = tokens_at_once(self.plan, self.machine.memory_bytes) // self.seq_len
         batches = -(-self.num_samples // max(1, min(at_once, self.num_samples // 2)))
         slices = [rows.stop - rows.start for linear in self.plan.quantized for rows in row_slices(linear.out_features)]
         sums = 2 * sum(4 * rows**2 for rows in slices)
         tokens = self.num_samples * self.seq_len
         products = 2 * tokens * sum(rows**2 for rows in slices) / self._matmul_rate
         rates = 1 / self.machine.disk_read.per_second + 1 / self.machine.disk_write.per_second
-        tests = len(slices) * SLICE_SECONDS + self._write_seconds(sums // 2)
+        tests = _factoring_seconds(self.plan.quantized) + self._write_seconds(sums // 2)
         return self._backprop(tokens, batches) + products + batches * sums * rates + tests
 
     def _backprop(self, tokens: int, batches: int) -> float:
@@ -307,7 +330,7 @@ class _Model:
         reading = 1 / self.machine.disk_read.per_second + 1 / self.machine.host.per_second
         # Forward to find the body, forward, forward again, and backward, which takes two.
         operations = 2 * tokens * (5 * parameters + FORWARD_BACKWARD * self._head)
-        return batches * READS_PER_BLOCK * num_bytes * reading + operations / self._matmul_rate
+        return (batches * READS_PER_BLOCK + 1) * num_bytes * reading + operations / self._matmul_rate
 
     def _verifying(self, outside: int) -> float:
         """Return the seconds of reading the result back, and of comparing both models on held-out text."""
@@ -361,12 +384,10 @@ def _added(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return dict(total)
 
 
-def _divided(costs: Mapping[str, int], cards: int) -> Iterable[list[str]]:
-    """Return the linears of each rank. The pipeline divides them in the same way (`divide_tasks`)."""
-    shares: list[list[str]] = [[] for _ in range(cards)]
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        min(shares, key=lambda share: sum(costs[each] for each in share)).append(name)
-    return shares
+def _factoring_seconds(linears: Iterable[LinearPlan]) -> float:
+    """Return the seconds of factoring output-side Hessians: row slices of one linear and of one size go together."""
+    sizes = (len({rows.stop - rows.start for rows in row_slices(linear.out_features)}) for linear in linears)
+    return FACTORING_SECONDS * sum(sizes)
 
 
 def _num_weights(linear: LinearPlan) -> int:

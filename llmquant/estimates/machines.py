@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmquant.errors import UserError
@@ -237,10 +236,10 @@ def on_machine(plan: Plan, machine: Machine) -> Plan:
 
 def largest_share(num_samples: int, cards: int) -> int:
     """Return the number of samples of the rank that has most of them. Ranks divide whole pieces of the samples."""
+    from llmquant.solver.division import pieces_of_rank
     from llmquant.solver.reduction import NUM_PIECES, piece_of
 
     counts = [0] * NUM_PIECES
     for sample in range(num_samples):
         counts[piece_of(sample, num_samples)] += 1
-    bounds = [NUM_PIECES * rank // cards for rank in range(cards + 1)]
-    return max(sum(counts[start:stop]) for start, stop in pairwise(bounds))
+    return max(sum(counts[piece] for piece in pieces_of_rank(rank, cards)) for rank in range(cards))

@@ -37,9 +37,6 @@ from llmquant.runtime.attention import attention_bytes
 from llmquant.solver.gradients import (
     CHUNK_TOKENS,
     GPU_CHUNK_TOKENS,
-    GPU_MEMORY_FRACTION,
-    MEASURED_TOKENS,
-    bytes_per_token,
     tokens_at_once,
 )
 
@@ -173,13 +170,6 @@ def output_hessian_bytes(plan: Plan, indices: Iterable[int]) -> int:
     return sum(4 * (rows.stop - rows.start) ** 2 for rows in row_blocks)
 
 
-def side_by_side_tokens(plan: Plan, gpu_bytes: int) -> int:
-    """Return how many tokens a backward pass runs side by side on a GPU of this memory (`tokens_at_once`)."""
-    if plan.options.max_memory_bytes is not None:
-        return MEASURED_TOKENS
-    return max(MEASURED_TOKENS, int(GPU_MEMORY_FRACTION * gpu_bytes / bytes_per_token(plan)))
-
-
 def _sensitivity_bytes(plan: Plan) -> int:
     """Return the bytes of measuring sensitivities for a budget. The backward pass rounds the linears one by one."""
 
@@ -210,7 +200,7 @@ def _backprop_bytes(plan: Plan, extra_bytes: Callable[[int], int]) -> int:
     itemsize, blocks = plan.skeleton.dtype.itemsize, range(len(plan.block_names))
     hidden = _hidden_size(plan)
     machine = plan.options.machine
-    at_once = side_by_side_tokens(plan, parse_machine(machine).memory_bytes) if machine else tokens_at_once(plan)
+    at_once = tokens_at_once(plan, parse_machine(machine).memory_bytes if machine else None)
     tokens = min(max(at_once, plan.options.seq_len), plan.num_tokens)
     # A tied embedding is read twice.
     outside = 2 * sum(math.prod(info.shape) for info in plan.tensors_outside().values()) * itemsize

@@ -40,6 +40,7 @@ from torch import Tensor
 from llmquant.algorithms.statistics import InputStatistics
 from llmquant.errors import UserError, one_line
 from llmquant.pipeline.nodes import gloo_interface, has_several_nodes, is_on_node_of_main, place_of_rank
+from llmquant.solver.division import divide_tasks, pieces_of_rank
 from llmquant.solver.reduction import (
     NUM_PIECES,
     PieceSum,
@@ -172,7 +173,7 @@ class Ranks:
     @property
     def pieces(self) -> range:
         """The pieces of the samples that this rank sums."""
-        return range(NUM_PIECES * self.rank // self.size, NUM_PIECES * (self.rank + 1) // self.size)
+        return pieces_of_rank(self.rank, self.size)
 
     def samples(self, num_samples: int, at_least: int) -> range:
         """Return the samples that this rank runs: those of its pieces, and on rank 0 the first `at_least` too.
@@ -340,17 +341,6 @@ class Ranks:
                 call(tensor, rank, group=self._group)
 
         return pass_on
-
-
-def divide_tasks(costs: Mapping[str, int], size: int) -> list[list[str]]:
-    """Return the tasks of each rank. The most expensive come first, each to the rank with the least work so far."""
-    tasks: list[list[str]] = [[] for _ in range(size)]
-    loads = [0] * size
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        rank = loads.index(min(loads))
-        tasks[rank].append(name)
-        loads[rank] += costs[name]
-    return tasks
 
 
 def _exchanged(statistics: InputStatistics, pass_on: Callable[[Tensor], None]) -> InputStatistics:

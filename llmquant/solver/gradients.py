@@ -47,16 +47,18 @@ READS_PER_BLOCK = 2
 find the body of the model (`BodyAndHead`)."""
 
 
-def tokens_at_once(plan: Plan) -> int:
+def tokens_at_once(plan: Plan, gpu_bytes: int | None = None) -> int:
     """Return how many calibration tokens run side by side: MEASURED_TOKENS, or more on a GPU without `--max-memory`.
 
     The number depends on the size of the GPU and not on its free memory, so the same GPU always gives the same result.
+    gpu_bytes: memory of the GPU; None for the plan's own GPU.
     """
     device = plan.skeleton.device
     if device.type != "cuda" or plan.options.max_memory_bytes is not None:
         return MEASURED_TOKENS
-    budget = GPU_MEMORY_FRACTION * torch.cuda.get_device_properties(device).total_memory
-    return max(MEASURED_TOKENS, int(budget / bytes_per_token(plan)))
+    if gpu_bytes is None:
+        gpu_bytes = torch.cuda.get_device_properties(device).total_memory
+    return max(MEASURED_TOKENS, int(GPU_MEMORY_FRACTION * gpu_bytes / bytes_per_token(plan)))
 
 
 def bytes_per_token(plan: Plan) -> int:

@@ -18,7 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from llmquant.kernels import solver
 from llmquant.kernels.tiles import Tiles
+from llmquant.kernels.triton_solver import round_panel_kernel, search_range_kernel
 from llmquant.kernels.triton_w4a16 import dequantize_kernel, w4a16_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -107,6 +109,24 @@ def compile_dequantize(
     return compile_kernel(dequantize_kernel, pointers, constants, capability, num_warps=4, num_stages=3)
 
 
+def compile_solver(capability: int) -> dict[str, MachineCode]:
+    """Compile the kernels of the quantizer as `llmquant.kernels.solver` does; return their machine code by name."""
+    floats = dict.fromkeys(("values", "old_q", "matrix", "scales", "zeros", "q", "errors"), "*fp32")
+    floats |= dict.fromkeys(("weights", "importance", "shrinks"), "*fp32")
+    limits = ("max_code", "min_zero", "mid_code", "smallest", "largest")
+    types = floats | dict.fromkeys(limits, "fp32") | {"groups": "*i64"}
+    codes = {}
+    for descend, name in ((False, "GPTQ"), (True, "coordinate descent")):
+        constants = {"DESCEND": descend, "B": solver.PANEL_COLUMNS, "R": solver.PANEL_ROWS}
+        codes[name] = compile_kernel(round_panel_kernel, types, constants, capability, num_warps=1, num_stages=3)
+    for dtype, number in solver.SCALE_DTYPES.items():
+        sizes = {"C": solver.SEARCH_COLUMNS, "R": solver.SEARCH_ROWS}
+        constants = {"SYMMETRIC": False, "DTYPE": number, **sizes}
+        name = f"range search, {str(dtype).removeprefix('torch.')} scales"
+        codes[name] = compile_kernel(search_range_kernel, types, constants, capability, num_warps=1, num_stages=3)
+    return codes
+
+
 def find_problems(code: MachineCode, tiles: Tiles, capability: int) -> list[str]:
     """Return the problems of the machine code for these tiles, a few words each; [] if there are none."""
     problems = []
@@ -148,7 +168,8 @@ def compile_kernel(
 ) -> MachineCode:
     """Compile `kernel` for a GPU of this compute capability (10 * major + minor).
 
-    `pointers` gives the type of each pointer argument (`*bf16`). All other arguments that are not constants are `i32`.
+    `pointers` gives the type of each pointer argument (`*bf16`) and of floating-point arguments (`fp32`). All other
+    arguments that are not constants are `i32`.
     They are assumed to be multiples of 16, as most sizes are, unless the kernel does not specialize on them. Triton's
     exceptions pass through if the GPU cannot run the program.
     """
@@ -157,7 +178,7 @@ def compile_kernel(
     # A launch detects these properties: allocations are aligned, and most sizes are multiples of 16.
     unspecialized = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     aligned_arguments = [
-        i for i, name in enumerate(names) if signature[name] != "constexpr" and name not in unspecialized
+        i for i, name in enumerate(names) if signature[name].startswith(("*", "i")) and name not in unspecialized
     ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned_arguments}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

@@ -16,7 +16,7 @@ import tempfile
 from dataclasses import replace
 
 import triton
-from sass import compile_dequantize, compile_tiles, find_problems, instructions_per_weight
+from sass import compile_dequantize, compile_solver, compile_tiles, find_problems, instructions_per_weight
 
 from llmquant.kernels.tiles import ROW_BUCKETS, Gpu, Problem, Tiles, batch_invariant_tiles, rule_of_thumb
 
@@ -75,6 +75,16 @@ def check_fused(capability: int, tiles: Tiles, blocks: int, dtype: str, ragged: 
     return print_line(find_problems(code, tiles, capability), capability, dtype, blocks, description)
 
 
+def check_solver(capability: int) -> list[bool]:
+    """Compile the kernels of the quantizer and print a line for each. Return whether each has problems."""
+    results = []
+    for name, code in compile_solver(capability).items():
+        verdict = f"BAD {code.spills} register spills in" if code.spills else "ok "
+        print(f"{verdict} sm_{capability} {name}: {code.registers} registers", flush=True)
+        results.append(code.spills > 0)
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, action="append", choices=PROCESSORS, help="default: all")
@@ -86,6 +96,7 @@ def main() -> int:
             for dtype, blocks, planes in itertools.product(("bfloat16", "float16"), (1, 2, 4), (1, 2)):
                 results.append(check_dense(capability, dtype, blocks, planes))
             results += [check_fused(capability, *configuration) for configuration in configurations(capability)]
+            results += check_solver(capability)
     summary = {"check": "sass", "triton": triton.__version__, "configurations": len(results), "failed": sum(results)}
     print(json.dumps(summary))
     return 1 if any(results) else 0

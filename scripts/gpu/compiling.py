@@ -133,8 +133,9 @@ def launch_solver(run: Run) -> None:
         groups = torch.empty(columns, dtype=torch.int64, device=run.device)
         scale, zero = (floats(in_features // group_size, out_features) for _ in range(2))
         matrix = floats(in_features, in_features)[:columns, :columns]
-        solver.round_panel(values, matrix, groups, scale, zero, 15, codes, errors)
-        solver.descend_panel(values, matrix, groups, scale, zero, 15, codes, new_codes, errors)
+        grid = solver.PanelGrid(groups, scale, zero, 15)
+        solver.round_panel(values, matrix, grid, codes, errors)
+        solver.descend_panel(values, matrix, grid, codes, new_codes, errors)
     solver.PANEL_ROWS, solver.PANEL_COLUMNS = saved
     for symmetric, dtype in itertools.product((False, True), (torch.bfloat16, torch.float16)):
         solver.search_ranges(

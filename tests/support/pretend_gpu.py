@@ -185,7 +185,8 @@ def _on_cpu(value: Any, tensors: list[Tensor]) -> Any:
         tensors.append(value)
         return value.values if isinstance(value, CudaTensor) else value
     if isinstance(value, (list, tuple)):
-        return [_on_cpu(item, tensors) for item in value]
+        items = [_on_cpu(item, tensors) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else items
     if isinstance(value, dict):
         return {name: _on_cpu(item, tensors) for name, item in value.items()}
     return value

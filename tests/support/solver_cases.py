@@ -99,13 +99,12 @@ def test_a_value_that_is_not_a_number_shows_in_the_levels_of_its_row():
 
 def test_wrong_arguments_are_refused():
     weight, hessian = problem()
-    group = torch.zeros(K, dtype=torch.int64)
-    grid = torch.ones(1, N), torch.zeros(1, N)
+    grid = solver.PanelGrid(torch.zeros(K, dtype=torch.int64), torch.ones(1, N), torch.zeros(1, N), 15)
     with pytest.raises(AssertionError):
-        solver.round_panel(weight, hessian, group, *grid, 15, torch.empty_like(weight), torch.empty_like(weight))
-    few = weight[:8]
+        solver.round_panel(weight, hessian, grid, torch.empty_like(weight), torch.empty_like(weight))
+    few, grid = weight[:8], grid._replace(group_B=grid.group_B[:8])
     with pytest.raises(AssertionError):
-        solver.round_panel(few, hessian[:8, :8].T, group[:8], *grid, 15, few.T.clone().T, torch.empty_like(few))
+        solver.round_panel(few, hessian[:8, :8].T, grid, few.T.clone().T, torch.empty_like(few))
 
 
 class CountedOperations(TorchDispatchMode):
