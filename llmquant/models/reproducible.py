@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 """Environment variable that cuBLAS reads when it starts. With it, products have the same bits on every stream."""
+DETERMINISM = "deterministic"
+"""A word in all of PyTorch's warnings about operations without a deterministic kernel."""
 SCORE_BYTES = 8
 """Bytes of plain attention for each pair of tokens and head: the scores and their gradient, and copies in float32."""
 MAX_MEMORY_FRACTION = 0.125
@@ -29,11 +32,12 @@ MAX_MEMORY_FRACTION = 0.125
 
 
 @contextmanager
-def reproducible_arithmetic(device: torch.device) -> Iterator[None]:
+def reproducible_arithmetic(device: torch.device, on_warning: Callable[[str], None]) -> Iterator[None]:
     """Compute reproducibly and without TF32 on a GPU for the duration of a `with` block; no effect on a CPU.
 
     PyTorch's settings are those of the whole process. They are restored at the end; the environment variable of cuBLAS
-    stays, since cuBLAS has read it.
+    stays, since cuBLAS has read it. on_warning: called with PyTorch's warning if an operation has no deterministic
+    kernel.
     """
     if device.type != "cuda":
         yield
@@ -47,14 +51,30 @@ def reproducible_arithmetic(device: torch.device) -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*deterministic.*")
+        with _warnings_passed_on(on_warning):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = convolutions
         torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _warnings_passed_on(on_warning: Callable[[str], None]) -> Iterator[None]:
+    """Call a function with each of PyTorch's warnings about determinism, instead of showing them."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def pass_on(message: Any, *arguments: Any, **options: Any) -> None:
+            if DETERMINISM in str(message):
+                on_warning(str(message))
+            else:
+                show(message, *arguments, **options)
+
+        warnings.filterwarnings("default", message=f".*{DETERMINISM}")
+        warnings.showwarning = pass_on
+        yield
 
 
 def has_reproducible_attention(device: torch.device, num_scores: int) -> bool:

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmquant.algorithms.gptq import refuses_column_loops
+from llmquant.algorithms.statistics import sums_in_float32
 from llmquant.checkpoints.out_folder import check_no_overlap
 from llmquant.checkpoints.unfinished import check_out_folder, unfinished_request
 from llmquant.checkpoints.writer import PartialCheckpoint
@@ -50,7 +52,7 @@ from llmquant.planning.engines import check_engines
 from llmquant.planning.plan import Plan, check_tokens, make_plan
 from llmquant.progress import OnProgress, Phase, ignore_progress
 from llmquant.report.run_log import RunLog
-from llmquant.report.schema import Report, read_report
+from llmquant.report.schema import Message, Report, read_report
 from llmquant.runtime.attention import use_attention
 from llmquant.solver.gradients import num_scores, tokens_at_once
 from llmquant.solver.output_hessian import cross_row_part, network_cross_row_factors, pack_factors
@@ -105,7 +107,7 @@ def quantize(
             _note_checkpoint(run, out)
             _note_device(run)
         run = replace(run, tokens=_calibration_tokens(run, on_calibration))
-        with reproducible_arithmetic(plan.skeleton.device):
+        with reproducible_arithmetic(plan.skeleton.device, partial(_note_irreproducible, log)):
             return _run_main_rank(run, out) if ranks.is_main else _run_other_rank(run)
 
 
@@ -181,10 +183,20 @@ def _note_device(run: Run) -> None:
         return
     if plan.recipe.uses_gptq and (reason := refuses_column_loops(device)) is not None:
         run.log.fallback("solver", f"rounds column by column in PyTorch, which is far slower: {reason}")
+    if plan.recipe.needs_data and not sums_in_float32(torch.empty(0, dtype=plan.skeleton.dtype, device=device)):
+        run.log.note("statistics", "products are computed in float32: this PyTorch cannot sum 16-bit ones in float32")
     together = max(1, tokens_at_once(plan) // plan.options.seq_len) if plan.recipe.runs_backward else 1
     scores = num_scores(plan, together, plan.options.seq_len)
     if plan.recipe.compensates_across_rows and not has_reproducible_attention(device, scores):
         run.log.note("gradients", "may differ in last bits between runs: plain attention would take too much memory")
+
+
+def _note_irreproducible(log: RunLog, warning: str) -> None:
+    """Record, once, an operation without a deterministic kernel. warning: PyTorch's text."""
+    text = " ".join(warning.split()).partition(". ")[0]
+    note = Message("reproducibility", f"runs may differ in last bits: {text}")
+    if note not in log.notes:
+        log.note(note.where, note.what)
 
 
 def _note_checkpoint(run: Run, out: Path) -> None:

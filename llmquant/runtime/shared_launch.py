@@ -12,6 +12,7 @@ Launches are shared for few rows, where the time between two launches counts. Au
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmquant.errors import one_line
 from llmquant.kernels.dispatch import BACKENDS
 from llmquant.runtime.linear import QuantizedLinear
 
@@ -149,7 +151,7 @@ def share_launches(model: Any) -> list[SharedLaunch]:
     """Let the quantized linears of a model that read the same tensor share launches, and return their groups.
 
     The model is changed in place: weights of a group are stored as one. Only linears of backends that can join weights
-    are changed. A model whose code fails on a single token stays as it is.
+    are changed. A model whose code fails on a single token stays as it is, which a warning says.
     """
     linears = [
         module
@@ -179,7 +181,12 @@ def _readers_of_one_tensor(model: Any, linears: Sequence[QuantizedLinear]) -> li
         stack.enter_context(torch.no_grad())
         try:
             model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
-        except Exception:  # the code of any model
+        except Exception as error:  # the code of any model
+            warnings.warn(
+                "linears do not share launches, so decoding is slower: the model fails on one token "
+                f"({one_line(error)})",
+                stacklevel=2,
+            )
             return []
     num_calls = Counter(id(linear) for linear, _, _ in calls)
     readers: dict[tuple[int, int], list[QuantizedLinear]] = {}
