@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 import llmquant
 from llmquant.formats.registry import FORMATS
 from llmquant.pipeline.quantize import quantize
+from llmquant.runtime import plugin
 from llmquant.runtime.linear import QuantizedLinear
 from llmquant.spec import Options, Override, QuantSpec, Recipe
 
@@ -166,3 +168,16 @@ def test_offloading_to_disk_works_for_other_modules_and_is_refused_for_quantized
         assert torch.equal(model(TOKENS).logits, open_with_transformers(small())(TOKENS).logits)
     with pytest.raises(llmquant.UserError, match="leaves it on disk"):
         open_with_transformers(small(), device_map=device_map, offload_folder=tmp_path / "b", offload_buffers=True)
+
+
+def test_from_pretrained_shares_launches_before_it_enables_saving(monkeypatch):
+    calls: list[str] = []
+    monkeypatch.setattr(plugin, "share_launches", lambda model: calls.append("share"))
+    monkeypatch.setattr(plugin, "enable_saving", lambda model, config: calls.append("save"))
+    quantizer = plugin.LLMQuantizer(plugin.LLMQuantConfig())
+    model: Any = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    quantizer._process_model_after_weight_loading(model)
+    assert calls == ["share", "save"]
+    model[0]._hf_hook = None  # as with a device map of several devices
+    quantizer._process_model_after_weight_loading(model)
+    assert calls == ["share", "save", "save"]

@@ -1,4 +1,4 @@
-"""Tests of the kernels of a decode step on the CPU, in Triton's interpreter. `test_decode_graph.py` runs this file.
+"""Tests of the kernels of a decode step on the CPU, in Triton's interpreter. `test_fused_step.py` runs this file.
 
 It runs in a process of its own, because TRITON_INTERPRET=1 must be set before the kernels are imported. The interpreter
 does not compute with bfloat16.
